@@ -1,0 +1,78 @@
+"""When does a trajectory start to drop, and does the loss curve hide it? (v3, Eq. 9-10)"""
+
+from __future__ import annotations
+
+import pandas as pd
+import xarray as xr
+
+
+def flat_after(loss: xr.DataArray, drop: float = 7 / 8) -> int:
+    """First step at which a mean loss curve has made ``drop`` of its total fall.
+
+    The paper sets tau by hand, to step 1000, where its curve has fallen from 2.3 to about 0.3 nats: by seven eighths.
+
+    Args:
+        loss: (step,) with real steps.
+        drop: share of the fall from the first value to the lowest.
+
+    Raises:
+        ValueError: the curve never falls, so that it has no such step.
+    """
+    first, lowest = loss.isel(step=0), loss.min()
+    if not lowest < first:
+        raise ValueError("the mean loss never falls below its first value: no step hides anything; set hidden_after")
+    reached = loss <= first - drop * (first - lowest)
+    return int(loss["step"][reached.values][0])
+
+
+def breakthrough_step(trajectories: xr.DataArray, window: int) -> xr.DataArray:
+    """Step at which each trajectory starts its sharpest drop.
+
+    v3's Eq. 9 takes the argmax of [f(t + D) - f(t)] - [f(t) - f(t - D)]. For a curve that falls, this is where a drop
+    *ends*; its start is the argmin, which is what is meant and what is returned.
+
+    Args:
+        trajectories: (step, ...) at a constant cadence.
+        window: D, in steps; a multiple of the cadence.
+
+    Raises:
+        ValueError: D is not a multiple of the cadence, or so long that no step has D on both sides.
+    """
+    steps = trajectories["step"].values
+    cadence = int(steps[1] - steps[0])
+    if window % cadence or window < cadence:
+        raise ValueError(f"window = {window} is not a multiple of the cadence of {cadence} steps")
+    shift = window // cadence
+    if len(steps) < 2 * shift + 1:
+        raise ValueError(
+            f"window = {window} needs {2 * window} steps of training, but there are {steps[-1] - steps[0]}; "
+            f"allowed: at most {(len(steps) - 1) // 2 * cadence}"
+        )
+    values = trajectories.transpose("step", ...)
+    middle = values.isel(step=slice(shift, -shift))
+    after = values.isel(step=slice(2 * shift, None)).assign_coords(step=middle["step"])
+    before = values.isel(step=slice(None, -2 * shift)).assign_coords(step=middle["step"])
+    return (after - 2 * middle + before).idxmin("step")
+
+
+def mark_hidden(
+    table: pd.DataFrame, labels: xr.DataArray, trajectories: xr.DataArray, window: int, hidden_after: int
+) -> pd.DataFrame:
+    """Add to each cluster its mean breakthrough step and whether the loss curve hides it (v3 Eq. 10).
+
+    Args:
+        table: rows with ``vector`` and ``cluster``.
+        labels: (token,) or (vector, token).
+        trajectories: what was clustered, (step, token) or (step, token, vector).
+        window: D, in steps.
+        hidden_after: tau; a breakthrough past it happens where the mean exact loss has gone flat.
+
+    Returns:
+        ``table`` with ``breakthrough`` (mean step over the cluster's tokens) and ``hidden``.
+    """
+    steps = breakthrough_step(trajectories, window)
+    means = []
+    for row in table.itertuples():
+        at, label = (steps.sel(vector=row.vector), labels.sel(vector=row.vector)) if row.vector else (steps, labels)
+        means.append(float(at.values[label.values == row.cluster].mean()))
+    return table.assign(breakthrough=means, hidden=[mean > hidden_after for mean in means])

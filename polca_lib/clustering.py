@@ -1,0 +1,166 @@
+"""Which tokens drop together: filters, scaling, HDBSCAN, and what a cluster is made of."""
+
+from __future__ import annotations
+
+import warnings
+
+import hdbscan
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Int
+
+from polca_lib.config import ClusteringConfig, Scaling
+
+DROPPED, OUTLIER = -2, -1
+"""Labels of tokens that were filtered out before HDBSCAN, and of those it calls noise. Clusters count from 1."""
+
+
+def falls(trajectories: xr.DataArray) -> xr.DataArray:
+    """Whether a trajectory ends below where it began."""
+    return trajectories.isel(step=-1, drop=True) < trajectories.isel(step=0, drop=True)
+
+
+def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Float[np.ndarray, "token step"]:
+    """Trajectories as HDBSCAN sees them.
+
+    - ``raw``: as they are, so that tokens that drop by different amounts are far apart.
+    - ``unit``: divided by the magnitude of their total change, so that only the timing counts.
+    - ``zscore``: mean 0 and standard deviation 1 over time.
+
+    The paper does not say which it uses. A trajectory without any change stays as it is.
+    """
+    if scaling == "raw":
+        return trajectories
+    if scaling == "unit":
+        size = np.abs(trajectories[:, -1:] - trajectories[:, :1])
+    elif scaling == "zscore":
+        trajectories = trajectories - trajectories.mean(axis=1, keepdims=True)
+        size = trajectories.std(axis=1, keepdims=True)
+    else:
+        raise ValueError(f"scaling = {scaling!r} is unknown; allowed: raw, unit, zscore")
+    return trajectories / np.where(size > 0, size, 1.0)
+
+
+def cluster_tokens(trajectories: xr.DataArray, config: ClusteringConfig, *, only_falling: bool = True) -> xr.DataArray:
+    """Cluster the trajectories of all tokens, for each vector by itself (PAPER section 3.3, 4.1).
+
+    A vector is kept if its mean trajectory falls, a token if its own does; HDBSCAN groups the rest.
+
+    Args:
+        trajectories: (step, token) or (step, token, vector), with real coordinates.
+        config: parameters of HDBSCAN and the scaling.
+        only_falling: apply the two filters. Switch it off for rates, such as Fisher information or change in loss,
+            whose fall means nothing.
+
+    Returns:
+        Integer labels (vector, token): ``DROPPED``, ``OUTLIER`` or the cluster's number, from 1 in order of falling
+        size. For trajectories without ``vector`` it is (token,). A vector that is not kept has all tokens dropped;
+        no cluster at all is a result, too.
+    """
+    if "vector" not in trajectories.dims:
+        return _cluster(trajectories, config, only_falling)
+    labels = [_cluster(trajectories.sel(vector=v), config, only_falling) for v in trajectories["vector"]]
+    return xr.concat(labels, dim="vector")
+
+
+def _cluster(trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool) -> xr.DataArray:
+    labels = xr.full_like(trajectories.isel(step=0, drop=True), DROPPED, dtype=int).rename("cluster")
+    labels.attrs = {}
+    keep = np.ones(labels.sizes["token"], dtype=bool)
+    if only_falling:
+        keep = falls(trajectories).values & bool(falls(trajectories.mean("token")))
+    labels[keep] = OUTLIER
+    kept = int(keep.sum())
+    min_samples = max(1, (kept if config.min_samples_from == "kept" else keep.size) // config.min_samples_divisor)
+    if kept >= max(config.min_cluster_size, min_samples + 1):
+        values = scale(trajectories.transpose("token", "step").values[keep].astype(np.float64), config.scaling)
+        labels[keep] = _by_size(_hdbscan(values, config, min_samples))
+    return labels
+
+
+def _hdbscan(values: Float[np.ndarray, "token step"], config: ClusteringConfig, min_samples: int) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return hdbscan.HDBSCAN(
+            min_cluster_size=config.min_cluster_size,
+            min_samples=min_samples,
+            cluster_selection_method=config.selection,
+            core_dist_n_jobs=1,
+        ).fit_predict(values)
+
+
+def _by_size(labels: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
+    """Number clusters from 1, largest first; ties in HDBSCAN's order."""
+    names, counts = np.unique(labels[labels >= 0], return_counts=True)
+    rank = {name: i + 1 for i, name in enumerate(names[np.argsort(-counts, kind="stable")])}
+    return np.array([rank.get(label, OUTLIER) for label in labels])
+
+
+def medoid(trajectories: xr.DataArray, scaling: Scaling = "raw") -> int:
+    """Index along ``token`` of the trajectory with the least total distance to the others, as HDBSCAN sees them."""
+    values = scale(trajectories.transpose("token", "step").values.astype(np.float64), scaling)
+    squares = (values**2).sum(axis=1)
+    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * values @ values.T, 0))
+    return int(distances.sum(axis=1).argmin())
+
+
+def composition(labels: xr.DataArray, by: str = "skill") -> pd.DataFrame:
+    """Number of tokens of each value of coordinate ``by`` (columns) in each cluster (rows) of one vector."""
+    inside = labels[labels >= 1]
+    return pd.crosstab(pd.Series(inside.values, name="cluster"), pd.Series(inside[by].values.astype(str), name=by))
+
+
+def homogeneity_table(
+    labels: xr.DataArray, *, positive: str = "carry", places: tuple[str, ...] = ("10s", "100s")
+) -> pd.DataFrame:
+    """How purely each cluster consists of carry tokens (Tables 3 and 4 of the paper).
+
+    Args:
+        labels: (token,) or (vector, token), from :func:`cluster_tokens`, with coordinates ``positive`` and ``place``.
+        positive: boolean coordinate of the skill.
+        places: those that v3's rule asks for.
+
+    Returns:
+        One row per cluster: ``vector`` (0 if there is none), ``cluster``, ``tokens``, ``homogeneity`` (share of its
+        tokens that carry), ``recall`` (share of the carry tokens in any cluster of this vector that lie in it: outliers
+        and dropped tokens do not count), ``f1``, ``in_places`` (share of its carry tokens in ``places``),
+        ``counts_v3`` (that share is over 0.85, which v3 asks for before it counts a cluster; v1 counts all).
+    """
+    rows = []
+    for one in labels.transpose("vector", ...) if "vector" in labels.dims else [labels]:
+        value, place, cluster = one[positive].values, one["place"].values, one.values
+        total = int(value[cluster >= 1].sum())
+        for number in range(1, cluster.max() + 1):
+            inside = cluster == number
+            hits = inside & value
+            precision = hits.sum() / inside.sum()
+            recall = hits.sum() / total if total else 0.0
+            in_places = float(np.isin(place[hits], places).mean()) if hits.any() else 0.0
+            rows.append(
+                {
+                    "vector": int(one["vector"]) if "vector" in one.coords else 0,
+                    "cluster": number,
+                    "tokens": int(inside.sum()),
+                    "homogeneity": precision,
+                    "recall": recall,
+                    "f1": 2 * precision * recall / (precision + recall) if hits.any() else 0.0,
+                    "in_places": in_places,
+                    "counts_v3": in_places > 0.85,
+                }
+            )
+    columns = ["vector", "cluster", "tokens", "homogeneity", "recall", "f1", "in_places", "counts_v3"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def most_homogeneous(table: pd.DataFrame, n: int = 3, *, rule: str = "v1") -> pd.DataFrame:
+    """The ``n`` clusters of highest homogeneity, one per vector, by v1's rule (all count) or v3's.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    if rule not in ("v1", "v3"):
+        raise ValueError(f"rule = {rule!r} is unknown; allowed: v1, v3")
+    counted = table if rule == "v1" else table[table["counts_v3"].astype(bool)]
+    best = counted.sort_values(["homogeneity", "tokens"], ascending=False, kind="stable")
+    return best.drop_duplicates("vector").head(n).reset_index(drop=True)

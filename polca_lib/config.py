@@ -1,0 +1,253 @@
+"""Validated configuration of a run, and the presets ``smoke``, ``laptop`` and ``paper``.
+
+Every number of the paper's arithmetic setting stands in ``PRESETS["paper"]``; the two other presets
+say only where they differ. A configuration is immutable, and each stage of the pipeline is keyed by
+the sections it depends on (see :mod:`polca_lib.pipeline`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Order = Literal["first", "second", "exact", "trapezoid"]
+Scaling = Literal["raw", "unit", "zscore"]
+BasisKind = Literal["hessian", "shuffled", "random", "parameters"]
+
+
+class Section(BaseModel):
+    """One immutable group of settings; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Sample sizes, in examples (an addition example carries four answer tokens)."""
+
+    validation_examples: int = Field(gt=0, description="examples whose tokens are decomposed")
+    hessian_examples: int = Field(gt=0, description="examples of the loss whose Hessian gives the basis")
+
+
+class ModelConfig(Section):
+    """Decoder-only transformer; the defaults are the paper's arithmetic model."""
+
+    n_layers: int = Field(3, gt=0)
+    d_model: int = Field(512, gt=0)
+    n_heads: int = Field(4, gt=0)
+    d_mlp: int = Field(2048, gt=0)
+    n_ctx: int = Field(12, gt=0)
+    d_vocab: int = Field(12, gt=0)
+    d_vocab_out: int = Field(10, gt=0)
+    activation: Literal["gelu", "relu", "gelu_new", "silu"] = "gelu"
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}; "
+                f"allowed: {_divisors(self.d_model)}"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """Optimiser and schedule of the paper's Table 1, and how often weights are kept."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(64, gt=0)
+    learning_rate: float = Field(1e-5, gt=0)
+    warmup_steps: int = Field(100, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    checkpoint_every: int = Field(20, gt=0, description="steps between checkpoints (the POLCA cadence)")
+    state_every: int = Field(500, gt=0, description="steps between full states to resume from")
+
+    @model_validator(mode="after")
+    def _cadence_divides_steps(self) -> Self:
+        if self.steps % self.checkpoint_every:
+            raise ValueError(
+                f"training.checkpoint_every = {self.checkpoint_every} does not divide "
+                f"training.steps = {self.steps}; allowed: {_divisors(self.steps)}"
+            )
+        return self
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """Steps with a checkpoint, step 0 included."""
+        return list(range(0, self.steps + 1, self.checkpoint_every))
+
+
+class BasisConfig(Section):
+    """How the orthonormal basis is found (Algorithm 1 of the paper) and its ablations."""
+
+    kind: BasisKind = "hessian"
+    every: int = Field(200, gt=0, description="steps between basis checkpoints")
+    k: int = Field(1, ge=1, description="eigenvectors taken per basis checkpoint")
+    n_vectors: int | None = Field(None, ge=1, description="stop after so many vectors; all if not given")
+    which: Literal["largest", "magnitude"] = "largest"
+    tolerance: float = Field(0.01, gt=0, lt=1, description="relative residual at which Lanczos stops")
+    max_products: int = Field(60, ge=2, description="Hessian-vector products per checkpoint at most")
+
+
+class ProjectionConfig(Section):
+    """What is measured at every checkpoint."""
+
+    curvature: bool = Field(True, description="also b^T H(x) b, which orders 'second' and 'exact' need")
+
+
+class ClusteringConfig(Section):
+    """HDBSCAN and what it is given (v3 Table 4)."""
+
+    order: Order = "second"
+    scaling: Scaling = "raw"
+    min_cluster_size: int = Field(150, ge=2)
+    min_samples_divisor: int = Field(15, ge=1, description="min_samples = tokens / this")
+    min_samples_from: Literal["kept", "all"] = "kept"
+    selection: Literal["eom", "leaf"] = "eom"
+    breakthrough_window: int = Field(100, gt=0, description="D of v3 Eq. 9, in steps")
+    hidden_after: int | None = Field(
+        None, ge=0, description="tau of v3 Eq. 10, in steps; measured on the loss curve if not given"
+    )
+
+
+class RunConfig(Section):
+    """A whole run. Build one with :meth:`from_preset`."""
+
+    preset: str
+    seed: int = Field(0, ge=0, lt=2**31)
+    device: str = "cpu"
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig
+    basis: BasisConfig
+    projection: ProjectionConfig
+    clustering: ClusteringConfig
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> Self:
+        """Settings of ``preset`` with single fields replaced.
+
+        Args:
+            preset: one of ``PRESETS``.
+            overrides: ``seed=1``, or a field of a section by its dotted name, as in
+                ``**{"basis.kind": "random"}``.
+
+        Raises:
+            ValueError: an unknown preset or field, or a value that is not allowed
+                (pydantic's ``ValidationError``, which names the field and the value).
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset = {preset!r} is unknown; allowed: {', '.join(PRESETS)}")
+        settings: dict[str, Any] = {"preset": preset}
+        for source in (PRESETS["paper"], PRESETS[preset]):
+            for section, values in source.items():
+                settings[section] = {**settings.get(section, {}), **values}
+        allowed = field_names()
+        for name, value in overrides.items():
+            if name not in allowed:
+                close = difflib.get_close_matches(name, allowed, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(f"unknown parameter {name!r}{hint}; allowed: {', '.join(allowed)}")
+            section, _, field = name.rpartition(".")
+            (settings[section] if section else settings)[field] = value
+        return cls.model_validate(settings)
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_there(cls, value: str) -> str:
+        available = ["cpu"]
+        available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        available += ["cuda"] if torch.cuda.is_available() else []
+        if value not in available:
+            raise ValueError(f"device = {value!r} is not on this machine; allowed: {', '.join(available)}")
+        return value
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        cadence, basis, clustering = self.training.checkpoint_every, self.basis, self.clustering
+        for name, value in (
+            ("basis.every", basis.every),
+            ("clustering.breakthrough_window", clustering.breakthrough_window),
+            ("training.state_every", self.training.state_every),
+        ):
+            if value % cadence:
+                raise ValueError(
+                    f"{name} = {value} is not a multiple of training.checkpoint_every = {cadence}; "
+                    f"allowed: {cadence}, {2 * cadence}, {3 * cadence}, ..."
+                )
+        if basis.every > self.training.steps:
+            raise ValueError(
+                f"basis.every = {basis.every} is past the end of training; "
+                f"allowed: at most training.steps = {self.training.steps}"
+            )
+        available = self.training.steps // basis.every * basis.k
+        if basis.n_vectors is not None and basis.n_vectors > available:
+            raise ValueError(
+                f"basis.n_vectors = {basis.n_vectors} is more than basis checkpoints x k = "
+                f"{available // basis.k} x {basis.k} = {available}; lower it, or raise basis.k, "
+                "or lower basis.every"
+            )
+        tokens = 4 * self.data.validation_examples
+        if tokens < 2 * clustering.min_cluster_size:
+            raise ValueError(
+                f"data.validation_examples = {self.data.validation_examples} gives {tokens} tokens, too few "
+                f"for HDBSCAN with clustering.min_cluster_size = {clustering.min_cluster_size}; "
+                f"allowed: at least {-(-clustering.min_cluster_size // 2)} examples"
+            )
+        return self
+
+    @property
+    def basis_steps(self) -> list[int]:
+        """Steps at which basis vectors are born, in training order (Algorithm 1: t = 1 ... T)."""
+        return list(range(self.basis.every, self.training.steps + 1, self.basis.every))
+
+    @property
+    def n_vectors(self) -> int:
+        """Number of basis vectors."""
+        return self.basis.n_vectors or len(self.basis_steps) * self.basis.k
+
+
+def field_names() -> list[str]:
+    """All parameters of a run by dotted name, as :meth:`RunConfig.from_preset` takes them."""
+    names: list[str] = []
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            names += [f"{name}.{inner}" for inner in field.annotation.model_fields]
+        elif name != "preset":
+            names.append(name)
+    return names
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Section 4.1, Table 1, v3 Tables 3 and 4.
+    "paper": {
+        "data": {"validation_examples": 1250, "hessian_examples": 1250},
+        "model": {},
+        "training": {"steps": 10_000},
+        "basis": {},
+        "projection": {},
+        "clustering": {"hidden_after": 1000},
+    },
+    # A narrower model at ten times the learning rate passes the same four loss curves in a tenth of the steps.
+    "laptop": {
+        "data": {"validation_examples": 200, "hessian_examples": 200},
+        "model": {"d_model": 128, "d_mlp": 512},
+        "training": {"steps": 1500, "learning_rate": 1e-4},
+        "basis": {"every": 100},
+        "clustering": {"min_cluster_size": 24, "hidden_after": None},
+    },
+    "smoke": {
+        "data": {"validation_examples": 40, "hessian_examples": 20},
+        "model": {"n_layers": 1, "d_model": 32, "d_mlp": 64},
+        "training": {"steps": 200, "learning_rate": 3e-3, "warmup_steps": 20, "state_every": 100},
+        "basis": {"every": 40},
+        "clustering": {"min_cluster_size": 8, "breakthrough_window": 40, "hidden_after": None},
+    },
+}

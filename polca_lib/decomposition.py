@@ -1,0 +1,153 @@
+"""POLCA: the loss change between checkpoints per token and direction, and what it is compared with.
+
+Everything here is arithmetic on the dataset that :func:`polca_lib.projection.project_run` returns.
+Losses are in nats; along ``step``, entry t of an interval quantity belongs to the interval that starts there.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from polca_lib.config import Order
+
+ORDERS: tuple[Order, ...] = get_args(Order)
+VANISHING = 1e-6
+
+
+def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
+    """POLCA(x, b, t): loss change of token x by the movement along b in the interval that starts at t.
+
+    With g_t = <grad L(x; theta_t), b> and s_t = <theta_{t+1} - theta_t, b>:
+
+    - ``first`` (Eq. 4): g_t s_t.
+    - ``second`` (Eq. 8-9): plus lambda_t(X, b)/2 s_t^2 r, where lambda_t(X, b) = b^T H_t(X) b over all tokens X and
+      r = (g_{t+1}(x) - g_t(x)) / (g_{t+1}(X) - g_t(X)). (Eq. 6 prints losses where Appendix A has gradients.)
+      Where the denominator vanishes (below 1e-6 of the root mean square of its numerators) r is undefined, and the
+      term is left out: the value is then first order. :func:`second_order_health` counts those.
+    - ``exact``: plus lambda_t(x, b)/2 s_t^2 with the token's own lambda_t(x, b) = b^T H_t(x) b.
+    - ``trapezoid``: (g_t + g_{t+1})/2 s_t. Where Appendix A's approximation lambda s = g_{t+1} - g_t holds, ``second``
+      is this; it divides by nothing and needs no curvature.
+
+    Args:
+        projections: with ``gradient`` and ``movement``, and ``curvature`` for ``second`` and ``exact``.
+        order: one of :data:`ORDERS`.
+
+    Returns:
+        (step, token, vector), without the last step.
+
+    Raises:
+        ValueError: an unknown order, or one that needs a curvature that was not computed.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order = {order!r} is unknown; allowed: {', '.join(ORDERS)}")
+    if order in ("second", "exact") and "curvature" not in projections:
+        raise ValueError(
+            f"order = {order!r} needs the curvature along each vector, which this run did not compute; "
+            "allowed here: first, trapezoid. Run it with projection.curvature = True"
+        )
+    gradient, movement = projections["gradient"], projections["movement"].isel(step=slice(None, -1))
+    first = gradient.isel(step=slice(None, -1)) * movement
+    if order == "first":
+        return _finish(first, order)
+    rise = _difference(gradient)
+    if order == "trapezoid":
+        return _finish(first + rise * movement / 2, order)
+    curvature = projections["curvature"].isel(step=slice(None, -1))
+    if order == "exact":
+        return _finish(first + curvature * movement**2 / 2, order)
+    mean_rise = rise.mean("token")
+    undefined = abs(mean_rise) <= VANISHING * np.sqrt((rise**2).mean("token"))
+    ratio = rise / mean_rise.where(~undefined)
+    return _finish(first + (curvature.mean("token") * movement**2 / 2 * ratio).fillna(0.0), order)
+
+
+def second_order_health(projections: xr.Dataset) -> xr.Dataset:
+    """How well the approximation behind ``second`` holds, per interval and vector.
+
+    Returns:
+        ``amplification`` (step, vector): lambda_t(X, b) s_t / (g_{t+1}(X) - g_t(X)), which Appendix A takes to be 1,
+        and by which the second-order term exceeds the trapezoid's; ``undefined`` (step, vector): where the
+        denominator vanishes, see :func:`polca`.
+    """
+    rise = _difference(projections["gradient"])
+    mean_rise = rise.mean("token")
+    predicted = (projections["curvature"].mean("token") * projections["movement"]).isel(step=slice(None, -1))
+    undefined = abs(mean_rise) <= VANISHING * np.sqrt((rise**2).mean("token"))
+    return xr.Dataset({"amplification": predicted / mean_rise.where(~undefined), "undefined": undefined})
+
+
+def accumulate(changes: xr.DataArray, steps: xr.DataArray) -> xr.DataArray:
+    """Projected loss L_b(x, t) (Eq. 10): the sum of all changes before step t; zero at the first step.
+
+    Args:
+        changes: (step, ...) per interval.
+        steps: coordinate of all checkpoints, one longer than ``changes``.
+    """
+    total = changes.cumsum("step").assign_coords(step=steps[1:])
+    start = xr.zeros_like(changes.isel(step=[0])).assign_coords(step=steps[:1])
+    return xr.concat([start, total], dim="step").assign_attrs(changes.attrs)
+
+
+def projected_loss(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
+    """L_b(x, t) of Eq. 10, in nats: (step, token, vector). See :func:`polca` for ``order``."""
+    return accumulate(polca(projections, order), projections["step"]).rename("projected_loss")
+
+
+def loss_change(projections: xr.Dataset) -> xr.DataArray:
+    """Change in exact loss from each checkpoint to the next, (step, token): a baseline of v3's Table 3."""
+    return _difference(projections["loss"]).rename("loss_change")
+
+
+def fisher(projections: xr.Dataset) -> xr.DataArray:
+    """Empirical Fisher information along b, <b, grad L(x; theta_t)>^2 (Appendix D), (step, token, vector)."""
+    return (projections["gradient"] ** 2).rename("fisher")
+
+
+def closure(projections: xr.Dataset, order: Order) -> xr.Dataset:
+    """How much of the true loss change the sum over vectors accounts for.
+
+    Returns:
+        ``claimed`` (step, token): sum over vectors of the projected loss; ``true`` (step, token): L(x; t) - L(x; 0);
+        attributes ``share``: mean claimed over mean true change at the end; ``correlation``: over tokens at the end.
+    """
+    claimed = projected_loss(projections, order).sum("vector")
+    true = projections["loss"] - projections["loss"].isel(step=0, drop=True)
+    last_claimed, last_true = claimed.isel(step=-1), true.isel(step=-1)
+    return xr.Dataset(
+        {"claimed": claimed, "true": true},
+        attrs={
+            "share": float(last_claimed.mean() / last_true.mean()),
+            "correlation": float(np.corrcoef(last_claimed.values, last_true.values)[0, 1]),
+        },
+    )
+
+
+def movement_share(projections: xr.Dataset) -> xr.DataArray:
+    """|B Delta_t|^2 / |Delta_t|^2 per interval: the part of the movement that lies in the basis, (step,)."""
+    share = (projections["movement"] ** 2).sum("vector") / projections["distance"] ** 2
+    return share.isel(step=slice(None, -1)).rename("movement_share")
+
+
+def compare_trajectories(one: xr.DataArray, other: xr.DataArray) -> pd.Series:
+    """Mean cosine similarity and L2 distance of two sets of trajectories over tokens and vectors (Table 5)."""
+    dot = (one * other).sum("step")
+    lengths = np.sqrt((one**2).sum("step") * (other**2).sum("step"))
+    return pd.Series(
+        {
+            "cosine": float((dot / lengths.where(lengths > 0)).mean()),
+            "l2": float(np.sqrt(((one - other) ** 2).sum("step")).mean()),
+        }
+    )
+
+
+def _difference(values: xr.DataArray) -> xr.DataArray:
+    """Next minus this, labelled by the step at which the interval starts."""
+    return values.diff("step", label="lower")
+
+
+def _finish(values: xr.DataArray, order: Order) -> xr.DataArray:
+    return values.transpose("step", "token", "vector").rename("polca").assign_attrs(order=order, units="nats")

@@ -1,0 +1,157 @@
+"""The stages of a run, from a configuration to projections: each is one folder, made when first asked for.
+
+    data -> training -> basis -> projections
+
+A stage's folder is named by the hash of the settings it depends on and of the stages before it. Changing a
+setting therefore computes anew just what depends on it and leaves the rest, old results included, in place.
+
+Run ``python -m polca_lib.pipeline --preset laptop`` to compute all stages with progress bars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import xarray as xr
+
+from polca_lib.artefacts import FORMAT_VERSION, Artefact, fingerprint
+from polca_lib.basis import compute_basis
+from polca_lib.checkpoints import CheckpointFolder
+from polca_lib.config import PRESETS, RunConfig
+from polca_lib.models import build_model
+from polca_lib.projection import project_run
+from polca_lib.tasks import arithmetic
+from polca_lib.token_loss import TokenLoss
+from polca_lib.training import train
+
+ROOT = Path(__file__).parents[1]
+
+
+class Run:
+    """One run of the arithmetic setting.
+
+    Args:
+        config: its settings.
+        folder: where its stages lie; ``data/runs`` of the checkout, or ``POLCA_RUNS``, if not given.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path | None = None):
+        self.config = config
+        self.folder = Path(folder or os.environ.get("POLCA_RUNS") or ROOT / "data" / "runs")
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> Run:
+        """A run by preset and single settings; see :meth:`polca_lib.config.RunConfig.from_preset`."""
+        return cls(RunConfig.from_preset(preset, **overrides))
+
+    @cached_property
+    def samples(self) -> arithmetic.Samples:
+        """Operand pairs for validation, for the Hessian, and for training."""
+        data, training = self.config.data, self.config.training
+        return arithmetic.sample_pairs(
+            self.config.seed, data.validation_examples, data.hessian_examples, training.steps * training.batch_size
+        )
+
+    @cached_property
+    def tokens(self) -> pd.DataFrame:
+        """One row per validation token."""
+        return arithmetic.token_table(self.samples.validation)
+
+    @cached_property
+    def checkpoints(self) -> CheckpointFolder:
+        """Checkpoints of the run; trains it if it is not yet trained."""
+        artefact, config = self._training, self.config
+        model = build_model(config.model, config.seed, config.device)
+        folder = CheckpointFolder(artefact.path, TokenLoss(model, arithmetic.answer_loss), config.device)
+        stream = arithmetic.encode(self.samples.train).to(config.device)
+        size = config.training.batch_size
+        with artefact.timed():
+            train(
+                model,
+                arithmetic.answer_loss,
+                lambda step: stream[step * size : (step + 1) * size],
+                config.training,
+                folder,
+                groups=arithmetic.PLACES,
+            )
+        return folder
+
+    @cached_property
+    def basis(self) -> xr.Dataset:
+        """The basis, see :func:`polca_lib.basis.compute_basis`."""
+        checkpoints, artefact = self.checkpoints, self._basis
+        with artefact.timed():
+            batch = arithmetic.encode(self.samples.hessian).to(self.config.device)
+            return compute_basis(artefact.path / "basis.zarr", self.config, checkpoints, batch)
+
+    @cached_property
+    def projections(self) -> xr.Dataset:
+        """Losses and derivatives along the basis, see :func:`polca_lib.projection.project_run`."""
+        basis, artefact = self.basis, self._projection
+        with artefact.timed():
+            return project_run(
+                artefact.path / "projections.zarr",
+                self.checkpoints,
+                self.config.training.checkpoint_steps,
+                arithmetic.encode(self.samples.validation).to(self.config.device),
+                self.tokens,
+                basis,
+                curvature=self.config.projection.curvature,
+            )
+
+    @cached_property
+    def _training(self) -> Artefact:
+        return self._artefact("training", ("data", "model", "training"), {})
+
+    @cached_property
+    def _basis(self) -> Artefact:
+        return self._artefact("basis", ("basis",), {"training": self._training.key})
+
+    @cached_property
+    def _projection(self) -> Artefact:
+        return self._artefact("projection", ("projection",), {"basis": self._basis.key})
+
+    def _artefact(self, stage: str, sections: tuple[str, ...], parents: dict[str, str]) -> Artefact:
+        settings = self.config.model_dump(mode="json", include={*sections, "seed", "device"})
+        name = fingerprint([FORMAT_VERSION, stage, settings, parents])[:12]
+        return Artefact.open(self.folder / f"{stage}-{name}", stage, settings, parents)
+
+    def provenance(self) -> pd.DataFrame:
+        """What made the results: preset, seed, device, and commit, time and versions of each stage computed."""
+        config = self.config
+        rows = {
+            "preset": config.preset,
+            "seed": config.seed,
+            "device": config.device,
+            "torch threads": torch.get_num_threads(),
+        }
+        stages = {"training": "_training", "basis": "_basis", "projection": "_projection"}
+        done = {stage: self.__dict__[name] for stage, name in stages.items() if name in self.__dict__}
+        for stage, artefact in done.items():
+            rows[f"{stage}: commit"] = artefact.software["commit"]
+            rows[f"{stage}: wall time"] = f"{artefact.seconds:.0f} s"
+        if done:
+            rows |= {k: v for k, v in next(iter(done.values())).software.items() if k != "commit"}
+        return pd.DataFrame({"value": {name: str(value) for name, value in rows.items()}})
+
+
+def main() -> None:
+    """Compute all stages of a preset."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="laptop")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    run = Run.from_preset(arguments.preset, seed=arguments.seed, device=arguments.device)
+    _ = run.projections
+    print(run.provenance().to_string(header=False))
+
+
+if __name__ == "__main__":
+    main()
