@@ -123,7 +123,8 @@ class PieceStore:
         self, path: Path, template: xr.Dataset, variables: Mapping[str, tuple[tuple[str, ...], str]], dim: str
     ):
         self.path, self.dim = path, dim
-        if not (path / ".ready").exists():
+        ready = path.with_name(f"{path.name}.ready")
+        if not ready.exists():
             # Coordinates are small and always the same: writing them again heals a start that was cut short.
             template.to_zarr(path, mode="a", zarr_format=2, consolidated=False)
             group = zarr.open_group(path, mode="a", zarr_format=2)
@@ -140,7 +141,7 @@ class PieceStore:
                     fill_value=False if dtype == "bool" else np.nan,
                     attributes={"_ARRAY_DIMENSIONS": list(dims)},
                 )
-            (path / ".ready").touch()
+            ready.touch()
         self._group = zarr.open_group(path, mode="r+", zarr_format=2)
 
     def missing(self) -> list[int]:

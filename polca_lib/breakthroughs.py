@@ -5,6 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import xarray as xr
 
+from polca_lib.clustering import cluster_tokens, homogeneity_table
+from polca_lib.config import ClusteringConfig
+
 
 def flat_after(loss: xr.DataArray, drop: float = 7 / 8) -> int:
     """First step at which a mean loss curve has made ``drop`` of its total fall.
@@ -76,3 +79,23 @@ def mark_hidden(
         at, label = (steps.sel(vector=row.vector), labels.sel(vector=row.vector)) if row.vector else (steps, labels)
         means.append(float(at.values[label.values == row.cluster].mean()))
     return table.assign(breakthrough=means, hidden=[mean > hidden_after for mean in means])
+
+
+def cluster_breakthroughs(
+    trajectories: xr.DataArray, config: ClusteringConfig, hidden_after: int, *, only_falling: bool = True
+) -> tuple[xr.DataArray, pd.DataFrame]:
+    """Breakthrough clustering from trajectories to a table: cluster, tabulate, mark what is hidden.
+
+    Args:
+        trajectories: (step, token) or (step, token, vector), with the token table's coordinates.
+        config: of the clustering.
+        hidden_after: tau, in steps.
+        only_falling: see :func:`polca_lib.clustering.cluster_tokens`.
+
+    Returns:
+        Labels, as :func:`polca_lib.clustering.cluster_tokens` gives them, and one row per cluster, with the columns
+        of :func:`polca_lib.clustering.homogeneity_table` and :func:`mark_hidden`.
+    """
+    labels = cluster_tokens(trajectories, config, only_falling=only_falling)
+    table = homogeneity_table(labels)
+    return labels, mark_hidden(table, labels, trajectories, config.breakthrough_window, hidden_after)

@@ -108,7 +108,7 @@ def medoid(trajectories: xr.DataArray, scaling: Scaling = "raw") -> int:
 def composition(labels: xr.DataArray, by: str = "skill") -> pd.DataFrame:
     """Number of tokens of each value of coordinate ``by`` (columns) in each cluster (rows) of one vector."""
     inside = labels[labels >= 1]
-    return pd.crosstab(pd.Series(inside.values, name="cluster"), pd.Series(inside[by].values.astype(str), name=by))
+    return pd.crosstab(pd.Series(inside.values, name="cluster"), pd.Series(inside[by].values.astype(object), name=by))
 
 
 def homogeneity_table(

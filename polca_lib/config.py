@@ -201,7 +201,7 @@ class RunConfig(Section):
 
     @property
     def basis_steps(self) -> list[int]:
-        """Steps at which basis vectors are born, in training order (Algorithm 1: t = 1 ... T)."""
+        """Steps at which basis vectors are born, in training order (t = 1 ... T of Algorithm 1)."""
         return list(range(self.basis.every, self.training.steps + 1, self.basis.every))
 
     @property
@@ -239,7 +239,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "laptop": {
         "data": {"validation_examples": 200, "hessian_examples": 200},
         "model": {"d_model": 128, "d_mlp": 512},
-        "training": {"steps": 1500, "learning_rate": 1e-4},
+        "training": {"steps": 1500, "learning_rate": 1e-4, "checkpoint_every": 25},
         "basis": {"every": 100},
         "clustering": {"min_cluster_size": 24, "hidden_after": None},
     },

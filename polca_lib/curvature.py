@@ -76,7 +76,7 @@ def top_eigenpairs(
     """Top ``k`` eigenpairs of a symmetric operator by Lanczos with full re-orthogonalisation (CoLA).
 
     CoLA is stepped one product at a time. After each, the residual of every wanted Ritz pair is
-    |beta_m s_m| (s_m: last entry of the Ritz vector in the Krylov basis); the iteration stops once it is
+    ``|beta_m s_m|`` (s_m: last entry of the Ritz vector in the Krylov basis); the iteration stops once it is
     below ``tolerance`` times the magnitude of the Ritz value for all ``k``.
 
     Args:

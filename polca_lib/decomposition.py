@@ -34,7 +34,7 @@ def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
 
     Args:
         projections: with ``gradient`` and ``movement``, and ``curvature`` for ``second`` and ``exact``.
-        order: one of :data:`ORDERS`.
+        order: one of ``ORDERS``.
 
     Returns:
         (step, token, vector), without the last step.
@@ -127,7 +127,7 @@ def closure(projections: xr.Dataset, order: Order) -> xr.Dataset:
 
 
 def movement_share(projections: xr.Dataset) -> xr.DataArray:
-    """|B Delta_t|^2 / |Delta_t|^2 per interval: the part of the movement that lies in the basis, (step,)."""
+    """``|B Delta_t|^2 / |Delta_t|^2`` per interval, the part of the movement that lies in the basis, (step,)."""
     share = (projections["movement"] ** 2).sum("vector") / projections["distance"] ** 2
     return share.isel(step=slice(None, -1)).rename("movement_share")
 

@@ -109,8 +109,8 @@ def project_run(
 
     Returns:
         Dataset with ``loss`` (step, token) in nats; ``gradient`` and ``curvature`` (step, token, vector): first and
-        second derivative of the token's loss along the vector; ``movement`` (step, vector): <b, theta_{t+1} - theta_t>
-        from this checkpoint to the next (NaN at the last); ``distance`` (step): |theta_{t+1} - theta_t|.
+        second derivative of the token's loss along the vector; ``movement`` (step, vector): the movement
+        theta_{t+1} - theta_t to the next checkpoint, along b (NaN at the last); ``distance`` (step): its length.
 
     Raises:
         NonFiniteProjection: names the step; what was stored before stays.

@@ -54,6 +54,8 @@ def train(
     states = checkpoints.path / "states"
     states.mkdir(exist_ok=True)
     start = _resume(model, optimiser, states, checkpoints, config)
+    if start == config.steps:
+        return
     if start == 0:
         checkpoints.save(0, dict(model.named_parameters()))
         _save_state(model, optimiser, states, 0)

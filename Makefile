@@ -1,0 +1,34 @@
+# make book [PRESET=laptop|smoke|paper]   set up, run the pipeline and the notebooks, build the book
+# make test                               set up, run all tests
+PRESET ?= laptop
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: book test lint notebooks clean
+.DEFAULT_GOAL := book
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+book: $(VENV)/.ready
+	$(BIN)/python -m polca_lib.pipeline --preset $(PRESET)
+	$(BIN)/python book/build.py --preset $(PRESET)
+
+test: $(VENV)/.ready lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Execute the notebooks of the checkout in place, as they are kept in the repository.
+notebooks: $(VENV)/.ready
+	$(BIN)/python -m polca_lib.pipeline --preset laptop
+	$(BIN)/python book/build.py --preset laptop --in-place
+
+clean:
+	rm -rf _build results

@@ -1,0 +1,100 @@
+"""Execute the notebooks by papermill and build the book from what came out.
+
+    python book/build.py --preset laptop [--set seed=1 --set order=trapezoid]
+
+Executed notebooks, and a copy of the prose, go to ``_build/<preset>/source``, the pages to
+``_build/<preset>/html``, the numbers to ``results/<preset>/``. The notebooks of the checkout stay as they are,
+unless ``--in-place`` asks to keep the executed ones there (and builds no pages).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import papermill
+
+from polca_lib.config import PRESETS
+
+ROOT = Path(__file__).parents[1]
+
+
+def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
+    """Execute one notebook with those of ``parameters`` that it has."""
+    known = papermill.inspect_notebook(str(source))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(source),
+        str(target),
+        {name: value for name, value in parameters.items() if name in known},
+        kernel_name="python3",
+        cwd=str(ROOT),
+        progress_bar=sys.stderr.isatty(),
+    )
+
+
+def check_parameters(notebooks: list[Path], parameters: dict[str, Any]) -> None:
+    """Refuse names that no notebook has; papermill itself would only warn.
+
+    Raises:
+        ValueError: names the parameter and what is allowed.
+    """
+    known = sorted({name for notebook in notebooks for name in papermill.inspect_notebook(str(notebook))})
+    for name in parameters:
+        if name not in known:
+            raise ValueError(f"no notebook has a parameter {name!r}; allowed: {', '.join(known)}")
+
+
+def build_pages(preset: str, source: Path, target: Path) -> None:
+    """Turn prose and executed notebooks into pages; any warning is an error."""
+    for name in ("book", "_config.yml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    results = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
+    program = Path(sys.executable).with_name("jupyter-book")
+    command = [str(program), "build", str(source), "--toc", str(source / "book" / "_toc.yml")]
+    command += ["--path-output", str(source.parent), "-W", "-n", "--keep-going"]
+    subprocess.run(command, check=True, env={**os.environ, "POLCA_RESULTS": str(results.resolve())})
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.move(source.parent / "_build" / "html", target)
+    print(f"\nThe book is at {target / 'index.html'}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="laptop")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another notebook parameter")
+    parser.add_argument("--in-place", action="store_true", help="keep the executed notebooks in notebooks/; no pages")
+    parser.add_argument("--output", type=Path, default=ROOT / "_build", help="folder for what is built")
+    arguments = parser.parse_args()
+    parameters: dict[str, Any] = {"preset": arguments.preset}
+    for assignment in arguments.set:
+        name, _, value = assignment.partition("=")
+        try:
+            parameters[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            parameters[name] = value
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    try:
+        check_parameters(notebooks, parameters)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = arguments.output.resolve() / arguments.preset
+    shutil.rmtree(folder / "source", ignore_errors=True)
+    for notebook in notebooks:
+        target = notebook if arguments.in_place else folder / "source" / "notebooks" / notebook.name
+        print(f"running {notebook.name}", flush=True)
+        execute(notebook, target, parameters)
+    if not arguments.in_place:
+        build_pages(arguments.preset, folder / "source", folder / "html")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""The figures of the addition setting, in one style.
+
+Each function returns a matplotlib figure. Colours are those of Okabe and Ito, which stay apart for colour-blind
+readers; a carry is the full colour of its place, no carry the pale one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from polca_lib.clustering import composition, medoid
+from polca_lib.config import Scaling
+from polca_lib.tasks.arithmetic import PLACES, SKILLS, token_table
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E", "#000000")
+PLACE_COLOURS = dict(zip(PLACES, OKABE_ITO, strict=False))
+SKILL_COLOURS = {
+    skill: PLACE_COLOURS[place] if "no carry" not in skill else sns.light_palette(PLACE_COLOURS[place], 10)[3]
+    for skill in SKILLS
+    for place in [skill.split(",")[0]]
+}
+
+
+def use_style() -> None:
+    """Set the style of all figures of the book."""
+    sns.set_theme(context="notebook", style="ticks", palette=OKABE_ITO, font_scale=0.85)
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+        }
+    )
+
+
+def cluster_colour(number: int) -> str:
+    """Colour of cluster ``number`` (from 1), the same in every figure."""
+    return OKABE_ITO[(number - 1) % len(OKABE_ITO)]
+
+
+def sums_of_sigmoids(counts: Iterable[int] = (1, 2, 5, 20), seed: int = 0) -> Figure:
+    """Figure 1: two sharp drops along two directions, and the smooth mean of many."""
+    time = np.linspace(0, 1, 400)
+
+    def drop(at: float | np.ndarray, width: float = 0.03) -> np.ndarray:
+        return 1 / (1 + np.exp((time[:, None] - np.atleast_1d(at)) / width))
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    one, two = drop(0.35)[:, 0], drop(0.65, 0.06)[:, 0]
+    left.plot(time, one, label="loss along $b_1$")
+    left.plot(time, two, label="loss along $b_2$")
+    left.plot(time, (one + two) / 2, color="black", label="their mean: the loss")
+    left.set(xlabel="training time", ylabel="loss", title="Two directions")
+    left.legend(loc="lower left")
+    centres = np.random.default_rng(seed).uniform(0.1, 0.9, max(counts := tuple(counts)))
+    for count, colour in zip(counts, sns.color_palette("crest", len(counts)), strict=True):
+        right.plot(time, drop(centres[:count]).mean(axis=1), color=colour, label=f"{count}")
+    right.set(xlabel="training time", title="Mean of many drops")
+    right.legend(title="drops", loc="lower left")
+    return figure
+
+
+def addition_example(a: int = 284, b: int = 457) -> Figure:
+    """Figure 2: an addition example, token by token, with the skill that each answer token needs."""
+    table = token_table(np.array([[a, b]]))
+    symbols = [*f"{a:03d}", "+", *f"{b:03d}", "=", *f"{a + b:04d}"]
+    figure, axes = plt.subplots(figsize=(9, 2.2))
+    for position, symbol in enumerate(symbols):
+        skill = table.loc[table["position"] == position, "skill"]
+        colour = SKILL_COLOURS[skill.item()] if len(skill) else "#EFEFEF"
+        carry = bool(table.loc[table["position"] == position, "carry"].any())
+        axes.add_patch(plt.Rectangle((position, 0), 0.9, 1, color=colour))
+        ink = "white" if len(skill) and (carry or skill.item() == "1s") else "black"
+        axes.text(position + 0.45, 0.5, symbol, ha="center", va="center", fontsize=16, color=ink, family="monospace")
+        if len(skill):
+            axes.text(position + 0.45, -0.15, skill.item().replace(", ", "\n"), ha="center", va="top", fontsize=9)
+    axes.set(xlim=(-0.2, 12.2), ylim=(-0.75, 1.1), aspect="equal")
+    axes.axis("off")
+    return figure
+
+
+def loss_by_place(loss: xr.DataArray) -> Figure:
+    """Figure 7: median and quartiles of the exact loss for each place of the answer."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.4))
+    for place in PLACES:
+        _band(axes, loss[:, loss["place"].values == place], PLACE_COLOURS[place], place)
+    axes.set(xlabel="training step", ylabel="loss (nats)")
+    axes.legend(title="place")
+    return figure
+
+
+def loss_by_skill(loss: xr.DataArray) -> Figure:
+    """Figure 8: median and quartiles of the exact loss for each place, with and without a carry into it."""
+    figure, panels = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
+    for place, axes in zip(PLACES, panels, strict=True):
+        for skill in (s for s in SKILLS if s.split(",")[0] == place):
+            label = skill.partition(", ")[2] or "never a carry"
+            style = "--" if "no carry" in skill else "-"
+            _band(axes, loss[:, loss["skill"].values == skill], SKILL_COLOURS[skill], label, style)
+        axes.set(xlabel="training step", title=place)
+        axes.legend()
+    panels[0].set_ylabel("loss (nats)")
+    return figure
+
+
+def exact_loss_clusters(loss: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw") -> Figure:
+    """Figure 3: clusters of the exact loss curves, and what they are made of."""
+    figure, (curves, parts) = plt.subplots(1, 2, figsize=(9, 3.4))
+    _cluster_curves(curves, loss, labels, scaling)
+    curves.set(ylabel="loss (nats)", title="Exact loss")
+    draw_composition(parts, labels)
+    return figure
+
+
+def polca_clusters(
+    projected: xr.DataArray, loss: xr.DataArray, labels: xr.DataArray, vectors: Iterable[int], scaling: Scaling = "raw"
+) -> Figure:
+    """Figures 4 and 9: clusters of the projected loss along each of ``vectors``, one row each.
+
+    Left the medoid and quartiles of the projected loss, in the middle the median exact loss of the same tokens,
+    right their composition. The dotted line marks the step at which the vector was found.
+    """
+    vectors = list(vectors)
+    figure, grid = plt.subplots(len(vectors), 3, figsize=(11, 3.1 * len(vectors)), squeeze=False)
+    for row, vector in zip(grid, vectors, strict=True):
+        own, label = projected.sel(vector=vector), labels.sel(vector=vector)
+        _cluster_curves(row[0], own, label, scaling)
+        for number in range(1, int(label.max()) + 1):
+            median = loss[:, label.values == number].median("token")
+            row[1].plot(loss["step"], median, color=cluster_colour(number), label=f"{number}")
+        for axes in row[:2]:
+            axes.axvline(float(own["birth_step"]), color="black", linestyle=":", linewidth=1)
+            axes.set_xlabel("training step")
+        row[0].set(ylabel="projected loss (nats)", title=f"Vector {vector}: projected loss")
+        row[1].set(ylabel="loss (nats)", title="exact loss, same tokens")
+        draw_composition(row[2], label)
+    return figure
+
+
+def token_curves(curves: xr.DataArray) -> Figure:
+    """Projected loss of every token along one vector, coloured by place, and their mean."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.4))
+    for place in PLACES:
+        own = curves[:, curves["place"].values == place]
+        lines = axes.plot(own["step"], own, color=PLACE_COLOURS[place], linewidth=0.6, alpha=0.5)
+        lines[0].set_label(place)
+    axes.plot(curves["step"], curves.mean("token"), color="black", label="mean")
+    axes.set(xlabel="training step", ylabel="projected loss (nats)")
+    for handle in axes.legend(title="place").legend_handles:
+        handle.set(linewidth=2, alpha=1)
+    return figure
+
+
+def draw_composition(axes: Axes, labels: xr.DataArray) -> None:
+    """Stacked bars: the share of each skill in each cluster of one vector."""
+    axes.set_title("composition")
+    if not (labels >= 1).any():
+        _say_empty(axes)
+        return
+    counts = composition(labels).reindex(columns=[s for s in SKILLS if s in np.unique(labels["skill"])], fill_value=0)
+    shares = counts.div(counts.sum(axis=1), axis=0)
+    left = np.zeros(len(shares))
+    for skill in shares:
+        axes.barh(shares.index, shares[skill], left=left, color=SKILL_COLOURS[skill], label=skill, edgecolor="white")
+        left += shares[skill].to_numpy()
+    axes.set(xlim=(0, 1), xlabel="share of tokens", ylabel="cluster")
+    axes.set_yticks(shares.index, [f"{number} (n={counts.loc[number].sum()})" for number in shares.index])
+    axes.invert_yaxis()
+    axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=8)
+
+
+def basis_records(basis: xr.Dataset) -> Figure:
+    """Eigenvalue, relative residual and Hessian-vector products of each basis vector by the step of its birth."""
+    figure, panels = plt.subplots(1, 3, figsize=(10, 2.8))
+    labels = {"eigenvalue": "eigenvalue", "residual": "relative residual", "products": "Hessian-vector products"}
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
+        axes.plot(basis["birth_step"], basis[name], "o", markersize=4)
+        axes.set(xlabel="training step of birth", ylabel=label, ylim=(0, None))
+    return figure
+
+
+def closure_curves(closures: Mapping[str, xr.Dataset]) -> Figure:
+    """Mean loss change that the sum over vectors claims, by order, beside the true one; and token by token."""
+    figure, (mean, tokens) = plt.subplots(1, 2, figsize=(9.5, 3.5))
+    true = next(iter(closures.values()))["true"]
+    mean.plot(true["step"], true.mean("token"), color="black", linewidth=2.5, label="true change in loss")
+    for (order, closed), colour in zip(closures.items(), OKABE_ITO, strict=False):
+        mean.plot(closed["step"], closed["claimed"].mean("token"), color=colour, label=order)
+        tokens.plot(true.isel(step=-1), closed["claimed"].isel(step=-1), ".", color=colour, alpha=0.35, label=order)
+    mean.axhline(0, color="black", linewidth=0.5)
+    mean.set(xlabel="training step", ylabel="change since step 0 (nats)", title="Mean over tokens")
+    mean.legend()
+    limits = [float(true.isel(step=-1).min()), float(true.isel(step=-1).max())]
+    tokens.plot(limits, limits, color="black", linewidth=1)
+    tokens.set(xlabel="true change (nats)", ylabel="claimed change (nats)", title="Each token, at the end")
+    return figure
+
+
+def homogeneity_bars(rows: pd.DataFrame, paper: pd.DataFrame) -> Figure:
+    """Highest homogeneity by kind of trajectory, beside the paper's."""
+    figure, axes = plt.subplots(figsize=(7.5, 0.42 * len(rows) + 1))
+    place = np.arange(len(rows))
+    axes.barh(place, rows["homogeneity_1"], color=OKABE_ITO[0], height=0.55, label="this run")
+    axes.plot(paper["homogeneity_1"].reindex(rows.index), place, "D", color=OKABE_ITO[1], label="paper (full scale)")
+    axes.set_yticks(place, rows.index)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="largest share of carry tokens in a cluster")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _band(axes: Axes, curves: xr.DataArray, colour: object, label: str, style: str = "-") -> None:
+    """Median and quartiles over tokens."""
+    low, middle, high = curves.quantile([0.25, 0.5, 0.75], dim="token")
+    axes.plot(curves["step"], middle, color=colour, label=label, linestyle=style)
+    axes.fill_between(curves["step"], low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _cluster_curves(axes: Axes, curves: xr.DataArray, labels: xr.DataArray, scaling: Scaling) -> None:
+    """Medoid and quartiles of each cluster."""
+    for number in range(1, int(labels.max()) + 1):
+        own = curves[:, labels.values == number]
+        colour = cluster_colour(number)
+        low, high = own.quantile([0.25, 0.75], dim="token")
+        axes.fill_between(curves["step"], low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(curves["step"], own.isel(token=medoid(own, scaling)), color=colour, label=f"{number}")
+    axes.set_xlabel("training step")
+    if int(labels.max()) >= 1:
+        axes.legend(title="cluster")
+    else:
+        _say_empty(axes)
+
+
+def _say_empty(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "no clusters", ha="center", va="center", transform=axes.transAxes)

@@ -1,0 +1,45 @@
+import os
+
+import pytest
+import torch
+from cases import TINY_RUN, problem
+from hypothesis import settings
+
+from polca_lib.pipeline import Run
+
+# On a busy machine an example may take long: that says nothing about the library.
+settings.register_profile("polca", deadline=None, max_examples=30, database=None)
+settings.load_profile("polca")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_folder(tmp_path_factory):
+    """Where runs lie: nothing is written in the checkout."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLCA_RUNS", str(folder))
+        patch.setenv("TQDM_DISABLE", os.environ.get("TQDM_DISABLE", "1"))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small only lose by threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["mlp", "attention"])
+def case(request):
+    """A tiny token loss in float64 with a point and a batch."""
+    return problem(request.param)
+
+
+@pytest.fixture(scope="session")
+def run(runs_folder):
+    """A whole run in miniature; all its stages are computed."""
+    run = Run.from_preset("smoke", **TINY_RUN)
+    _ = run.projections
+    return run

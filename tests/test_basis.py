@@ -1,0 +1,211 @@
+import numpy as np
+import pytest
+import torch
+from cases import fail_at, folder_bytes, mlp_batch, orthonormal, problem, tiny_checkpoints, tiny_config
+
+from polca_lib import basis as basis_module
+from polca_lib.artefacts import PieceStore
+from polca_lib.basis import compute_basis, gram_error, orthogonalise
+from polca_lib.curvature import HessianOperator
+
+KINDS = ("hessian", "shuffled", "random", "parameters")
+BATCH = mlp_batch(7, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return tiny_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def compute(folder, checkpoints, **overrides):
+    folder.mkdir(exist_ok=True)
+    overrides = {name.replace("__", "."): value for name, value in overrides.items()}
+    return compute_basis(folder / "basis.zarr", tiny_config(**overrides), checkpoints, BATCH)
+
+
+def algorithm_1(checkpoints, births, k, n, which):
+    """The paper's Algorithm 1 with dense matrices in float64: vectors in rows, and their eigenvalues."""
+    token_loss, _, batch = problem("mlp", examples=7)
+    vectors, values = torch.zeros(0, token_loss.n_parameters, dtype=torch.float64), []
+    for step in births[::k]:
+        theta = checkpoints.theta(int(step)).double()
+        hessian = torch.func.hessian(lambda at: token_loss(at, batch).mean())(theta)
+        project = torch.eye(len(theta), dtype=torch.float64) - vectors.T @ vectors
+        ritz, found = torch.linalg.eigh(project @ hessian @ project)
+        order = torch.argsort(ritz.abs() if which == "magnitude" else ritz, descending=True)[:k]
+        vectors = torch.cat([vectors, found[:, order].T])
+        values += ritz[order].tolist()
+    return vectors[:n].numpy(), values[:n]
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "n_vectors", "which"),
+    [
+        ("hessian", 1, None, "largest"),
+        ("hessian", 1, 3, "largest"),
+        ("hessian", 2, None, "largest"),
+        ("hessian", 2, 5, "largest"),
+        ("hessian", 2, None, "magnitude"),
+        ("shuffled", 1, None, "largest"),
+        ("shuffled", 2, None, "largest"),
+    ],
+)
+def test_basis_is_that_of_algorithm_1_with_dense_matrices(tmp_path, checkpoints, kind, k, n_vectors, which):
+    basis = compute(
+        tmp_path, checkpoints, basis__kind=kind, basis__k=k, basis__n_vectors=n_vectors, basis__which=which
+    )
+    births = basis["birth_step"].values
+    # Repeated so that a truncated last block is still found whole.
+    births = np.concatenate([births, np.repeat(births[-1:], -len(births) % k)])
+    vectors, values = algorithm_1(checkpoints, births, k, n_vectors or 4 * k, which)
+    np.testing.assert_allclose(basis["eigenvalue"], values, rtol=1e-3)
+    np.testing.assert_allclose(np.abs((basis["vectors"].values * vectors).sum(1)), 1, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_basis_is_orthonormal_in_float32(tmp_path, checkpoints, kind, k):
+    vectors = torch.from_numpy(compute(tmp_path, checkpoints, basis__kind=kind, basis__k=k)["vectors"].values)
+    assert vectors.dtype == torch.float32
+    assert vectors.shape == (4 * k, 31)
+    assert gram_error(vectors) < 1e-5
+
+
+def test_vectors_are_born_in_training_order_k_at_a_time(tmp_path, checkpoints):
+    basis = compute(tmp_path, checkpoints, basis__k=2, basis__n_vectors=7)
+    assert basis["birth_step"].values.tolist() == [20, 20, 40, 40, 60, 60, 80]
+    assert basis["vector"].values.tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_fewer_vectors_are_the_first_of_more(tmp_path, checkpoints):
+    few = compute(tmp_path / "few", checkpoints, basis__k=2, basis__n_vectors=3)
+    all_of_them = compute(tmp_path / "all", checkpoints, basis__k=2)
+    assert np.array_equal(few["vectors"], all_of_them["vectors"][:3])
+
+
+def test_shuffled_has_the_same_birth_steps_in_another_order_fixed_by_the_seed(tmp_path, checkpoints):
+    births = {}
+    for seed in range(6):
+        basis = compute(tmp_path / str(seed), checkpoints, basis__kind="shuffled", seed=seed)
+        births[seed] = tuple(basis["birth_step"].values.tolist())
+    assert all(sorted(order) == [20, 40, 60, 80] for order in births.values())
+    assert len(set(births.values())) > 1
+    assert set(births.values()) != {(20, 40, 60, 80)}
+    assert tuple(tiny_births(tmp_path / "again", checkpoints)) == births[0]
+
+
+def tiny_births(folder, checkpoints):
+    return compute(folder, checkpoints, basis__kind="shuffled", seed=0)["birth_step"].values.tolist()
+
+
+def test_random_basis_is_determined_by_the_seed_alone(tmp_path, checkpoints):
+    other_weights = tiny_checkpoints(tmp_path / "checkpoints", seed=5)
+    one = compute(tmp_path / "one", checkpoints, basis__kind="random", seed=1)["vectors"]
+    same = compute(tmp_path / "same", other_weights, basis__kind="random", seed=1)["vectors"]
+    other = compute(tmp_path / "other", checkpoints, basis__kind="random", seed=2)["vectors"]
+    assert np.array_equal(one, same)
+    assert np.abs(one.values @ other.values.T).max() < 0.9
+
+
+def test_parameter_basis_is_the_axes_of_the_largest_weights_at_the_end(tmp_path, checkpoints):
+    basis = compute(tmp_path, checkpoints, basis__kind="parameters")
+    theta = checkpoints.theta(80).numpy()
+    expected = np.eye(31)[np.argsort(-np.abs(theta))[:4]]
+    assert np.array_equal(basis["vectors"], expected)
+    assert basis["birth_step"].values.tolist() == [80] * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eigenvalues_are_recorded_where_they_have_a_meaning(tmp_path, checkpoints, kind):
+    basis = compute(tmp_path, checkpoints, basis__kind=kind)
+    for name in ("eigenvalue", "residual", "products"):
+        assert np.isfinite(basis[name]).all() == (kind in ("hessian", "shuffled"))
+
+
+def test_recorded_products_are_those_that_were_made(tmp_path, checkpoints, monkeypatch):
+    calls, product = [], HessianOperator.__call__
+    monkeypatch.setattr(HessianOperator, "__call__", lambda self, v: (calls.append(1), product(self, v))[1])
+    basis = compute(tmp_path, checkpoints, basis__k=2)
+    assert basis["products"].sum().item() == len(calls)
+
+
+def test_recorded_residuals_are_within_the_tolerance(tmp_path, checkpoints):
+    basis = compute(tmp_path, checkpoints, basis__tolerance=0.1)
+    assert (basis["residual"] <= 0.1).all()
+    assert (basis["residual"] > 0).all()
+
+
+def test_vector_that_did_not_converge_is_warned_of_by_number_and_step(tmp_path, checkpoints):
+    with pytest.warns(UserWarning, match=r"basis vector 1 \(step 20\).*basis\.max_products = 2 .*tolerance = 0\.0001"):
+        compute(tmp_path, checkpoints, basis__max_products=2, basis__n_vectors=1)
+
+
+def kill_in_write(patch, n):
+    patch.setattr(PieceStore, "write", fail_at(PieceStore.write, n))
+
+
+def kill_between_variables(patch, n):
+    """The n-th piece is half on disk when the kill comes."""
+    write = PieceStore.write
+    calls = []
+
+    def torn(self, index, **values):
+        calls.append(1)
+        if len(calls) == n:
+            self._group["vectors"][index] = values["vectors"]
+            raise KeyboardInterrupt
+        write(self, index, **values)
+
+    patch.setattr(PieceStore, "write", torn)
+
+
+def kill_in_product(patch, n):
+    patch.setattr(HessianOperator, "__call__", fail_at(HessianOperator.__call__, 20 * n))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("kind", "k", "kill"),
+    [
+        ("hessian", 1, kill_in_write),
+        ("hessian", 2, kill_in_write),
+        ("hessian", 2, kill_between_variables),
+        ("hessian", 1, kill_in_product),
+        ("shuffled", 2, kill_in_write),
+        ("random", 1, kill_in_write),
+        ("parameters", 1, kill_in_write),
+    ],
+)
+def test_basis_killed_and_resumed_has_the_bytes_of_one_that_was_not(tmp_path, checkpoints, monkeypatch, kind, k, kill, n):
+    with monkeypatch.context() as patch:
+        kill(patch, n)
+        with pytest.raises(KeyboardInterrupt):
+            compute(tmp_path / "killed", checkpoints, basis__kind=kind, basis__k=k)
+    compute(tmp_path / "killed", checkpoints, basis__kind=kind, basis__k=k)
+    compute(tmp_path / "whole", checkpoints, basis__kind=kind, basis__k=k)
+    assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
+
+
+def test_finished_basis_is_opened_without_a_product(tmp_path, checkpoints, monkeypatch):
+    first = compute(tmp_path, checkpoints)
+    monkeypatch.setattr(basis_module, "_vectors", fail_at(basis_module._vectors, 1))
+    assert compute(tmp_path, checkpoints).identical(first)
+
+
+def test_orthogonalise_is_the_normalised_rest_after_projection():
+    basis = orthonormal(3, 10)
+    vector = torch.arange(1.0, 11.0, dtype=torch.float64)
+    rest = (torch.eye(10, dtype=torch.float64) - basis.T @ basis) @ vector
+    torch.testing.assert_close(orthogonalise(vector, list(basis)), rest / rest.norm())
+    torch.testing.assert_close(orthogonalise(vector, []), vector / vector.norm())
+
+
+def test_orthogonalise_holds_for_vectors_almost_inside_the_span():
+    basis = orthonormal(3, 10).float()
+    vector = basis[0] + 1e-4 * torch.ones(10)
+    assert (basis @ orthogonalise(vector, list(basis))).abs().max() < 1e-6
+
+
+def test_gram_error_is_the_largest_deviation_from_the_identity():
+    assert gram_error(torch.eye(3)) == 0
+    assert gram_error(torch.tensor([[1.0, 0.0], [0.25, 1.5]])) == pytest.approx(1.5**2 + 0.25**2 - 1)
