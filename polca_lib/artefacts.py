@@ -156,7 +156,19 @@ class PieceStore:
 
     def dataset(self) -> xr.Dataset:
         """The dataset as it stands; pieces not yet computed read as NaN."""
-        return xr.open_zarr(self.path, chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
+        return _read(self.path).drop_vars("_done")
+
+    @staticmethod
+    def load(path: Path) -> xr.Dataset | None:
+        """The dataset at ``path`` if all its pieces are there, else nothing."""
+        if not path.with_name(f"{path.name}.ready").exists():
+            return None
+        dataset = _read(path)
+        return dataset.drop_vars("_done") if bool(dataset["_done"].all()) else None
+
+
+def _read(path: Path) -> xr.Dataset:
+    return xr.open_zarr(path, chunks=None, zarr_format=2, consolidated=False)
 
 
 @cache

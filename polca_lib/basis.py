@@ -67,7 +67,13 @@ def compute_basis(path: Path, config: RunConfig, checkpoints: CheckpointFolder, 
             for vector, record in _vectors(config, births, checkpoints, hessian_batch, vectors):
                 store.write(len(vectors) - 1, vectors=vector.cpu().numpy(), **record)
                 bar.update()
-    return store.dataset().set_coords(_RECORDS)
+    return load_basis(path)
+
+
+def load_basis(path: Path) -> xr.Dataset | None:
+    """The basis at ``path``, as :func:`compute_basis` returns it, or nothing if it is not complete."""
+    stored = PieceStore.load(path)
+    return None if stored is None else stored.set_coords(_RECORDS)
 
 
 def gram_error(vectors: Float[Tensor, "vector d"]) -> float:

@@ -28,6 +28,11 @@ def flat_after(loss: xr.DataArray, drop: float = 7 / 8) -> int:
     return int(loss["step"][reached.values][0])
 
 
+def hidden_threshold(loss: xr.DataArray, config: ClusteringConfig) -> int:
+    """Tau of v3's Eq. 10, in steps: as configured, or where the mean of ``loss`` (step, token) has gone flat."""
+    return flat_after(loss.mean("token")) if config.hidden_after is None else config.hidden_after
+
+
 def breakthrough_step(trajectories: xr.DataArray, window: int) -> xr.DataArray:
     """Step at which each trajectory starts its sharpest drop.
 

@@ -31,7 +31,7 @@ SKILL_COLOURS = {
 
 def use_style() -> None:
     """Set the style of all figures of the book."""
-    sns.set_theme(context="notebook", style="ticks", palette=OKABE_ITO, font_scale=0.85)
+    sns.set_theme(context="notebook", style="ticks", palette=OKABE_ITO, font_scale=0.9)
     plt.rcParams.update(
         {
             "figure.dpi": 110,
@@ -104,7 +104,7 @@ def loss_by_place(loss: xr.DataArray) -> Figure:
 
 def loss_by_skill(loss: xr.DataArray) -> Figure:
     """Figure 8: median and quartiles of the exact loss for each place, with and without a carry into it."""
-    figure, panels = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
+    figure, panels = plt.subplots(1, 4, figsize=(10, 2.8), sharey=True)
     for place, axes in zip(PLACES, panels, strict=True):
         for skill in (s for s in SKILLS if s.split(",")[0] == place):
             label = skill.partition(", ")[2] or "never a carry"
@@ -134,7 +134,7 @@ def polca_clusters(
     right their composition. The dotted line marks the step at which the vector was found.
     """
     vectors = list(vectors)
-    figure, grid = plt.subplots(len(vectors), 3, figsize=(11, 3.1 * len(vectors)), squeeze=False)
+    figure, grid = plt.subplots(len(vectors), 3, figsize=(10, 2.9 * len(vectors)), squeeze=False)
     for row, vector in zip(grid, vectors, strict=True):
         own, label = projected.sel(vector=vector), labels.sel(vector=vector)
         _cluster_curves(row[0], own, label, scaling)

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from polca_lib.artefacts import FORMAT_VERSION, Artefact, fingerprint
-from polca_lib.basis import compute_basis
+from polca_lib.artefacts import FORMAT_VERSION, Artefact, PieceStore, fingerprint
+from polca_lib.basis import compute_basis, load_basis
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.config import PRESETS, RunConfig
 from polca_lib.models import build_model
@@ -85,19 +85,25 @@ class Run:
     @cached_property
     def basis(self) -> xr.Dataset:
         """The basis, see :func:`polca_lib.basis.compute_basis`."""
-        checkpoints, artefact = self.checkpoints, self._basis
-        with artefact.timed():
+        path = self._basis.path / "basis.zarr"
+        if (stored := load_basis(path)) is not None:
+            return stored
+        checkpoints = self.checkpoints
+        with self._basis.timed():
             batch = arithmetic.encode(self.samples.hessian).to(self.config.device)
-            return compute_basis(artefact.path / "basis.zarr", self.config, checkpoints, batch)
+            return compute_basis(path, self.config, checkpoints, batch)
 
     @cached_property
     def projections(self) -> xr.Dataset:
         """Losses and derivatives along the basis, see :func:`polca_lib.projection.project_run`."""
-        basis, artefact = self.basis, self._projection
-        with artefact.timed():
+        basis, path = self.basis, self._projection.path / "projections.zarr"
+        if (stored := PieceStore.load(path)) is not None:
+            return stored
+        checkpoints = self.checkpoints
+        with self._projection.timed():
             return project_run(
-                artefact.path / "projections.zarr",
-                self.checkpoints,
+                path,
+                checkpoints,
                 self.config.training.checkpoint_steps,
                 arithmetic.encode(self.samples.validation).to(self.config.device),
                 self.tokens,

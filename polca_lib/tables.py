@@ -6,13 +6,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from polca_lib.clustering import DROPPED, falls, most_homogeneous
-from polca_lib.config import RunConfig
+from polca_lib.breakthroughs import cluster_breakthroughs
+from polca_lib.clustering import DROPPED, composition, falls, most_homogeneous
+from polca_lib.config import ClusteringConfig, RunConfig, Scaling
+from polca_lib.tasks.arithmetic import SKILLS
 
 PAPER = Path(__file__).parents[1] / "data" / "paper"
 
@@ -44,6 +47,34 @@ def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
     row["vectors"] = int(kept.sum())
     row["dropped"] = float(dropped.mean()) if kept.any() else np.nan
     return pd.Series(row, dtype=float)
+
+
+def compare_strategies(
+    levels: Mapping[str, xr.DataArray], rates: Mapping[str, xr.DataArray], config: ClusteringConfig, hidden_after: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Cluster every kind of trajectory with every scaling (Table 3, and the scaling that the paper leaves open).
+
+    Args:
+        levels: trajectories whose fall means learning, by name: losses and projected losses.
+        rates: the others, by name, for which nothing is dropped before HDBSCAN.
+        config: of the clustering; its scaling is not used.
+        hidden_after: tau, in steps.
+
+    Returns:
+        :func:`strategy_row` by scaling and name; and the number of tokens of each skill in the purest cluster.
+    """
+    rows, purest = {}, {}
+    for scaling in get_args(Scaling):
+        settings = config.model_copy(update={"scaling": scaling})
+        for name, curves in {**levels, **rates}.items():
+            labels, table = cluster_breakthroughs(curves, settings, hidden_after, only_falling=name in levels)
+            rows[scaling, name] = strategy_row(labels, table)
+            for best in most_homogeneous(table, 1).itertuples():
+                own = labels.sel(vector=best.vector) if best.vector else labels
+                purest[scaling, name] = composition(own).loc[best.cluster]
+    index = ["scaling", "trajectory"]
+    made_of = pd.DataFrame(purest).T.reindex(columns=list(SKILLS)).fillna(0).astype(int)
+    return pd.DataFrame(rows).T.rename_axis(index), made_of.rename_axis(index)
 
 
 def vector_table(basis: xr.Dataset, projected: xr.DataArray, labels: xr.DataArray, table: pd.DataFrame) -> pd.DataFrame:

@@ -89,7 +89,7 @@ def mlp_batch(examples, dtype=torch.float64, seed=0):
 
 
 def problem(name, examples=7, dtype=torch.float64, seed=0):
-    """A token loss, a point and a batch: ``mlp`` (31 parameters), ``attention`` (93) or, with it, ``layer norm`` (101)."""
+    """A token loss, a point and a batch: ``mlp`` (31 parameters), ``attention`` (93), ``layer norm`` (both; 101)."""
     generator = torch.Generator().manual_seed(seed)
     if name == "mlp":
         token_loss, batch = TokenLoss(Mlp().to(dtype), mlp_loss), mlp_batch(examples, dtype, seed)
@@ -121,6 +121,14 @@ def token_hessians(token_loss, theta, batch):
             for i in range(len(token_loss(theta, batch)))
         ]
     )
+
+
+def token_curvatures(token_loss, theta, batch, vectors):
+    """b'H(x)b by two backward passes per token and vector, for models too large for dense Hessians: (token, vector)."""
+    point = theta.detach().clone().requires_grad_()
+    gradients = [torch.autograd.grad(loss, point, create_graph=True)[0] for loss in token_loss(point, batch)]
+    rows = [[torch.autograd.grad(g @ v, point, retain_graph=True)[0] @ v for v in vectors] for g in gradients]
+    return torch.tensor(rows, dtype=theta.dtype)
 
 
 def tiny_config(**overrides):

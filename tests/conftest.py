@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 from cases import TINY_RUN, problem
@@ -18,7 +16,6 @@ def runs_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLCA_RUNS", str(folder))
-        patch.setenv("TQDM_DISABLE", os.environ.get("TQDM_DISABLE", "1"))
         yield folder
 
 

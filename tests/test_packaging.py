@@ -1,0 +1,109 @@
+"""Packaging, layout and notebooks as they are kept in the repository."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+# Data flows from left to right: a module may import from its left alone.
+ROOMS = (
+    "config", "tasks.arithmetic", "models", "token_loss", "artefacts", "checkpoints", "training", "curvature", "basis",
+    "projection", "decomposition", "clustering", "breakthroughs", "figures", "tables", "pipeline",
+)  # fmt: skip
+
+
+def declared():
+    extras = PROJECT["optional-dependencies"]
+    lines = PROJECT["dependencies"] + [line for extra in extras.values() for line in extra]
+    requirements = map(Requirement, lines)
+    return {r.name: str(r.specifier) for r in requirements if r.name != PROJECT["name"]}
+
+
+def test_conda_environment_has_the_dependencies_of_pyproject():
+    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = entries[-1]["pip"]
+    assert pip[-1] == "--editable ."
+    lines = [*entries[:-1], *pip[:-1]]
+    conda = {r.name: str(r.specifier) for r in map(Requirement, lines)}
+    assert conda.pop("python") == str(Requirement("python" + PROJECT["requires-python"]).specifier)
+    assert conda.pop("make") == conda.pop("pip") == ""
+    conda["torch"] = conda.pop("pytorch")
+    assert conda == declared()
+
+
+def test_constraints_pin_every_dependency_within_its_bounds():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for name, bounds in declared().items():
+        assert Requirement(f"{name}{bounds}").specifier.contains(pins[name.lower()]), name
+    assert pins["torch"] == "2.13.0"
+
+
+def test_no_module_imports_one_to_its_right():
+    found = {
+        str(path.relative_to(ROOT / "polca_lib").with_suffix("")).replace("/", ".")
+        for path in (ROOT / "polca_lib").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert found == set(ROOMS)
+    for position, room in enumerate(ROOMS):
+        tree = ast.parse((ROOT / "polca_lib" / f"{room.replace('.', '/')}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("polca_lib"):
+                whole = node.module.removeprefix("polca_lib").lstrip(".")
+                names = [whole] if whole in ROOMS else [f"{whole}.{a.name}".lstrip(".") for a in node.names]
+                for name in names:
+                    assert ROOMS.index(name) < position, f"{room} imports {name}"
+
+
+def test_continuous_integration_runs_make_test():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_has_typed_parameters_with_help_first_and_provenance_last(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    assert "parameters" in cells[0].metadata.tags
+    assert cells[-1].source == "run.provenance()"
+    parameters = papermill.inspect_notebook(str(path))
+    assert len(parameters) == len([line for line in cells[0].source.splitlines() if "=" in line])
+    for name, parameter in parameters.items():
+        assert parameter["inferred_type_name"] in ("str", "int", "float", "bool", "list"), name
+        assert parameter["help"], f"{name} has no help"
+        ast.literal_eval(parameter["default"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_kept_executed_and_without_errors(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+
+
+def test_every_figure_has_a_caption_and_a_name_of_its_own():
+    names = []
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code" and re.search(r"^figure = ", cell.source, re.MULTILINE):
+                figure = cell.metadata.mystnb.figure
+                assert len(figure.caption.split()) > 12, f"{path.name}: {figure.name}"
+                names.append(figure.name)
+    assert len(names) == len(set(names))
+    assert len(names) >= 8
+
+
+def test_readme_gives_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert "make book" in readme
+    assert "make test" in readme

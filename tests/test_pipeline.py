@@ -1,0 +1,157 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from cases import TINY_RUN, folder_bytes, token_gradients
+
+from polca_lib import pipeline
+from polca_lib.artefacts import ArtefactMismatch
+from polca_lib.breakthroughs import mark_hidden
+from polca_lib.clustering import cluster_tokens, homogeneity_table
+from polca_lib.config import PRESETS
+from polca_lib.decomposition import projected_loss
+from polca_lib.pipeline import Run
+from polca_lib.tasks import arithmetic
+
+
+def tiny(**overrides):
+    overrides = {name.replace("__", "."): value for name, value in overrides.items()}
+    return Run.from_preset("smoke", **{**TINY_RUN, **overrides})
+
+
+def no_loss(*_):
+    raise AssertionError("a loss was computed, though all was stored")
+
+
+@pytest.fixture
+def nothing_may_be_computed(monkeypatch):
+    monkeypatch.setattr(arithmetic, "answer_loss", no_loss)
+
+
+def stages(run):
+    return {path.name for path in run.folder.iterdir()}
+
+
+def arrays(run):
+    """All files but the logs of time."""
+    return {name: content for name, content in folder_bytes(run.folder).items() if not name.endswith("seconds.txt")}
+
+
+def test_runs_lie_where_the_environment_says(run, runs_folder):
+    assert run.folder == runs_folder
+    assert {name.split("-")[0] for name in stages(run)} == {"training", "basis", "projection"}
+
+
+def test_projections_cover_every_checkpoint_token_and_vector(run):
+    assert dict(run.projections.sizes) == {"step": 5, "token": 48, "vector": 2}
+    assert run.projections["step"].values.tolist() == [0, 10, 20, 30, 40]
+    assert run.projections["birth_step"].values.tolist() == [20, 40]
+    assert run.projections["skill"].values.tolist() == run.tokens["skill"].tolist()
+
+
+@pytest.mark.parametrize("step", [0, 30])
+def test_stored_losses_and_gradients_are_those_of_the_checkpoints(run, step):
+    token_loss, theta = run.checkpoints.token_loss, run.checkpoints.theta(step)
+    batch = arithmetic.encode(run.samples.validation)
+    at = run.projections.sel(step=step)
+    vectors = torch.from_numpy(run.basis["vectors"].values)
+    np.testing.assert_allclose(at["loss"], token_loss(theta, batch), rtol=1e-4)
+    np.testing.assert_allclose(at["gradient"], token_gradients(token_loss, theta, batch) @ vectors.T, atol=1e-4)
+
+
+def test_second_run_loads_all_stages_without_computing_a_loss(run, nothing_may_be_computed):
+    before = arrays(run)
+    again = tiny()
+    assert again.projections.identical(run.projections)
+    assert again.basis.identical(run.basis)
+    assert arrays(run) == before
+
+
+def test_clustering_settings_reuse_everything(run, nothing_may_be_computed):
+    before = stages(run)
+    other = tiny(clustering__order="trapezoid", clustering__min_cluster_size=5, clustering__breakthrough_window=20)
+    assert other.projections.identical(run.projections)
+    assert stages(run) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "new"),
+    [
+        ({"projection__curvature": False}, ["projection"]),
+        ({"basis__kind": "random"}, ["basis", "projection"]),
+        ({"seed": 1}, ["basis", "projection", "training"]),
+        ({"training__learning_rate": 1e-3}, ["basis", "projection", "training"]),
+    ],
+)
+def test_changed_setting_computes_anew_what_depends_on_it_and_leaves_the_rest(run, override, new):
+    before, contents = stages(run), arrays(run)
+    other = tiny(**override)
+    assert not other.projections.identical(run.projections)
+    made = sorted(name.split("-")[0] for name in stages(run) - before)
+    assert made == new
+    after = arrays(run)
+    assert all(after[name] == content for name, content in contents.items())
+
+
+def test_same_settings_elsewhere_give_the_same_bytes(run, tmp_path):
+    again = Run(run.config, tmp_path)
+    assert again.projections.identical(run.projections)
+    for name, content in arrays(again).items():
+        assert (run.folder / name).read_bytes() == content
+
+
+def test_stage_with_another_manifest_is_refused(run, tmp_path):
+    mine = Run(run.config, tmp_path)
+    _ = mine.checkpoints
+    (folder,) = tmp_path.iterdir()
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 3'))
+    with pytest.raises(ArtefactMismatch, match=r"config\.seed = 3, but config\.seed = 0"):
+        _ = Run(run.config, tmp_path).checkpoints
+
+
+def test_validation_and_hessian_samples_are_not_training_stretches(run):
+    pairs = np.concatenate(run.samples)
+    assert len(pairs) == 12 + 8 + 40 * 8
+    assert (pairs == np.random.default_rng(0).integers(0, 1000, size=(len(pairs), 2))).all()
+
+
+def test_provenance_says_preset_seed_device_and_commit_of_each_stage(run):
+    table = run.provenance()["value"]
+    assert table["preset"] == "smoke"
+    assert table["seed"] == "0"
+    assert table["device"] == "cpu"
+    for stage in ("training", "basis", "projection"):
+        assert table[f"{stage}: commit"]
+        assert table[f"{stage}: wall time"].endswith(" s")
+    assert table["torch"] == torch.__version__
+
+
+def test_provenance_of_a_run_not_yet_started_is_its_settings_alone():
+    table = tiny(seed=5).provenance()["value"]
+    assert table["seed"] == "5"
+    assert not any("commit" in name for name in table.index)
+
+
+def test_stages_fit_together_to_a_table_of_hidden_breakthroughs(run):
+    loss = projected_loss(run.projections, "second")
+    labels = cluster_tokens(loss, run.config.clustering)
+    table = mark_hidden(homogeneity_table(labels), labels, loss, run.config.clustering.breakthrough_window, 20)
+    assert isinstance(labels, xr.DataArray)
+    assert labels.sizes == {"vector": 2, "token": 48}
+    assert table["breakthrough"].between(0, 40).all()
+
+
+def test_command_line_computes_a_preset_and_prints_what_made_it(run, monkeypatch, capsys, nothing_may_be_computed):
+    sections = {}
+    for name, value in TINY_RUN.items():
+        section, field = name.split(".")
+        sections.setdefault(section, dict(PRESETS["smoke"].get(section, {})))[field] = value
+    monkeypatch.setitem(PRESETS, "smoke", {**PRESETS["smoke"], **sections})
+    monkeypatch.setattr(sys, "argv", ["polca", "--preset", "smoke", "--seed", "0"])
+    pipeline.main()
+    printed = capsys.readouterr().out
+    assert "smoke" in printed
+    assert "projection: commit" in printed
