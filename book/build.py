@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import os
 import shutil
 import subprocess
@@ -18,25 +19,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import papermill
 
 from polca_lib.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
+README_PICTURE = "book/_static/polca-laptop.png"
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Execute one notebook with those of ``parameters`` that it has."""
-    known = papermill.inspect_notebook(str(source))
+    """Execute one notebook with those of ``parameters`` that it has and that differ from its own."""
+    own = {name: ast.literal_eval(p["default"]) for name, p in papermill.inspect_notebook(str(source)).items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
+    notebook = papermill.execute_notebook(
         str(source),
         str(target),
-        {name: value for name, value in parameters.items() if name in known},
+        {name: value for name, value in parameters.items() if name in own and own[name] != value},
         kernel_name="python3",
         cwd=str(ROOT),
         progress_bar=sys.stderr.isatty(),
     )
+    # Papermill's notes hold paths and times of this machine.
+    for item in (notebook, *notebook.cells):
+        item.metadata.pop("papermill", None)
+    nbformat.write(notebook, target)
 
 
 def check_parameters(notebooks: list[Path], parameters: dict[str, Any]) -> None:
@@ -66,6 +73,14 @@ def build_pages(preset: str, source: Path, target: Path) -> None:
     print(f"\nThe book is at {target / 'index.html'}")
 
 
+def export_figure(notebook: Path, name: str, target: Path) -> None:
+    """Write the figure ``name`` of an executed notebook as PNG, for the README."""
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name:
+            image = next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
+            target.write_bytes(base64.b64decode(image))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,7 +107,9 @@ def main() -> None:
         target = notebook if arguments.in_place else folder / "source" / "notebooks" / notebook.name
         print(f"running {notebook.name}", flush=True)
         execute(notebook, target, parameters)
-    if not arguments.in_place:
+    if arguments.in_place:
+        export_figure(ROOT / "notebooks" / "05_polca.ipynb", "fig-polca-clusters", ROOT / README_PICTURE)
+    else:
         build_pages(arguments.preset, folder / "source", folder / "html")
 
 

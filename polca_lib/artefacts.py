@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import xarray as xr
 import zarr
@@ -39,11 +40,15 @@ def fingerprint(value: Any) -> str:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a later run, sees all of it or nothing."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ class Artefact:
         if manifest.exists():
             try:
                 found = json.loads(manifest.read_text())
-            except json.JSONDecodeError as error:
+                if not isinstance(found, dict):
+                    raise ValueError("it is no JSON object")
+            except ValueError as error:
                 raise ArtefactMismatch(f"{manifest} is damaged ({error}); delete the folder to recompute it") from None
             difference = next(_differences({k: found.get(k) for k in wanted}, wanted), None)
             if difference:
@@ -124,7 +131,7 @@ class PieceStore:
     ):
         self.path, self.dim = path, dim
         ready = path.with_name(f"{path.name}.ready")
-        if not ready.exists():
+        if not (ready.exists() and path.exists()):
             # Coordinates are small and always the same: writing them again heals a start that was cut short.
             template.to_zarr(path, mode="a", zarr_format=2, consolidated=False)
             group = zarr.open_group(path, mode="a", zarr_format=2)
@@ -138,6 +145,7 @@ class PieceStore:
                     shape=shape,
                     chunks=tuple(1 if d == dim else n for d, n in zip(dims, shape, strict=True)),
                     dtype=dtype,
+                    filters=[numcodecs.CRC32()],
                     fill_value=False if dtype == "bool" else np.nan,
                     attributes={"_ARRAY_DIMENSIONS": list(dims)},
                 )
@@ -161,10 +169,11 @@ class PieceStore:
     @staticmethod
     def load(path: Path) -> xr.Dataset | None:
         """The dataset at ``path`` if all its pieces are there, else nothing."""
-        if not path.with_name(f"{path.name}.ready").exists():
+        if not (path.exists() and path.with_name(f"{path.name}.ready").exists()):
             return None
-        dataset = _read(path)
-        return dataset.drop_vars("_done") if bool(dataset["_done"].all()) else None
+        # Not by xarray: it takes False, the fill value, for missing.
+        done = zarr.open_group(path, mode="r", zarr_format=2)["_done"][:]
+        return _read(path).drop_vars("_done") if done.all() else None
 
 
 def _read(path: Path) -> xr.Dataset:

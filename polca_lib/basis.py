@@ -60,8 +60,8 @@ def compute_basis(path: Path, config: RunConfig, checkpoints: CheckpointFolder, 
     if missing := store.missing():
         # Start at the first vector of the block that was cut short.
         start = missing[0] // config.basis.k * config.basis.k
-        done = torch.from_numpy(store.dataset()["vectors"][:start].values).to(checkpoints.device)
-        vectors = list(done)
+        done = torch.from_numpy(store.dataset()["vectors"][:start].values)
+        vectors = list(done.to(checkpoints.device, checkpoints.token_loss.dtype))
         bar = tqdm(total=config.n_vectors, initial=start, desc=f"basis ({config.basis.kind})", unit="vector")
         with bar:
             for vector, record in _vectors(config, births, checkpoints, hessian_batch, vectors):

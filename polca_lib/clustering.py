@@ -28,7 +28,7 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     - ``unit``: divided by the magnitude of their total change, so that only the timing counts.
     - ``zscore``: mean 0 and standard deviation 1 over time.
 
-    The paper does not say which it uses. A trajectory without any change stays as it is.
+    The paper does not say which it uses. A trajectory without any change is not divided by anything.
     """
     if scaling == "raw":
         return trajectories
@@ -61,7 +61,7 @@ def cluster_tokens(trajectories: xr.DataArray, config: ClusteringConfig, *, only
     if "vector" not in trajectories.dims:
         return _cluster(trajectories, config, only_falling)
     labels = [_cluster(trajectories.sel(vector=v), config, only_falling) for v in trajectories["vector"]]
-    return xr.concat(labels, dim="vector")
+    return xr.concat(labels, dim="vector", coords="different", compat="equals")
 
 
 def _cluster(trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool) -> xr.DataArray:

@@ -41,7 +41,7 @@ class ModelConfig(Section):
     n_ctx: int = Field(12, gt=0)
     d_vocab: int = Field(12, gt=0)
     d_vocab_out: int = Field(10, gt=0)
-    activation: Literal["gelu", "relu", "gelu_new", "silu"] = "gelu"
+    activation: Literal["gelu", "relu", "gelu_new"] = "gelu"
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -114,7 +114,7 @@ def top_eigenpairs(
         wanted = np.argsort(-ritz if which == "largest" else -np.abs(ritz), kind="stable")[:k]
         estimates = np.abs(beta[-1] * basis[-1, wanted])
         exhausted = beta[-1] <= 1e-7 * np.abs(ritz).max()  # the Krylov space is invariant
-        converged = m >= k and bool(np.all(estimates <= tolerance * np.abs(ritz[wanted])))
+        converged = m >= k and bool(np.all(estimates <= tolerance * np.abs(ritz[wanted])) and np.all(ritz[wanted] != 0))
         if converged or exhausted:
             break
     combination = torch.from_numpy(basis[:, wanted]).to(krylov)

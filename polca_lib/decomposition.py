@@ -112,7 +112,8 @@ def closure(projections: xr.Dataset, order: Order) -> xr.Dataset:
 
     Returns:
         ``claimed`` (step, token): sum over vectors of the projected loss; ``true`` (step, token): L(x; t) - L(x; 0);
-        attributes ``share``: mean claimed over mean true change at the end; ``correlation``: over tokens at the end.
+        attributes ``share``: mean claimed over mean true change at the end; ``correlation``: over tokens at the end;
+        ``largest``: largest magnitude claimed for a token at the end; ``largest_true``: the same of the true changes.
     """
     claimed = projected_loss(projections, order).sum("vector")
     true = projections["loss"] - projections["loss"].isel(step=0, drop=True)
@@ -122,6 +123,8 @@ def closure(projections: xr.Dataset, order: Order) -> xr.Dataset:
         attrs={
             "share": float(last_claimed.mean() / last_true.mean()),
             "correlation": float(np.corrcoef(last_claimed.values, last_true.values)[0, 1]),
+            "largest": float(abs(last_claimed).max()),
+            "largest_true": float(abs(last_true).max()),
         },
     )
 

@@ -193,19 +193,31 @@ def basis_records(basis: xr.Dataset) -> Figure:
 
 
 def closure_curves(closures: Mapping[str, xr.Dataset]) -> Figure:
-    """Mean loss change that the sum over vectors claims, by order, beside the true one; and token by token."""
-    figure, (mean, tokens) = plt.subplots(1, 2, figsize=(9.5, 3.5))
+    """Mean loss change that the sum over vectors claims, by order, beside the true one; and token by token.
+
+    The panels of single tokens are cut off at the range of the true changes; each says how many tokens lie outside.
+    """
+    figure = plt.figure(figsize=(10, 4.2))
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
+    mean, panels = left.subplots(), right.subplots(2, -(-len(closures) // 2), sharex=True, sharey=True).flat
     true = next(iter(closures.values()))["true"]
     mean.plot(true["step"], true.mean("token"), color="black", linewidth=2.5, label="true change in loss")
-    for (order, closed), colour in zip(closures.items(), OKABE_ITO, strict=False):
-        mean.plot(closed["step"], closed["claimed"].mean("token"), color=colour, label=order)
-        tokens.plot(true.isel(step=-1), closed["claimed"].isel(step=-1), ".", color=colour, alpha=0.35, label=order)
+    last = true.isel(step=-1)
+    limits = np.array([float(last.min()), float(last.max())]) + np.array([-0.5, 0.5])
+    styles = ("-", "-", "--", "-")  # exact lies on second in the mean: by construction
+    for (order, closed), colour, style, axes in zip(closures.items(), OKABE_ITO, styles, panels, strict=False):
+        mean.plot(closed["step"], closed["claimed"].mean("token"), color=colour, label=order, linestyle=style)
+        claimed = closed["claimed"].isel(step=-1)
+        outside = int(((claimed < limits[0]) | (claimed > limits[1])).sum())
+        axes.plot(last, claimed, ".", color=colour, alpha=0.4, markersize=4)
+        axes.plot(limits, limits, color="black", linewidth=1)
+        axes.set(xlim=limits, ylim=limits, title=order)
+        axes.text(0.03, 0.03, f"{outside} of {claimed.size} outside", transform=axes.transAxes, fontsize=8)
     mean.axhline(0, color="black", linewidth=0.5)
     mean.set(xlabel="training step", ylabel="change since step 0 (nats)", title="Mean over tokens")
     mean.legend()
-    limits = [float(true.isel(step=-1).min()), float(true.isel(step=-1).max())]
-    tokens.plot(limits, limits, color="black", linewidth=1)
-    tokens.set(xlabel="true change (nats)", ylabel="claimed change (nats)", title="Each token, at the end")
+    right.supxlabel("true change of a token (nats)", fontsize=9)
+    right.supylabel("claimed change (nats)", fontsize=9)
     return figure
 
 

@@ -23,7 +23,7 @@ import xarray as xr
 from polca_lib.artefacts import FORMAT_VERSION, Artefact, PieceStore, fingerprint
 from polca_lib.basis import compute_basis, load_basis
 from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.config import PRESETS, RunConfig
+from polca_lib.config import PRESETS, BasisKind, RunConfig
 from polca_lib.models import build_model
 from polca_lib.projection import project_run
 from polca_lib.tasks import arithmetic
@@ -49,6 +49,14 @@ class Run:
     def from_preset(cls, preset: str, **overrides: Any) -> Run:
         """A run by preset and single settings; see :meth:`polca_lib.config.RunConfig.from_preset`."""
         return cls(RunConfig.from_preset(preset, **overrides))
+
+    def on_basis(self, kind: BasisKind, *, curvature: bool) -> Run:
+        """The same training run on another basis, with or without curvature along its vectors."""
+        sections = {
+            "basis": self.config.basis.model_copy(update={"kind": kind}),
+            "projection": self.config.projection.model_copy(update={"curvature": curvature}),
+        }
+        return Run(self.config.model_copy(update=sections), self.folder)
 
     @cached_property
     def samples(self) -> arithmetic.Samples:
@@ -148,14 +156,15 @@ class Run:
 
 
 def main() -> None:
-    """Compute all stages of a preset."""
+    """Compute all stages of a preset, on the Hessian basis and, for the comparison with LCA, on single parameters."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="laptop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     run = Run.from_preset(arguments.preset, seed=arguments.seed, device=arguments.device)
-    _ = run.projections
+    for each in (run, run.on_basis("parameters", curvature=False)):
+        _ = each.projections
     print(run.provenance().to_string(header=False))
 
 

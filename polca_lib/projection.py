@@ -134,12 +134,12 @@ def project_run(
     )
     store = PieceStore(path, template, variables, dim="step")
     if missing := store.missing():
-        vectors = torch.from_numpy(basis["vectors"].values).to(checkpoints.device)
+        vectors = torch.from_numpy(basis["vectors"].values).to(checkpoints.device, checkpoints.token_loss.dtype)
         following = dict(itertools.pairwise(steps))
         bar = tqdm(missing, total=len(steps), initial=len(steps) - len(missing), desc="projections", unit="checkpoint")
         for index in bar:
             step = steps[index]
-            theta = checkpoints.theta(step)
+            theta = _finite_theta(checkpoints, step)
             result = project(checkpoints.token_loss, theta, batch, vectors, curvature=curvature)
             if not all(torch.isfinite(value).all() for value in result if value is not None):
                 raise NonFiniteProjection(
@@ -150,10 +150,18 @@ def project_run(
             if curvature:
                 piece["curvature"] = result.curvature
             if step in following:
-                change = checkpoints.theta(following[step]) - theta
+                change = _finite_theta(checkpoints, following[step]) - theta
                 piece |= {"movement": vectors @ change, "distance": change.norm()}
             store.write(index, **{name: value.cpu().numpy() for name, value in piece.items()})
     return store.dataset()
+
+
+def _finite_theta(checkpoints: CheckpointFolder, step: int) -> Float[Tensor, " d"]:
+    """The weights at ``step``, checked here because they also enter the movement of the step before."""
+    theta = checkpoints.theta(step)
+    if not torch.isfinite(theta).all():
+        raise NonFiniteProjection(f"{checkpoints.file(step)} holds weights that are not finite; end the run before it")
+    return theta
 
 
 def _plain(column: pd.Series) -> np.ndarray:

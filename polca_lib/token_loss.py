@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 Batch = Any
 """A tensor, or a nest of tensors, whose first dimension is the example."""
+
+
+class _ComposedLayerNorm(TorchFunctionMode):
+    """Layer norm from elementary operations: torch's own is wrong under nested forward mode (pytorch issue 196700)."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        composed = _layer_norm if function is nn.functional.layer_norm else function
+        return composed(*arguments, **(keywords or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(dims, keepdim=True)
+    scaled = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    scaled = scaled if weight is None else scaled * weight
+    return scaled if bias is None else scaled + bias
 
 
 class _LossModule(nn.Module):
@@ -56,7 +81,7 @@ class TokenLoss:
         """Loss of each target token of ``batch`` at parameters ``theta``, differentiable in ``theta``."""
         state = {f"model.{name}": value for name, value in self.unflatten(theta).items()}
         # Fused attention kernels have no forward-mode derivative.
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _ComposedLayerNorm():
             return torch.func.functional_call(self._module, state, (batch,))
 
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:

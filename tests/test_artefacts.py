@@ -1,12 +1,13 @@
 import json
 import os
+import shutil
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from cases import folder_bytes
+from cases import flip_bit, folder_bytes
 
 from polca_lib.artefacts import Artefact, ArtefactMismatch, PieceStore, fingerprint, software, write_atomically
 
@@ -175,3 +176,34 @@ def test_start_that_was_cut_short_heals(tmp_path, monkeypatch, name):
     for folder in ("cut", "whole"):
         open_store(tmp_path / folder).write(1, **piece(1))
     assert folder_bytes(tmp_path / "cut") == folder_bytes(tmp_path / "whole")
+
+
+def test_store_is_loaded_only_once_it_is_whole(tmp_path):
+    path = tmp_path / "x.zarr"
+    assert PieceStore.load(path) is None
+    store = open_store(tmp_path)
+    for i in range(3):
+        assert PieceStore.load(path) is None
+        store.write(i, **piece(i))
+    assert PieceStore.load(path).identical(store.dataset())
+
+
+def test_store_whose_folder_was_deleted_starts_anew(tmp_path):
+    open_store(tmp_path).write(1, **piece(1))
+    shutil.rmtree(tmp_path / "x.zarr")
+    assert PieceStore.load(tmp_path / "x.zarr") is None
+    assert open_store(tmp_path).missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_damaged_piece_is_not_read_as_if_it_were_sound(tmp_path, damage):
+    template = xr.Dataset(coords={"step": [0], "parameter": np.arange(500)})
+    store = PieceStore(tmp_path / "x.zarr", template, {"vectors": (("step", "parameter"), "float32")}, dim="step")
+    store.write(0, vectors=np.random.default_rng(0).standard_normal(500))
+    (file,) = (tmp_path / "x.zarr" / "vectors").glob("[0-9]*")
+    if damage == "flipped":
+        flip_bit(file, file.stat().st_size // 2)
+    else:
+        file.write_bytes(file.read_bytes()[:-400])
+    with pytest.raises((ValueError, RuntimeError, OSError)):
+        store.dataset().load()

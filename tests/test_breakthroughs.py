@@ -4,7 +4,14 @@ import pytest
 import xarray as xr
 from cases import sigmoid_drop
 
-from polca_lib.breakthroughs import breakthrough_step, flat_after, mark_hidden
+from polca_lib.breakthroughs import (
+    breakthrough_step,
+    cluster_breakthroughs,
+    flat_after,
+    hidden_threshold,
+    mark_hidden,
+)
+from polca_lib.config import ClusteringConfig
 
 STEPS = np.arange(0, 401, 20)
 
@@ -108,3 +115,25 @@ def test_curve_is_flat_once_it_has_made_that_share_of_its_fall(values, drop, exp
 def test_curve_that_never_falls_has_no_flat_part(values):
     with pytest.raises(ValueError, match=r"never falls.*hidden_after"):
         flat_after(curve(*values))
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(None, 30), (170, 170)])
+def test_threshold_is_as_configured_or_where_the_mean_loss_has_gone_flat(configured, expected):
+    mean = curve(8, 4, 2, 1, 0)
+    loss = xr.concat([mean + 3, mean - 3], dim="token")
+    assert hidden_threshold(loss, ClusteringConfig(hidden_after=configured)) == expected
+
+
+@pytest.mark.parametrize("only_falling", [True, False])
+def test_clusters_are_found_tabulated_and_marked_at_the_start_of_their_drops(only_falling):
+    early, late, rising = (np.outer(np.linspace(1, 1.05, 30), hinge(at, at + 80)) for at in (100, 240, 160))
+    carry = np.repeat([True, False, True], 30)
+    curves = trajectories(*early, *late, *-rising).assign_coords(
+        carry=("token", carry), place=("token", np.repeat("10s", 90))
+    )
+    config = ClusteringConfig(min_cluster_size=15, breakthrough_window=40)
+    labels, table = cluster_breakthroughs(curves, config, 200, only_falling=only_falling)
+    found = {row.breakthrough: (row.hidden, row.homogeneity) for row in table.itertuples()}
+    assert found[100] == (False, 1.0)
+    assert found[240] == (True, 0.0)
+    assert len(table) == labels.max() == (2 if only_falling else 3)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -77,7 +79,7 @@ def test_first_order_is_gradient_along_b_times_movement_along_b():
     expected = torch.stack(
         [
             (token_gradients(token_loss, at, batch) @ vectors.T) * (vectors @ (after - at))
-            for at, after in zip(thetas[:-1], thetas[1:], strict=True)
+            for at, after in pairwise(thetas)
         ]
     )
     np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-13)

@@ -3,17 +3,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-import xarray as xr
-from cases import TINY_RUN, folder_bytes, token_gradients
+from cases import TINY_RUN, fail_at, folder_bytes, token_gradients
 
 from polca_lib import pipeline
 from polca_lib.artefacts import ArtefactMismatch
-from polca_lib.breakthroughs import mark_hidden
-from polca_lib.clustering import cluster_tokens, homogeneity_table
 from polca_lib.config import PRESETS
-from polca_lib.decomposition import projected_loss
+from polca_lib.curvature import HessianOperator
 from polca_lib.pipeline import Run
 from polca_lib.tasks import arithmetic
+from polca_lib.token_loss import TokenLoss
 
 
 def tiny(**overrides):
@@ -95,6 +93,20 @@ def test_changed_setting_computes_anew_what_depends_on_it_and_leaves_the_rest(ru
     assert all(after[name] == content for name, content in contents.items())
 
 
+@pytest.mark.parametrize(("before", "owner"), [("checkpoints", HessianOperator), ("basis", TokenLoss)])
+def test_run_killed_in_a_stage_finishes_to_the_same_bytes(run, tmp_path, monkeypatch, before, owner):
+    killed = Run(run.config, tmp_path)
+    getattr(killed, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "__call__", fail_at(owner.__call__, 3))
+        with pytest.raises(KeyboardInterrupt):
+            _ = killed.projections
+    again = Run(run.config, tmp_path)
+    assert again.projections.identical(run.projections)
+    for file, content in arrays(again).items():
+        assert (run.folder / file).read_bytes() == content
+
+
 def test_same_settings_elsewhere_give_the_same_bytes(run, tmp_path):
     again = Run(run.config, tmp_path)
     assert again.projections.identical(run.projections)
@@ -135,16 +147,17 @@ def test_provenance_of_a_run_not_yet_started_is_its_settings_alone():
     assert not any("commit" in name for name in table.index)
 
 
-def test_stages_fit_together_to_a_table_of_hidden_breakthroughs(run):
-    loss = projected_loss(run.projections, "second")
-    labels = cluster_tokens(loss, run.config.clustering)
-    table = mark_hidden(homogeneity_table(labels), labels, loss, run.config.clustering.breakthrough_window, 20)
-    assert isinstance(labels, xr.DataArray)
-    assert labels.sizes == {"vector": 2, "token": 48}
-    assert table["breakthrough"].between(0, 40).all()
+def test_run_on_another_basis_keeps_the_training_and_changes_only_basis_and_projection(run):
+    other = run.on_basis("parameters", curvature=False)
+    assert other.checkpoints.path == run.checkpoints.path
+    assert ((other.basis["vectors"] == 0) | (other.basis["vectors"] == 1)).all()
+    assert "curvature" not in other.projections
+    changed = {"basis": other.config.basis, "projection": other.config.projection}
+    assert run.config.model_copy(update=changed) == other.config
+    assert run.config.basis.kind == "hessian"
 
 
-def test_command_line_computes_a_preset_and_prints_what_made_it(run, monkeypatch, capsys, nothing_may_be_computed):
+def test_command_line_computes_a_preset_and_prints_what_made_it(run, monkeypatch, capsys):
     sections = {}
     for name, value in TINY_RUN.items():
         section, field = name.split(".")
