@@ -1,6 +1,7 @@
-# make book [PRESET=laptop|smoke|paper]   set up, run the pipeline and the notebooks, build the book
+# make book [PRESET=laptop|smoke|paper] [DEVICE=cpu|cuda]   set up, run the pipeline and the notebooks, build the book
 # make test                               set up, run all tests
 PRESET ?= laptop
+DEVICE ?= cpu
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,8 +16,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 book: $(VENV)/.ready
-	$(BIN)/python -m polca_lib.pipeline --preset $(PRESET)
-	$(BIN)/python book/build.py --preset $(PRESET)
+	$(BIN)/python -m polca_lib.pipeline --preset $(PRESET) --device $(DEVICE)
+	$(BIN)/python book/build.py --preset $(PRESET) --set device=$(DEVICE)
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest

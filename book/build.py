@@ -22,7 +22,7 @@ from typing import Any
 import nbformat
 import papermill
 
-from polca_lib.config import PRESETS
+from polca_lib.config import PRESETS, RunConfig
 
 ROOT = Path(__file__).parents[1]
 README_PICTURE = "book/_static/polca-laptop.png"
@@ -47,7 +47,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
 
 
 def check_parameters(notebooks: list[Path], parameters: dict[str, Any]) -> None:
-    """Refuse names that no notebook has; papermill itself would only warn.
+    """Refuse, before anything runs, names that no notebook has (papermill would only warn) and values not allowed.
 
     Raises:
         ValueError: names the parameter and what is allowed.
@@ -56,6 +56,7 @@ def check_parameters(notebooks: list[Path], parameters: dict[str, Any]) -> None:
     for name in parameters:
         if name not in known:
             raise ValueError(f"no notebook has a parameter {name!r}; allowed: {', '.join(known)}")
+    RunConfig.from_preset(**{name: parameters[name] for name in ("preset", "seed", "device") if name in parameters})
 
 
 def build_pages(preset: str, source: Path, target: Path) -> None:
@@ -67,7 +68,7 @@ def build_pages(preset: str, source: Path, target: Path) -> None:
     program = Path(sys.executable).with_name("jupyter-book")
     command = [str(program), "build", str(source), "--toc", str(source / "book" / "_toc.yml")]
     command += ["--path-output", str(source.parent), "-W", "-n", "--keep-going"]
-    subprocess.run(command, check=True, env={**os.environ, "POLCA_RESULTS": str(results.resolve())})
+    subprocess.run(command, check=True, env={**os.environ, "POLCA_BOOK_RESULTS": str(results.resolve())})
     shutil.rmtree(target, ignore_errors=True)
     shutil.move(source.parent / "_build" / "html", target)
     print(f"\nThe book is at {target / 'index.html'}")

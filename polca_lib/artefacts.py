@@ -32,6 +32,10 @@ class ArtefactMismatch(ValueError):
     """A folder holds something else than what was asked for."""
 
 
+class DamagedFile(ValueError):
+    """A stored file is truncated, changed or lost."""
+
+
 def fingerprint(value: Any) -> str:
     """SHA-256 of ``value`` as canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -135,6 +139,7 @@ class PieceStore:
             # Coordinates are small and always the same: writing them again heals a start that was cut short.
             template.to_zarr(path, mode="a", zarr_format=2, consolidated=False)
             group = zarr.open_group(path, mode="a", zarr_format=2)
+            group.attrs["pieces"] = list(variables)
             sizes = template.sizes
             for name, (dims, dtype) in {**variables, "_done": ((dim,), "bool")}.items():
                 if name in group:
@@ -157,27 +162,44 @@ class PieceStore:
         return np.flatnonzero(~self._group["_done"][:]).tolist()
 
     def write(self, index: int, **values: np.ndarray) -> None:
-        """Store one piece; it counts as done only once all of it is on disk."""
-        for name, value in values.items():
-            self._group[name][index] = value
-        self._group["_done"][index] = True
+        """Store one piece, NaN for variables not given; it counts as done only once all of it is on disk."""
+        if unknown := values.keys() - set(self._group.attrs["pieces"]):
+            raise KeyError(
+                f"{sorted(unknown)} are not variables of {self.path}; they are {self._group.attrs['pieces']}"
+            )
+        # Empty chunks are written too: a chunk that is not there was lost.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            for name in self._group.attrs["pieces"]:
+                self._group[name][index] = values.get(name, np.nan)
+            self._group["_done"][index] = True
 
     def dataset(self) -> xr.Dataset:
         """The dataset as it stands; pieces not yet computed read as NaN."""
-        return _read(self.path).drop_vars("_done")
+        return _read(self.path)
 
     @staticmethod
     def load(path: Path) -> xr.Dataset | None:
-        """The dataset at ``path`` if all its pieces are there, else nothing."""
+        """The dataset at ``path`` if all its pieces were written, else nothing.
+
+        Raises:
+            DamagedFile: a piece that was written is not there any more; names the variable.
+        """
         if not (path.exists() and path.with_name(f"{path.name}.ready").exists()):
             return None
         # Not by xarray: it takes False, the fill value, for missing.
-        done = zarr.open_group(path, mode="r", zarr_format=2)["_done"][:]
-        return _read(path).drop_vars("_done") if done.all() else None
+        group = zarr.open_group(path, mode="r", zarr_format=2)
+        if not group["_done"][:].all():
+            return None
+        for name in group.attrs["pieces"]:
+            if lost := group[name].nchunks - group[name].nchunks_initialized:
+                raise DamagedFile(f"{path / name} has lost {lost} of its pieces; delete {path} to have it recomputed")
+        return _read(path)
 
 
 def _read(path: Path) -> xr.Dataset:
-    return xr.open_zarr(path, chunks=None, zarr_format=2, consolidated=False)
+    dataset = xr.open_zarr(path, chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
+    del dataset.attrs["pieces"]
+    return dataset
 
 
 @cache

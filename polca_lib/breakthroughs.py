@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import xarray as xr
 
-from polca_lib.clustering import cluster_tokens, homogeneity_table
+from polca_lib.clustering import by_vector, cluster_tokens, homogeneity_table
 from polca_lib.config import ClusteringConfig
 
 
@@ -78,11 +78,11 @@ def mark_hidden(
     Returns:
         ``table`` with ``breakthrough`` (mean step over the cluster's tokens) and ``hidden``.
     """
-    steps = breakthrough_step(trajectories, window)
+    steps, labels = by_vector(breakthrough_step(trajectories, window)), by_vector(labels)
     means = []
     for row in table.itertuples():
-        at, label = (steps.sel(vector=row.vector), labels.sel(vector=row.vector)) if row.vector else (steps, labels)
-        means.append(float(at.values[label.values == row.cluster].mean()))
+        inside = labels.sel(vector=row.vector).values == row.cluster
+        means.append(float(steps.sel(vector=row.vector).values[inside].mean()))
     return table.assign(breakthrough=means, hidden=[mean > hidden_after for mean in means])
 
 

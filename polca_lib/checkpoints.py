@@ -13,12 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from polca_lib.artefacts import write_atomically
+from polca_lib.artefacts import DamagedFile, write_atomically
 from polca_lib.token_loss import TokenLoss
-
-
-class DamagedFile(ValueError):
-    """A stored file is truncated or changed."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     """Trajectories as HDBSCAN sees them.
 
     - ``raw``: as they are, so that tokens that drop by different amounts are far apart.
-    - ``unit``: divided by the magnitude of their total change, so that only the timing counts.
+    - ``unit``: from 0, divided by the magnitude of their total change, so that only the timing counts.
     - ``zscore``: mean 0 and standard deviation 1 over time.
 
     The paper does not say which it uses. A trajectory without any change is not divided by anything.
@@ -33,7 +33,8 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     if scaling == "raw":
         return trajectories
     if scaling == "unit":
-        size = np.abs(trajectories[:, -1:] - trajectories[:, :1])
+        trajectories = trajectories - trajectories[:, :1]
+        size = np.abs(trajectories[:, -1:])
     elif scaling == "zscore":
         trajectories = trajectories - trajectories.mean(axis=1, keepdims=True)
         size = trajectories.std(axis=1, keepdims=True)
@@ -97,6 +98,13 @@ def _by_size(labels: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
     return np.array([rank.get(label, OUTLIER) for label in labels])
 
 
+def by_vector(values: xr.DataArray) -> xr.DataArray:
+    """``values`` with dimension ``vector`` first: vector 0 stands for none."""
+    if "vector" not in values.coords:
+        values = values.assign_coords(vector=0)
+    return values.transpose("vector", ...) if "vector" in values.dims else values.expand_dims("vector")
+
+
 def medoid(trajectories: xr.DataArray, scaling: Scaling = "raw") -> int:
     """Index along ``token`` of the trajectory with the least total distance to the others, as HDBSCAN sees them."""
     values = scale(trajectories.transpose("token", "step").values.astype(np.float64), scaling)
@@ -128,7 +136,7 @@ def homogeneity_table(
         ``counts_v3`` (that share is over 0.85, which v3 asks for before it counts a cluster; v1 counts all).
     """
     rows = []
-    for one in labels.transpose("vector", ...) if "vector" in labels.dims else [labels]:
+    for one in by_vector(labels):
         value, place, cluster = one[positive].values, one["place"].values, one.values
         total = int(value[cluster >= 1].sum())
         for number in range(1, cluster.max() + 1):
@@ -139,7 +147,7 @@ def homogeneity_table(
             in_places = float(np.isin(place[hits], places).mean()) if hits.any() else 0.0
             rows.append(
                 {
-                    "vector": int(one["vector"]) if "vector" in one.coords else 0,
+                    "vector": int(one["vector"]),
                     "cluster": number,
                     "tokens": int(inside.sum()),
                     "homogeneity": precision,

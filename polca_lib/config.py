@@ -58,7 +58,7 @@ class TrainingConfig(Section):
 
     steps: int = Field(gt=0)
     batch_size: int = Field(64, gt=0)
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
     warmup_steps: int = Field(100, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -67,6 +67,8 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _cadence_divides_steps(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"training.betas = {self.betas}; allowed: two numbers from 0 up to, not including, 1")
         if self.steps % self.checkpoint_every:
             raise ValueError(
                 f"training.checkpoint_every = {self.checkpoint_every} does not divide "
@@ -90,6 +92,15 @@ class BasisConfig(Section):
     which: Literal["largest", "magnitude"] = "largest"
     tolerance: float = Field(0.01, gt=0, lt=1, description="relative residual at which Lanczos stops")
     max_products: int = Field(60, ge=2, description="Hessian-vector products per checkpoint at most")
+
+    @model_validator(mode="after")
+    def _products_suffice(self) -> Self:
+        if self.max_products < self.k:
+            raise ValueError(
+                f"basis.max_products = {self.max_products} can't give basis.k = {self.k} eigenvectors; "
+                f"allowed: at least {self.k}"
+            )
+        return self
 
 
 class ProjectionConfig(Section):
@@ -178,6 +189,11 @@ class RunConfig(Section):
                     f"{name} = {value} is not a multiple of training.checkpoint_every = {cadence}; "
                     f"allowed: {cadence}, {2 * cadence}, {3 * cadence}, ..."
                 )
+        if 2 * clustering.breakthrough_window > self.training.steps:
+            raise ValueError(
+                f"clustering.breakthrough_window = {clustering.breakthrough_window} needs as many "
+                f"steps on either side; allowed: at most half of training.steps = {self.training.steps}"
+            )
         if basis.every > self.training.steps:
             raise ValueError(
                 f"basis.every = {basis.every} is past the end of training; "
@@ -235,13 +251,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "projection": {},
         "clustering": {"hidden_after": 1000},
     },
-    # A narrower model at ten times the learning rate passes the same four loss curves in a tenth of the steps.
+    # A narrower model at ten times the learning rate passes the same four loss curves in about a seventh of the steps.
     "laptop": {
         "data": {"validation_examples": 200, "hessian_examples": 200},
         "model": {"d_model": 128, "d_mlp": 512},
         "training": {"steps": 1500, "learning_rate": 1e-4, "checkpoint_every": 25},
         "basis": {"every": 100},
-        "clustering": {"min_cluster_size": 24, "hidden_after": None},
+        "clustering": {"min_cluster_size": 24, "breakthrough_window": 50, "hidden_after": None},
     },
     "smoke": {
         "data": {"validation_examples": 40, "hessian_examples": 20},

@@ -49,19 +49,18 @@ def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
             f"order = {order!r} needs the curvature along each vector, which this run did not compute; "
             "allowed here: first, trapezoid. Run it with projection.curvature = True"
         )
-    gradient, movement = projections["gradient"], projections["movement"].isel(step=slice(None, -1))
-    first = gradient.isel(step=slice(None, -1)) * movement
+    gradient, movement = projections["gradient"], _intervals(projections["movement"])
+    first = _intervals(gradient) * movement
     if order == "first":
         return _finish(first, order)
     rise = _difference(gradient)
     if order == "trapezoid":
         return _finish(first + rise * movement / 2, order)
-    curvature = projections["curvature"].isel(step=slice(None, -1))
+    curvature = _intervals(projections["curvature"])
     if order == "exact":
         return _finish(first + curvature * movement**2 / 2, order)
     mean_rise = rise.mean("token")
-    undefined = abs(mean_rise) <= VANISHING * np.sqrt((rise**2).mean("token"))
-    ratio = rise / mean_rise.where(~undefined)
+    ratio = rise / mean_rise.where(abs(mean_rise) > VANISHING * _spread(rise))
     return _finish(first + (curvature.mean("token") * movement**2 / 2 * ratio).fillna(0.0), order)
 
 
@@ -71,13 +70,20 @@ def second_order_health(projections: xr.Dataset) -> xr.Dataset:
     Returns:
         ``amplification`` (step, vector): lambda_t(X, b) s_t / (g_{t+1}(X) - g_t(X)), which Appendix A takes to be 1,
         and by which the second-order term exceeds the trapezoid's; ``undefined`` (step, vector): where the
-        denominator vanishes, see :func:`polca`.
+        denominator vanishes, see :func:`polca`; ``noise`` (step, vector): where it is smaller than the standard error
+        of a mean over so many tokens, so that its sign is chance.
     """
     rise = _difference(projections["gradient"])
-    mean_rise = rise.mean("token")
-    predicted = (projections["curvature"].mean("token") * projections["movement"]).isel(step=slice(None, -1))
-    undefined = abs(mean_rise) <= VANISHING * np.sqrt((rise**2).mean("token"))
-    return xr.Dataset({"amplification": predicted / mean_rise.where(~undefined), "undefined": undefined})
+    mean_rise, spread = rise.mean("token"), _spread(rise)
+    undefined = abs(mean_rise) <= VANISHING * spread
+    predicted = _intervals(projections["curvature"].mean("token") * projections["movement"])
+    return xr.Dataset(
+        {
+            "amplification": predicted / mean_rise.where(~undefined),
+            "undefined": undefined,
+            "noise": abs(mean_rise) < spread / np.sqrt(rise.sizes["token"]),
+        }
+    )
 
 
 def accumulate(changes: xr.DataArray, steps: xr.DataArray) -> xr.DataArray:
@@ -111,20 +117,30 @@ def closure(projections: xr.Dataset, order: Order) -> xr.Dataset:
     """How much of the true loss change the sum over vectors accounts for.
 
     Returns:
-        ``claimed`` (step, token): sum over vectors of the projected loss; ``true`` (step, token): L(x; t) - L(x; 0);
-        attributes ``share``: mean claimed over mean true change at the end; ``correlation``: over tokens at the end;
-        ``largest``: largest magnitude claimed for a token at the end; ``largest_true``: the same of the true changes.
+        ``claimed`` (step, token): sum over vectors of the projected loss; ``true``: L(x; t) - L(x; 0); ``inside``: what
+        the movement inside the span of the basis delivers, the sum over intervals of
+        L(x; theta_t + B^T B Delta_t) - L(x; theta_t). Attributes, all at the end of training: ``share`` and
+        ``share_inside``: means of claimed and of inside over that of true; ``correlation`` and ``correlation_inside``:
+        of claimed with true and with inside over tokens; ``largest`` and ``largest_true``: largest magnitudes for a
+        token, in nats.
     """
     claimed = projected_loss(projections, order).sum("vector")
     true = projections["loss"] - projections["loss"].isel(step=0, drop=True)
-    last_claimed, last_true = claimed.isel(step=-1), true.isel(step=-1)
+    inside = accumulate(_intervals(projections["inside_loss"] - projections["loss"]), projections["step"])
+    at_end = {name: values.isel(step=-1) for name, values in (("claimed", claimed), ("true", true), ("inside", inside))}
+
+    def correlation(one: str, other: str) -> float:
+        return float(np.corrcoef(at_end[one].values, at_end[other].values)[0, 1])
+
     return xr.Dataset(
-        {"claimed": claimed, "true": true},
+        {"claimed": claimed, "true": true, "inside": inside},
         attrs={
-            "share": float(last_claimed.mean() / last_true.mean()),
-            "correlation": float(np.corrcoef(last_claimed.values, last_true.values)[0, 1]),
-            "largest": float(abs(last_claimed).max()),
-            "largest_true": float(abs(last_true).max()),
+            "share": float(at_end["claimed"].mean() / at_end["true"].mean()),
+            "share_inside": float(at_end["inside"].mean() / at_end["true"].mean()),
+            "correlation": correlation("claimed", "true"),
+            "correlation_inside": correlation("claimed", "inside"),
+            "largest": float(abs(at_end["claimed"]).max()),
+            "largest_true": float(abs(at_end["true"]).max()),
         },
     )
 
@@ -132,7 +148,17 @@ def closure(projections: xr.Dataset, order: Order) -> xr.Dataset:
 def movement_share(projections: xr.Dataset) -> xr.DataArray:
     """``|B Delta_t|^2 / |Delta_t|^2`` per interval, the part of the movement that lies in the basis, (step,)."""
     share = (projections["movement"] ** 2).sum("vector") / projections["distance"] ** 2
-    return share.isel(step=slice(None, -1)).rename("movement_share")
+    return _intervals(share).rename("movement_share")
+
+
+def reversals(projections: xr.Dataset) -> xr.DataArray:
+    """Share of intervals in which the weights move along b the other way than in the one before, (vector,).
+
+    A walk without memory reverses half of the time; steady movement never does, oscillation always.
+    """
+    movement = _intervals(projections["movement"])
+    turned = movement.values[1:] * movement.values[:-1] < 0
+    return movement.isel(step=0, drop=True).copy(data=turned.mean(axis=0)).rename("reversals")
 
 
 def compare_trajectories(one: xr.DataArray, other: xr.DataArray) -> pd.Series:
@@ -145,6 +171,16 @@ def compare_trajectories(one: xr.DataArray, other: xr.DataArray) -> pd.Series:
             "l2": float(np.sqrt(((one - other) ** 2).sum("step")).mean()),
         }
     )
+
+
+def _intervals(values: xr.DataArray) -> xr.DataArray:
+    """Values at the start of each interval: all steps but the last."""
+    return values.isel(step=slice(None, -1))
+
+
+def _spread(values: xr.DataArray) -> xr.DataArray:
+    """Root mean square over tokens."""
+    return np.sqrt((values**2).mean("token"))
 
 
 def _difference(values: xr.DataArray) -> xr.DataArray:

@@ -126,14 +126,30 @@ def exact_loss_clusters(loss: xr.DataArray, labels: xr.DataArray, scaling: Scali
 
 
 def polca_clusters(
-    projected: xr.DataArray, loss: xr.DataArray, labels: xr.DataArray, vectors: Iterable[int], scaling: Scaling = "raw"
+    projected: xr.DataArray,
+    loss: xr.DataArray,
+    labels: xr.DataArray,
+    vectors: Iterable[int],
+    hidden_after: int,
+    scaling: Scaling = "raw",
 ) -> Figure:
     """Figures 4 and 9: clusters of the projected loss along each of ``vectors``, one row each.
 
     Left the medoid and quartiles of the projected loss, in the middle the median exact loss of the same tokens,
-    right their composition. The dotted line marks the step at which the vector was found.
+    right their composition. The dotted line marks the step at which the vector was found, the grey one
+    ``hidden_after``.
+
+    Raises:
+        ValueError: a vector that is not in the basis.
     """
     vectors = list(vectors)
+    if unknown := set(vectors) - set(projected["vector"].values.tolist()):
+        raise ValueError(f"vectors = {sorted(unknown)} are not in the basis; allowed: 1 to {projected.sizes['vector']}")
+    if not vectors:
+        figure, axes = plt.subplots(figsize=(6, 1.5))
+        axes.axis("off")
+        _say_empty(axes, "no vector's mean projected loss falls")
+        return figure
     figure, grid = plt.subplots(len(vectors), 3, figsize=(10, 2.9 * len(vectors)), squeeze=False)
     for row, vector in zip(grid, vectors, strict=True):
         own, label = projected.sel(vector=vector), labels.sel(vector=vector)
@@ -143,6 +159,7 @@ def polca_clusters(
             row[1].plot(loss["step"], median, color=cluster_colour(number), label=f"{number}")
         for axes in row[:2]:
             axes.axvline(float(own["birth_step"]), color="black", linestyle=":", linewidth=1)
+            axes.axvline(hidden_after, color="0.6", linewidth=1)
             axes.set_xlabel("training step")
         row[0].set(ylabel="projected loss (nats)", title=f"Vector {vector}: projected loss")
         row[1].set(ylabel="loss (nats)", title="exact loss, same tokens")
@@ -182,13 +199,17 @@ def draw_composition(axes: Axes, labels: xr.DataArray) -> None:
     axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=8)
 
 
-def basis_records(basis: xr.Dataset) -> Figure:
-    """Eigenvalue, relative residual and Hessian-vector products of each basis vector by the step of its birth."""
+def basis_records(basis: xr.Dataset, tolerance: float) -> Figure:
+    """Eigenvalue, relative residual and Hessian-vector products of each basis vector by the step of its birth.
+
+    The grey line is the residual at which Lanczos stops.
+    """
     figure, panels = plt.subplots(1, 3, figsize=(10, 2.8))
     labels = {"eigenvalue": "eigenvalue", "residual": "relative residual", "products": "Hessian-vector products"}
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
         axes.plot(basis["birth_step"], basis[name], "o", markersize=4)
-        axes.set(xlabel="training step of birth", ylabel=label, ylim=(0, None))
+        axes.set(xlabel="training step of birth", ylabel=label, ylim=(min(0, float(basis[name].min())), None))
+    panels[1].axhline(tolerance, color="0.6", linewidth=1)
     return figure
 
 
@@ -213,6 +234,8 @@ def closure_curves(closures: Mapping[str, xr.Dataset]) -> Figure:
         axes.plot(limits, limits, color="black", linewidth=1)
         axes.set(xlim=limits, ylim=limits, title=order)
         axes.text(0.03, 0.03, f"{outside} of {claimed.size} outside", transform=axes.transAxes, fontsize=8)
+    inside = next(iter(closures.values()))["inside"]
+    mean.plot(inside["step"], inside.mean("token"), color="0.55", linewidth=2.5, label="delivered inside the basis")
     mean.axhline(0, color="black", linewidth=0.5)
     mean.set(xlabel="training step", ylabel="change since step 0 (nats)", title="Mean over tokens")
     mean.legend()
@@ -225,8 +248,10 @@ def homogeneity_bars(rows: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     """Highest homogeneity by kind of trajectory, beside the paper's."""
     figure, axes = plt.subplots(figsize=(7.5, 0.42 * len(rows) + 1))
     place = np.arange(len(rows))
-    axes.barh(place, rows["homogeneity_1"], color=OKABE_ITO[0], height=0.55, label="this run")
+    axes.barh(place, rows["homogeneity_v3_1"], color=OKABE_ITO[0], height=0.55, label="this run, v3's rule")
+    axes.plot(rows["homogeneity_v1_1"], place, "o", color=OKABE_ITO[0], mfc="none", label="this run, any cluster")
     axes.plot(paper["homogeneity_1"].reindex(rows.index), place, "D", color=OKABE_ITO[1], label="paper (full scale)")
+    axes.plot(rows["base_rate"], place, "|", color="black", markersize=14, label="all tokens kept")
     axes.set_yticks(place, rows.index)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="largest share of carry tokens in a cluster")
@@ -256,5 +281,5 @@ def _cluster_curves(axes: Axes, curves: xr.DataArray, labels: xr.DataArray, scal
         _say_empty(axes)
 
 
-def _say_empty(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "no clusters", ha="center", va="center", transform=axes.transAxes)
+def _say_empty(axes: Axes, text: str = "no clusters") -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)

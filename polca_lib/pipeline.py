@@ -52,11 +52,9 @@ class Run:
 
     def on_basis(self, kind: BasisKind, *, curvature: bool) -> Run:
         """The same training run on another basis, with or without curvature along its vectors."""
-        sections = {
-            "basis": self.config.basis.model_copy(update={"kind": kind}),
-            "projection": self.config.projection.model_copy(update={"curvature": curvature}),
-        }
-        return Run(self.config.model_copy(update=sections), self.folder)
+        settings = self.config.model_dump()
+        settings["basis"]["kind"], settings["projection"]["curvature"] = kind, curvature
+        return Run(RunConfig.model_validate(settings), self.folder)
 
     @cached_property
     def samples(self) -> arithmetic.Samples:
@@ -119,20 +117,33 @@ class Run:
                 curvature=self.config.projection.curvature,
             )
 
+    # Each stage is keyed by what its results depend on, and by nothing else.
+
     @cached_property
     def _training(self) -> Artefact:
-        return self._artefact("training", ("data", "model", "training"), {})
+        config = self.config.model_dump(mode="json")
+        del config["training"]["state_every"]
+        return self._artefact("training", {name: config[name] for name in ("seed", "device", "model", "training")}, {})
 
     @cached_property
     def _basis(self) -> Artefact:
-        return self._artefact("basis", ("basis",), {"training": self._training.key})
+        config = self.config.model_dump(mode="json")
+        settings = {
+            "basis": {**config["basis"], "n_vectors": self.config.n_vectors},
+            "hessian_examples": config["data"]["hessian_examples"],
+        }
+        return self._artefact("basis", settings, {"training": self._training.key})
 
     @cached_property
     def _projection(self) -> Artefact:
-        return self._artefact("projection", ("projection",), {"basis": self._basis.key})
+        config = self.config.model_dump(mode="json")
+        settings = {
+            "projection": config["projection"],
+            "validation_examples": config["data"]["validation_examples"],
+        }
+        return self._artefact("projection", settings, {"basis": self._basis.key})
 
-    def _artefact(self, stage: str, sections: tuple[str, ...], parents: dict[str, str]) -> Artefact:
-        settings = self.config.model_dump(mode="json", include={*sections, "seed", "device"})
+    def _artefact(self, stage: str, settings: dict[str, Any], parents: dict[str, str]) -> Artefact:
         name = fingerprint([FORMAT_VERSION, stage, settings, parents])[:12]
         return Artefact.open(self.folder / f"{stage}-{name}", stage, settings, parents)
 
@@ -162,7 +173,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    run = Run.from_preset(arguments.preset, seed=arguments.seed, device=arguments.device)
+    try:
+        run = Run.from_preset(arguments.preset, seed=arguments.seed, device=arguments.device)
+    except ValueError as error:
+        parser.error(str(error))
     for each in (run, run.on_basis("parameters", curvature=False)):
         _ = each.projections
     print(run.provenance().to_string(header=False))

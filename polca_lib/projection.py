@@ -110,7 +110,9 @@ def project_run(
     Returns:
         Dataset with ``loss`` (step, token) in nats; ``gradient`` and ``curvature`` (step, token, vector): first and
         second derivative of the token's loss along the vector; ``movement`` (step, vector): the movement
-        theta_{t+1} - theta_t to the next checkpoint, along b (NaN at the last); ``distance`` (step): its length.
+        theta_{t+1} - theta_t to the next checkpoint, along b; ``distance`` (step): its length; ``inside_loss``
+        (step, token): loss at theta_t + B^T B (theta_{t+1} - theta_t), after the part of the movement that lies in the
+        basis. The last three are NaN at the last step.
 
     Raises:
         NonFiniteProjection: names the step; what was stored before stays.
@@ -120,6 +122,7 @@ def project_run(
         "gradient": (("step", "token", "vector"), "float32"),
         "movement": (("step", "vector"), "float32"),
         "distance": (("step",), "float32"),
+        "inside_loss": (("step", "token"), "float32"),
     }
     if curvature:
         variables["curvature"] = variables["gradient"]
@@ -127,9 +130,8 @@ def project_run(
         coords={
             "step": steps,
             "token": np.arange(len(tokens)),
-            "vector": basis["vector"],
-            **{name: ("token", _plain(column)) for name, column in tokens.items()},
-            **{name: basis[name] for name in ("birth_step", "eigenvalue")},
+            **{name: ("token", _storable(column)) for name, column in tokens.items()},
+            **{name: values for name, values in basis.coords.items() if values.dims == ("vector",)},
         }
     )
     store = PieceStore(path, template, variables, dim="step")
@@ -151,9 +153,16 @@ def project_run(
                 piece["curvature"] = result.curvature
             if step in following:
                 change = _finite_theta(checkpoints, following[step]) - theta
-                piece |= {"movement": vectors @ change, "distance": change.norm()}
+                movement = vectors @ change
+                inside = torch.cat(_losses(checkpoints.token_loss, theta + vectors.T @ movement, batch))
+                piece |= {"movement": movement, "distance": change.norm(), "inside_loss": inside}
             store.write(index, **{name: value.cpu().numpy() for name, value in piece.items()})
     return store.dataset()
+
+
+@torch.no_grad()
+def _losses(token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, chunk: int = 256) -> list[Tensor]:
+    return [token_loss(theta, part) for part in split_examples(batch, chunk)]
 
 
 def _finite_theta(checkpoints: CheckpointFolder, step: int) -> Float[Tensor, " d"]:
@@ -164,7 +173,7 @@ def _finite_theta(checkpoints: CheckpointFolder, step: int) -> Float[Tensor, " d
     return theta
 
 
-def _plain(column: pd.Series) -> np.ndarray:
+def _storable(column: pd.Series) -> np.ndarray:
     """Values with a dtype that Zarr knows: numbers and booleans as they are, all else as text."""
     numeric = pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
     return column.to_numpy() if numeric else column.to_numpy(dtype=str)

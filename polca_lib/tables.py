@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.breakthroughs import cluster_breakthroughs
-from polca_lib.clustering import DROPPED, composition, falls, most_homogeneous
+from polca_lib.clustering import DROPPED, OUTLIER, by_vector, composition, falls, most_homogeneous
 from polca_lib.config import ClusteringConfig, RunConfig, Scaling
 from polca_lib.tasks.arithmetic import SKILLS
 
@@ -28,24 +28,25 @@ def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
         table: its clusters, from :func:`polca_lib.breakthroughs.cluster_breakthroughs`.
 
     Returns:
-        ``homogeneity_1`` ... ``f1_3`` (v1's rule; NaN where there are fewer clusters), ``homogeneity_v3`` (best by v3's
-        rule), ``hidden`` (share of clusters with a hidden breakthrough; NaN without clusters), ``clusters``,
-        ``vectors`` (that have tokens left), ``dropped`` (tokens dropped before HDBSCAN, mean over those vectors).
+        ``homogeneity_v1_1`` ... ``f1_v3_3``: measures of the three best clusters, by v1's rule (any cluster counts) and
+        v3's (only clusters whose carries lie in the 10s and 100s); NaN where there are fewer. ``base_rate``: share of
+        carry tokens among all that were not dropped. ``hidden``: share of clusters with a hidden breakthrough.
+        ``clusters``, and ``vectors`` that have tokens left. ``dropped`` before HDBSCAN and ``outliers`` of it: tokens,
+        mean over those vectors.
     """
-    best, best_v3 = most_homogeneous(table), most_homogeneous(table, 1, rule="v3")
-    row = {
-        f"{measure}_{i + 1}": best[measure].get(i, np.nan)
-        for measure in ("homogeneity", "recall", "f1")
-        for i in range(3)
-    }
-    by_vector = labels if "vector" in labels.dims else labels.expand_dims("vector")
-    kept = (by_vector != DROPPED).any("token")
-    dropped = (by_vector == DROPPED).sum("token").where(kept)
-    row["homogeneity_v3"] = best_v3["homogeneity"].get(0, np.nan)
+    row = {}
+    for rule in ("v1", "v3"):
+        best = most_homogeneous(table, rule=rule)
+        for measure in ("homogeneity", "recall", "f1"):
+            row |= {f"{measure}_{rule}_{i + 1}": best[measure].get(i, np.nan) for i in range(3)}
+    each = by_vector(labels)
+    kept = (each != DROPPED).any("token")
+    row["base_rate"] = float(labels["carry"].astype(float).where(each != DROPPED).mean())
     row["hidden"] = table["hidden"].mean() if len(table) else np.nan
     row["clusters"] = len(table)
     row["vectors"] = int(kept.sum())
-    row["dropped"] = float(dropped.mean()) if kept.any() else np.nan
+    row["dropped"] = float((each == DROPPED).sum("token").where(kept).mean())
+    row["outliers"] = float((each == OUTLIER).sum("token").where(kept).mean())
     return pd.Series(row, dtype=float)
 
 
@@ -56,25 +57,27 @@ def compare_strategies(
 
     Args:
         levels: trajectories whose fall means learning, by name: losses and projected losses.
-        rates: the others, by name, for which nothing is dropped before HDBSCAN.
+        rates: the others, by name. Nothing is dropped before HDBSCAN, and there is no total change to scale by.
         config: of the clustering; its scaling is not used.
         hidden_after: tau, in steps.
 
     Returns:
-        :func:`strategy_row` by scaling and name; and the number of tokens of each skill in the purest cluster.
+        :func:`strategy_row` by scaling and name; and the number of tokens of each skill in the purest cluster, by rule,
+        scaling and name.
     """
     rows, purest = {}, {}
     for scaling in get_args(Scaling):
         settings = config.model_copy(update={"scaling": scaling})
-        for name, curves in {**levels, **rates}.items():
+        for name, curves in (levels if scaling == "unit" else {**levels, **rates}).items():
             labels, table = cluster_breakthroughs(curves, settings, hidden_after, only_falling=name in levels)
             rows[scaling, name] = strategy_row(labels, table)
-            for best in most_homogeneous(table, 1).itertuples():
-                own = labels.sel(vector=best.vector) if best.vector else labels
-                purest[scaling, name] = composition(own).loc[best.cluster]
+            for rule in ("v1", "v3"):
+                for best in most_homogeneous(table, 1, rule=rule).itertuples():
+                    own = by_vector(labels).sel(vector=best.vector)
+                    purest[rule, scaling, name] = composition(own).loc[best.cluster]
     index = ["scaling", "trajectory"]
     made_of = pd.DataFrame(purest).T.reindex(columns=list(SKILLS)).fillna(0).astype(int)
-    return pd.DataFrame(rows).T.rename_axis(index), made_of.rename_axis(index)
+    return pd.DataFrame(rows).T.rename_axis(index), made_of.rename_axis(["rule", *index])
 
 
 def vector_table(basis: xr.Dataset, projected: xr.DataArray, labels: xr.DataArray, table: pd.DataFrame) -> pd.DataFrame:
@@ -110,12 +113,16 @@ def paper_strategies() -> pd.DataFrame:
     return pd.read_csv(PAPER / "strategies.csv", index_col="strategy")
 
 
-def beside_paper(
-    ours: pd.DataFrame, columns: tuple[str, ...] = ("homogeneity_1", "recall_1", "f1_1", "hidden")
-) -> pd.DataFrame:
-    """Our numbers and the paper's in alternating columns; rows as in ``ours``, NaN where the paper has none."""
+def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
+    """Our numbers and the paper's in turn; rows as in ``ours``, NaN where the paper has none.
+
+    The paper's rows are v3's, and so is the rule that ours are counted by.
+    """
     paper = paper_strategies().reindex(ours.index)
-    pairs = {(column, who): frame[column] for column in columns for who, frame in (("ours", ours), ("paper", paper))}
+    pairs = {}
+    for measure in ("homogeneity", "recall", "f1"):
+        pairs[measure, "ours"], pairs[measure, "paper"] = ours[f"{measure}_v3_1"], paper[f"{measure}_1"]
+    pairs["hidden", "ours"], pairs["hidden", "paper"] = ours["hidden"], paper["hidden"]
     return pd.DataFrame(pairs)
 
 
@@ -134,7 +141,9 @@ def save_results(preset: str, notebook: str, numbers: Mapping[str, object], prov
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: _plain(value) for name, value in numbers.items()}
     file = folder / f"{notebook}.json"
-    file.write_text(json.dumps({**plain, "provenance": provenance["value"].to_dict()}, indent=1) + "\n")
+    file.write_text(
+        json.dumps({**plain, "provenance": provenance["value"].to_dict()}, indent=1, allow_nan=False) + "\n"
+    )
     return file
 
 
@@ -143,4 +152,5 @@ def _plain(value: object) -> object:
         return json.loads(value.reset_index().to_json(orient="records", double_precision=6))
     if isinstance(value, pd.Series):
         return json.loads(value.to_json(double_precision=6))
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value

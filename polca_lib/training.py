@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from polca_lib.checkpoints import CheckpointFolder, DamagedFile, load_tensors, save_tensors
+from polca_lib.artefacts import DamagedFile
+from polca_lib.checkpoints import CheckpointFolder, load_tensors, save_tensors
 from polca_lib.config import TrainingConfig
 from polca_lib.token_loss import Batch
 
@@ -104,16 +105,17 @@ def _resume(
     checkpoints: CheckpointFolder,
     config: TrainingConfig,
 ) -> int:
-    """Load the newest state whose checkpoints are all there, and return its step (0: none)."""
+    """Load the newest state whose checkpoints are all there, and return its step (0: none); later ones go."""
     kept = set(checkpoints.steps)
     for file in sorted(states.glob("step-*.safetensors"), reverse=True):
         step = int(file.stem.removeprefix("step-"))
-        if not kept.issuperset(range(0, step + 1, config.checkpoint_every)):
-            continue
         try:
-            tensors = load_tensors(file)
+            tensors = load_tensors(file) if kept.issuperset(range(0, step + 1, config.checkpoint_every)) else None
         except DamagedFile:
+            tensors = None
+        if tensors is None:
             # The state before it, or a fresh start, gives the same run.
+            file.unlink()
             continue
         with torch.no_grad():
             for name, p in model.named_parameters():

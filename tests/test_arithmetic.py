@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -73,10 +74,18 @@ def test_longer_training_leaves_the_other_samples_and_the_earlier_training_pairs
     assert (short.train == long.train[:100]).all()
 
 
-def test_samples_are_consecutive_stretches_of_one_stream():
-    samples = arithmetic.sample_pairs(0, 30, 20, 100)
-    assert [len(part) for part in samples] == [30, 20, 100]
-    assert (np.concatenate(samples) == arithmetic.sample_pairs(0, 150, 0, 0).validation).all()
+def test_no_sample_is_drawn_from_another():
+    samples = arithmetic.sample_pairs(0, 1000, 1000, 1000)
+    assert [len(part) for part in samples] == [1000] * 3
+    shared = [arithmetic.count_shared(a, b) for a, b in itertools.combinations(samples, 2)]
+    assert max(shared) < 10  # 1000 draws from 10^6 pairs meet 1000 others about once by chance
+
+
+def test_size_of_a_sample_leaves_the_others_as_they_are():
+    one, other = arithmetic.sample_pairs(0, 30, 20, 100), arithmetic.sample_pairs(0, 60, 10, 100)
+    assert (one.train == other.train).all()
+    assert (one.validation == other.validation[:30]).all()
+    assert (one.hessian[:10] == other.hessian).all()
 
 
 def test_operands_cover_0_to_999():

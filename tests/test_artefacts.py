@@ -9,7 +9,15 @@ import xarray as xr
 import zarr
 from cases import flip_bit, folder_bytes
 
-from polca_lib.artefacts import Artefact, ArtefactMismatch, PieceStore, fingerprint, software, write_atomically
+from polca_lib.artefacts import (
+    Artefact,
+    ArtefactMismatch,
+    DamagedFile,
+    PieceStore,
+    fingerprint,
+    software,
+    write_atomically,
+)
 
 CONFIG = {"training": {"steps": 100, "betas": [0.9, 0.95]}, "seed": 0}
 
@@ -158,6 +166,23 @@ def test_piece_whose_write_was_cut_short_is_still_missing(tmp_path):
     with pytest.raises(KeyError):
         store.write(0, loss=piece(0)["loss"], no_such_variable=1)
     assert open_store(tmp_path).missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["loss", "distance"])
+def test_lost_piece_is_named_rather_than_read_as_empty(tmp_path, name):
+    store = open_store(tmp_path)
+    for index in store.missing():
+        store.write(index, **piece(index))
+    next(p for p in (store.path / name).iterdir() if p.name.startswith("1")).unlink()
+    with pytest.raises(DamagedFile, match=rf"{name} has lost 1 of its pieces; delete"):
+        PieceStore.load(store.path)
+
+
+def test_variable_that_is_not_given_is_empty_rather_than_lost(tmp_path):
+    store = open_store(tmp_path)
+    for index in store.missing():
+        store.write(index, loss=piece(index)["loss"])
+    assert bool(PieceStore.load(store.path)["distance"].isnull().all())
 
 
 @pytest.mark.parametrize("name", ["step", "text", "loss", "distance", "_done"])

@@ -16,6 +16,7 @@ from polca_lib.decomposition import (
     movement_share,
     polca,
     projected_loss,
+    reversals,
     second_order_health,
 )
 from polca_lib.projection import project
@@ -27,6 +28,8 @@ def projections(token_loss, thetas, batch, vectors):
     parts = [project(token_loss, theta, batch, vectors, curvature=True) for theta in thetas]
     change = thetas.diff(dim=0)
     rest = torch.full((1, len(vectors)), torch.nan, dtype=torch.float64)
+    inside = [token_loss(at + vectors.T @ (vectors @ move), batch) for at, move in zip(thetas, change, strict=False)]
+    inside.append(torch.full_like(inside[0], torch.nan))
     return xr.Dataset(
         {
             "loss": (("step", "token"), torch.stack([p.loss for p in parts]).numpy()),
@@ -34,6 +37,7 @@ def projections(token_loss, thetas, batch, vectors):
             "curvature": (("step", "token", "vector"), torch.stack([p.curvature for p in parts]).numpy()),
             "movement": (("step", "vector"), torch.cat([change @ vectors.T, rest]).numpy()),
             "distance": ("step", torch.cat([change.norm(dim=1), rest[0, :1]]).numpy()),
+            "inside_loss": (("step", "token"), torch.stack(inside).numpy()),
         },
         coords={
             "step": 20 * np.arange(len(thetas)),
@@ -152,6 +156,7 @@ def by_hand():
             "curvature": (("step", "token", "vector"), curvature),
             "movement": (("step", "vector"), [[0.5, -2.0], [np.nan, np.nan]]),
             "distance": ("step", [5.0, np.nan]),
+            "inside_loss": (("step", "token"), [[1.0, 1.5], [np.nan, np.nan]]),
         },
         coords={"step": [0, 20], "token": [0, 1], "vector": [1, 2]},
     )
@@ -179,6 +184,11 @@ def test_health_counts_where_the_denominator_vanishes_and_measures_the_rest():
     assert health["undefined"].values.tolist() == [[True, False]]
     assert np.isnan(health["amplification"].sel(vector=1)).all()
     assert health["amplification"].sel(vector=2).item() == pytest.approx(3 * -2.0 / 2)
+
+
+def test_denominator_within_its_standard_error_is_noise():
+    # Rises of vector 1: 1 and -1 (mean 0); of vector 2: 1 and 3 (mean 2, root mean square 2.2, over root 2 1.6).
+    assert second_order_health(by_hand())["noise"].values.tolist() == [[True, False]]
 
 
 def test_denominator_that_is_small_only_in_absolute_terms_is_used():
@@ -245,8 +255,12 @@ def test_closure_compares_the_sum_over_vectors_with_the_true_change():
     result = closure(by_hand(), "first")
     assert result["claimed"].values.tolist() == [[0.0, 0.0], [-3.5, 3.5]]
     assert result["true"].values.tolist() == [[0.0, 0.0], [-0.5, 0.25]]
+    assert result["inside"].values.tolist() == [[0.0, 0.0], [-1.0, 0.5]]
     assert result.attrs["share"] == 0.0
+    assert result.attrs["share_inside"] == pytest.approx(-0.5 / -0.25)
     assert result.attrs["correlation"] == pytest.approx(1.0)
+    assert result.attrs["largest"] == 3.5
+    assert result.attrs["largest_true"] == 0.5
 
 
 def test_closure_share_is_the_part_of_the_fall_that_is_claimed():
@@ -261,8 +275,22 @@ def test_closure_of_a_complete_basis_on_a_quadratic_loss_is_whole():
     token_loss, theta, batch = quadratic()
     data = projections(token_loss, walk(theta), batch, orthonormal(4, 4))
     result = closure(data, "trapezoid")
-    assert result.attrs["share"] == pytest.approx(1, rel=1e-9)
-    assert result.attrs["correlation"] == pytest.approx(1, rel=1e-9)
+    for name in ("share", "share_inside", "correlation", "correlation_inside"):
+        assert result.attrs[name] == pytest.approx(1, rel=1e-9)
+
+
+def test_exact_order_along_one_direction_claims_what_a_quadratic_loss_delivers_inside_the_basis():
+    token_loss, theta, batch = quadratic()
+    result = closure(projections(token_loss, walk(theta), batch, orthonormal(4, 4)[:1]), "exact")
+    np.testing.assert_allclose(result["claimed"], result["inside"], rtol=1e-9, atol=1e-12)
+    assert abs(result.attrs["share"] - 1) > 0.05
+
+
+def test_reversals_count_changes_of_direction():
+    movement = np.array([[1.0, 1.0], [-1.0, 2.0], [1.0, 1.0], [-1.0, -1.0], [np.nan, np.nan]])
+    data = xr.Dataset({"movement": (("step", "vector"), movement)}, {"step": range(5), "vector": [1, 2]})
+    assert reversals(data).sel(vector=1) == 1
+    assert reversals(data).sel(vector=2) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(("n", "complete"), [(31, True), (10, False)])

@@ -1,6 +1,6 @@
 """Sphinx role ``result``: a number in prose, read from what the notebooks wrote.
 
-``{result}`05_polca.homogeneity_1:.3f``` reads ``homogeneity_1`` of ``results/<preset>/05_polca.json`` and formats it.
+``{result}`05_polca.base_rate:.3f``` reads ``base_rate`` of ``results/<preset>/05_polca.json`` and formats it.
 Deeper keys follow further dots. A key that is not there is a warning, which fails the build.
 """
 
@@ -22,7 +22,7 @@ class ResultRole(SphinxRole):
         name, _, spec = self.text.partition(":")
         notebook, *keys = name.split(".")
         try:
-            value = json.loads((Path(os.environ["POLCA_RESULTS"]) / f"{notebook}.json").read_text())
+            value = json.loads((Path(os.environ["POLCA_BOOK_RESULTS"]) / f"{notebook}.json").read_text())
             for key in keys:
                 value = value[int(key)] if isinstance(value, list) else value[key]
             text = "none" if value is None else format(value, spec)

@@ -23,7 +23,7 @@ SKILLS = (
 
 
 class Samples(NamedTuple):
-    """Three stretches of one stream of operand pairs; none overlaps another in generation order."""
+    """Three samples of operand pairs, each from a random stream of its own, so that none is drawn from another."""
 
     validation: Int[np.ndarray, "validation 2"]
     hessian: Int[np.ndarray, "hessian 2"]
@@ -31,18 +31,19 @@ class Samples(NamedTuple):
 
 
 def sample_pairs(seed: int, validation: int, hessian: int, train: int) -> Samples:
-    """Draw operand pairs (a, b), each uniform on 0...999, from one stream fixed by ``seed``.
+    """Draw operand pairs (a, b), each uniform on 0...999, for the three samples.
 
-    Validation comes first in the stream and training last, so that a longer training run sees the same
-    validation and Hessian examples. Pairs are drawn with replacement from the 10^6 possible ones, so a
-    validation sum may also occur in training: :func:`count_shared` says how many do.
+    Each sample has a stream of its own, fixed by ``seed``, so that changing the size of one leaves the others as
+    they are. Pairs are drawn with replacement from the 10^6 possible ones, so a validation sum may also occur in
+    training: :func:`count_shared` says how many do. The Hessian sample follows the distribution of the training
+    data; no update is made on it.
 
     Args:
-        seed: of the stream.
+        seed: of the streams.
         validation, hessian, train: numbers of examples.
     """
-    stream = np.random.default_rng(seed).integers(0, 1000, size=(validation + hessian + train, 2))
-    return Samples(*np.split(stream, [validation, validation + hessian]))
+    sizes = (validation, hessian, train)
+    return Samples(*(np.random.default_rng([seed, i]).integers(0, 1000, size=(n, 2)) for i, n in enumerate(sizes)))
 
 
 def count_shared(pairs: Int[np.ndarray, "n 2"], others: Int[np.ndarray, "m 2"]) -> int:
