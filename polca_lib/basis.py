@@ -76,19 +76,28 @@ def load_basis(path: Path) -> xr.Dataset | None:
     return None if stored is None else stored.set_coords(_RECORDS)
 
 
+def inner_products(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """All inner products of two sets of long vectors, summed in float64.
+
+    In float32, torch sums a million squares to four digits or so: too few for lengths, and for the small part of a
+    movement that lies along one direction.
+    """
+    chunks = zip(rows.split(2**20, dim=1), others.split(2**20, dim=1), strict=True)
+    return sum(one.double() @ other.double().T for one, other in chunks)
+
+
 def gram_error(vectors: Float[Tensor, "vector d"]) -> float:
     """Largest entry of abs(B B^T - I) for vectors in rows: zero for an orthonormal basis."""
-    return (vectors @ vectors.T - torch.eye(len(vectors), device=vectors.device)).abs().max().item()
+    return (inner_products(vectors, vectors) - torch.eye(len(vectors), device=vectors.device)).abs().max().item()
 
 
 def orthogonalise(vector: Float[Tensor, " d"], against: list[Float[Tensor, " d"]]) -> Float[Tensor, " d"]:
-    """Unit vector orthogonal to the orthonormal ``against``: Gram-Schmidt, twice."""
-    if against:
-        basis = torch.stack(against)
-        for _ in range(2):
-            vector = vector - basis.T @ (basis @ vector)
-            vector = vector / vector.norm()
-    return vector / vector.norm()
+    """Unit vector orthogonal to the orthonormal ``against``: Gram-Schmidt, twice, in float64."""
+    result = vector.double()
+    for _ in range(2):
+        for known in against:
+            result = result - (known.double() @ result) * known.double()
+    return (result / result.norm()).to(vector.dtype)
 
 
 def _birth_steps(config: RunConfig) -> np.ndarray:

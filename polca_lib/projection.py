@@ -16,6 +16,7 @@ from torch.func import jvp, vmap
 from tqdm.auto import tqdm
 
 from polca_lib.artefacts import PieceStore
+from polca_lib.basis import inner_products
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.token_loss import Batch, TokenLoss, split_examples
 
@@ -153,9 +154,9 @@ def project_run(
                 piece["curvature"] = result.curvature
             if step in following:
                 change = _finite_theta(checkpoints, following[step]) - theta
-                movement = vectors @ change
+                movement = inner_products(vectors, change[None])[:, 0].to(theta)
                 inside = torch.cat(_losses(checkpoints.token_loss, theta + vectors.T @ movement, batch))
-                piece |= {"movement": movement, "distance": change.norm(), "inside_loss": inside}
+                piece |= {"movement": movement, "distance": change.double().norm(), "inside_loss": inside}
             store.write(index, **{name: value.cpu().numpy() for name, value in piece.items()})
     return store.dataset()
 

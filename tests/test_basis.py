@@ -5,7 +5,7 @@ from cases import fail_at, folder_bytes, mlp_batch, orthonormal, problem, tiny_c
 
 from polca_lib import basis as basis_module
 from polca_lib.artefacts import PieceStore
-from polca_lib.basis import compute_basis, gram_error, orthogonalise
+from polca_lib.basis import compute_basis, gram_error, inner_products, orthogonalise
 from polca_lib.curvature import HessianOperator
 
 KINDS = ("hessian", "shuffled", "random", "parameters")
@@ -206,3 +206,27 @@ def test_orthogonalise_holds_for_vectors_almost_inside_the_span():
 def test_gram_error_is_the_largest_deviation_from_the_identity():
     assert gram_error(torch.eye(3)) == 0
     assert gram_error(torch.tensor([[1.0, 0.0], [0.25, 1.5]])) == pytest.approx(1.5**2 + 0.25**2 - 1)
+
+
+def test_basis_of_long_vectors_is_orthonormal_to_rounding():
+    # torch's own float32 norm of a million numbers is wrong in the fourth or fifth digit.
+    generator = torch.Generator().manual_seed(0)
+    vectors = []
+    for _ in range(4):
+        vectors.append(orthogonalise(torch.randn(2_500_000, generator=generator), vectors))
+    exact = torch.stack(vectors).double()
+    assert (exact @ exact.T - torch.eye(4)).abs().max() < 1e-6
+    assert gram_error(torch.stack(vectors)) < 1e-6
+
+
+def test_gram_error_sees_a_wrong_length_and_a_wrong_angle():
+    basis = torch.eye(3, 1000)
+    assert gram_error(basis) == 0
+    assert gram_error(basis * torch.tensor([[1.0], [1.0001], [1.0]])) == pytest.approx(2e-4, rel=1e-2)
+    basis[0, 1] = 1e-3
+    assert gram_error(basis) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_inner_products_of_several_pieces_are_whole():
+    one, other = torch.randn(2, 2**20 + 5), torch.randn(3, 2**20 + 5)
+    np.testing.assert_allclose(inner_products(one, other), one.double() @ other.double().T, rtol=1e-10)
