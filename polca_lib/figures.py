@@ -148,7 +148,7 @@ def polca_clusters(
     if not vectors:
         figure, axes = plt.subplots(figsize=(6, 1.5))
         axes.axis("off")
-        _say_empty(axes, "no vector's mean projected loss falls")
+        _say_empty(axes, "no vector to show")
         return figure
     figure, grid = plt.subplots(len(vectors), 3, figsize=(10, 2.9 * len(vectors)), squeeze=False)
     for row, vector in zip(grid, vectors, strict=True):

@@ -131,7 +131,7 @@ def save_results(preset: str, notebook: str, numbers: Mapping[str, object], prov
 
     Args:
         preset, notebook: names; the folder is ``POLCA_RESULTS`` if set, else ``results`` of the checkout.
-        numbers: numbers, texts, series and tables by name; tables become records.
+        numbers: numbers, texts, series, tables and dictionaries of them by name; tables become records.
         provenance: of the run, from :meth:`polca_lib.pipeline.Run.provenance`.
 
     Returns:
@@ -152,5 +152,7 @@ def _plain(value: object) -> object:
         return json.loads(value.reset_index().to_json(orient="records", double_precision=6))
     if isinstance(value, pd.Series):
         return json.loads(value.to_json(double_precision=6))
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
