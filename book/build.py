@@ -40,9 +40,11 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
         cwd=str(ROOT),
         progress_bar=sys.stderr.isatty(),
     )
-    # Papermill's notes hold paths and times of this machine.
+    # Papermill's notes and progress bars hold paths and times of this machine.
     for item in (notebook, *notebook.cells):
         item.metadata.pop("papermill", None)
+        if "outputs" in item:
+            item.outputs = [output for output in item.outputs if output.get("name") != "stderr"]
     nbformat.write(notebook, target)
 
 

@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from polca_lib.artefacts import PieceStore
 from polca_lib.checkpoints import CheckpointFolder

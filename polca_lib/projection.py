@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp, vmap
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from polca_lib.artefacts import PieceStore
 from polca_lib.basis import inner_products

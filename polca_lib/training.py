@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from polca_lib.artefacts import DamagedFile
 from polca_lib.checkpoints import CheckpointFolder, load_tensors, save_tensors
