@@ -111,7 +111,7 @@ def main() -> None:
         print(f"running {notebook.name}", flush=True)
         execute(notebook, target, parameters)
     if arguments.in_place:
-        export_figure(ROOT / "notebooks" / "05_polca.ipynb", "fig-polca-best", ROOT / README_PICTURE)
+        export_figure(ROOT / "notebooks" / "06_orders.ipynb", "fig-carry", ROOT / README_PICTURE)
     else:
         build_pages(arguments.preset, folder / "source", folder / "html")
 

@@ -254,7 +254,7 @@ def homogeneity_bars(rows: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     axes.plot(rows["base_rate"], place, "|", color="black", markersize=14, label="all tokens kept")
     axes.set_yticks(place, rows.index)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xlabel="largest share of carry tokens in a cluster")
+    axes.set(xlim=(0, 1.03), xlabel="largest share of carry tokens in a cluster")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
