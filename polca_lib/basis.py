@@ -40,7 +40,7 @@ def compute_basis(path: Path, config: RunConfig, checkpoints: CheckpointFolder, 
         path: Zarr folder.
         config: of the run.
         checkpoints: of the run.
-        hessian_batch: fixed sample of training examples.
+        hessian_batch: fixed sample from the distribution of the training data.
 
     Returns:
         Dataset with ``vectors`` (vector, parameter), unit norm, and coordinates ``vector`` (from 1),
