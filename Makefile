@@ -1,12 +1,15 @@
 # make book [PRESET=laptop|smoke|paper] [DEVICE=cpu|cuda]   set up, run the pipeline and the notebooks, build the book
 # make test                               set up, run all tests
+# make benchmarks [SIZES="smoke laptop"] [REPEATS=5] [DEVICE=cpu|cuda]   measure against other libraries; takes hours
 PRESET ?= laptop
 DEVICE ?= cpu
+SIZES ?= smoke laptop paper
+REPEATS ?= 5
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: book test lint notebooks clean
+.PHONY: book test lint notebooks benchmarks clean
 .DEFAULT_GOAL := book
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -30,6 +33,18 @@ lint: $(VENV)/.ready
 notebooks: $(VENV)/.ready
 	$(BIN)/python -m polca_lib.pipeline --preset laptop
 	$(BIN)/python book/build.py --preset laptop --in-place
+
+# Nothing here uses torchvision, which one of the libraries asks for: beside a CPU build of torch, PyPI's breaks transformers.
+$(VENV)/.peers: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[benchmarks]'
+	$(BIN)/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision
+	touch $@
+
+# The whole pipeline at preset paper is a matter of days on a CPU.
+benchmarks: $(VENV)/.peers
+	$(BIN)/python benchmarks/projections.py --sizes $(SIZES) --repeats $(REPEATS) --device $(DEVICE)
+	$(BIN)/python benchmarks/eigenvector.py --sizes $(SIZES) --repeats $(REPEATS) --device $(DEVICE)
+	$(BIN)/python benchmarks/pipeline.py --sizes $(filter-out paper,$(SIZES)) --repeats $(REPEATS) --device $(DEVICE)
 
 clean:
 	rm -rf _build results

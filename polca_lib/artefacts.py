@@ -25,7 +25,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class ArtefactMismatch(ValueError):
@@ -125,13 +125,19 @@ class PieceStore:
 
     Args:
         path: the Zarr folder; started if missing.
-        template: coordinates of the dataset.
+        template: coordinates and attributes of the dataset.
         variables: dimensions and dtype of each variable; ``dim`` comes first where it occurs.
         dim: dimension along which pieces are written.
+        sizes: of the dimensions that have no coordinate.
     """
 
     def __init__(
-        self, path: Path, template: xr.Dataset, variables: Mapping[str, tuple[tuple[str, ...], str]], dim: str
+        self,
+        path: Path,
+        template: xr.Dataset,
+        variables: Mapping[str, tuple[tuple[str, ...], str]],
+        dim: str,
+        sizes: Mapping[str, int] | None = None,
     ):
         self.path, self.dim = path, dim
         ready = path.with_name(f"{path.name}.ready")
@@ -140,18 +146,20 @@ class PieceStore:
             template.to_zarr(path, mode="a", zarr_format=2, consolidated=False)
             group = zarr.open_group(path, mode="a", zarr_format=2)
             group.attrs["pieces"] = list(variables)
-            sizes = template.sizes
+            sizes = {**template.sizes, **(sizes or {})}
             for name, (dims, dtype) in {**variables, "_done": ((dim,), "bool")}.items():
                 if name in group:
                     continue
                 shape = tuple(sizes[d] for d in dims)
+                # Not compressed: float32 hardly shrinks, and Blosc reads on past the end of a truncated piece.
                 group.create_array(
                     name,
                     shape=shape,
                     chunks=tuple(1 if d == dim else n for d, n in zip(dims, shape, strict=True)),
                     dtype=dtype,
                     filters=[numcodecs.CRC32()],
-                    fill_value=False if dtype == "bool" else np.nan,
+                    compressors=None,
+                    fill_value={"b": False, "f": np.nan}.get(np.dtype(dtype).kind),
                     attributes={"_ARRAY_DIMENSIONS": list(dims)},
                 )
             ready.touch()
@@ -174,7 +182,7 @@ class PieceStore:
             self._group["_done"][index] = True
 
     def dataset(self) -> xr.Dataset:
-        """The dataset as it stands; pieces not yet computed read as NaN."""
+        """The dataset as it stands; numbers not yet computed read as NaN."""
         return _read(self.path)
 
     @staticmethod

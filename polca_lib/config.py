@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Order = Literal["first", "second", "exact", "trapezoid"]
 Scaling = Literal["raw", "unit", "zscore"]
 BasisKind = Literal["hessian", "shuffled", "random", "parameters"]
+Mode = Literal["auto", "forward", "reverse"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
@@ -107,6 +109,17 @@ class ProjectionConfig(Section):
     """What is measured at every checkpoint."""
 
     curvature: bool = Field(True, description="also b^T H(x) b, which orders 'second' and 'exact' need")
+    mode: Mode = Field("auto", description="of differentiation; 'auto' takes the one with fewer operations")
+    precision: Precision = Field("float32", description="of the operands of products with the basis")
+
+    @model_validator(mode="after")
+    def _mode_gives_curvature(self) -> Self:
+        if self.curvature and self.mode == "reverse":
+            raise ValueError(
+                "projection.mode = 'reverse' gives no second derivatives; allowed with projection.curvature: "
+                "'auto', 'forward'"
+            )
+        return self
 
 
 class ClusteringConfig(Section):
@@ -130,6 +143,9 @@ class RunConfig(Section):
     preset: str
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "cpu"
+    memory: int | None = Field(
+        None, gt=0, description="bytes a stage may take; half of what the device has free if not given"
+    )
     data: DataConfig
     model: ModelConfig
     training: TrainingConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,44 +14,77 @@ from cola.linalg.decompositions.lanczos import init_lanczos, lanczos_fact
 from jaxtyping import Float
 from torch import Tensor
 
+from polca_lib.memory import default_budget, fit, peak_bytes
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
+_CHUNK = 256  # examples whose graph is built at once, at most
 _GROWTH = 8  # Lanczos vectors allocated at a time: CoLA touches all allocated ones in each iteration.
+
+_Graph = tuple[Float[Tensor, " d"], int]  # the gradient of a sum of losses, differentiable, and their number
 
 
 class HessianOperator:
     """H v for the Hessian H of the mean loss over the tokens of ``batch`` at ``theta``.
 
-    Each piece of the batch counts by its number of tokens. With a single piece the graph of its gradient is
-    built once and kept, so that a product costs one backward pass; with several it is rebuilt each time.
+    The batch is cut into chunks of equal size, and each counts by its number of tokens. The graphs of the gradients
+    of as many chunks as fit are built once and kept, so that a product costs one backward pass through them; those
+    of the others are built anew for each product.
 
     Args:
         token_loss: the loss.
         theta: parameters, shape (d,).
         batch: examples.
-        chunk_examples: examples held in memory at once.
+        memory: bytes that graphs and a product may take; half of what the device has free if not given.
+
+    Raises:
+        ValueError: ``memory`` is too small for a single example.
     """
 
-    def __init__(self, token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, chunk_examples: int = 256):
+    def __init__(self, token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, memory: int | None = None):
         self.products = 0
         self._token_loss = token_loss
         self._theta = theta.detach().clone().requires_grad_()
-        self._chunks = list(split_examples(batch, chunk_examples))
-        self._kept = self._gradient(self._chunks[0]) if n_examples(batch) <= chunk_examples else None
-
-    def _gradient(self, chunk: Batch) -> tuple[Float[Tensor, " d"], int]:
-        losses = self._token_loss(self._theta, chunk)
-        return torch.autograd.grad(losses.sum(), self._theta, create_graph=True)[0], losses.numel()
+        budget = default_budget(theta.device) if memory is None else memory
+        examples = n_examples(batch)
+        most = min(examples, _CHUNK)
+        size = fit(lambda n: self._peak(next(split_examples(batch, n))), budget, most)
+        # If memory is short, half as many leave room to keep other graphs; very few would take longer than that saves.
+        size = size if size == most else max(min(size, 16), size // 2)
+        self._chunks = list(split_examples(batch, math.ceil(examples / math.ceil(examples / size))))
+        self._graphs: list[_Graph | None] = [None] * len(self._chunks)
+        for index in range(self._n_kept(budget)):
+            self._graphs[index] = self._gradient(self._chunks[index])
 
     def __call__(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """Return H @ vector."""
         self.products += 1
+        return self._product(vector, self._chunks, self._graphs)
+
+    def _product(self, vector: Float[Tensor, " d"], chunks: list[Batch], graphs: list[_Graph | None]) -> Tensor:
         total, tokens = torch.zeros_like(vector), 0
-        for chunk in self._chunks:
-            gradient, count = self._kept or self._gradient(chunk)
-            total += torch.autograd.grad(gradient, self._theta, vector, retain_graph=self._kept is not None)[0]
+        for chunk, graph in zip(chunks, graphs, strict=True):
+            gradient, count = graph or self._gradient(chunk)
+            total += torch.autograd.grad(gradient, self._theta, vector, retain_graph=graph is not None)[0]
             tokens += count
+            del gradient  # or it would be there while the next one is built
         return total / tokens
+
+    def _gradient(self, chunk: Batch) -> _Graph:
+        losses = self._token_loss(self._theta, chunk)
+        return torch.autograd.grad(losses.sum(), self._theta, create_graph=True)[0], losses.numel()
+
+    def _peak(self, chunk: Batch) -> int:
+        """Bytes it takes to build the graph of a chunk and make a product with it."""
+        vector = self._theta.detach()
+        return peak_bytes(lambda: self._product(vector, [chunk], [self._gradient(chunk)]), vector.device)
+
+    def _n_kept(self, budget: int) -> int:
+        """Number of graphs to keep, so that one more can be worked with."""
+        if len(self._chunks) == 1:
+            return 1
+        first = self._chunks[0]
+        others = (budget - self._peak(first)) // peak_bytes(lambda: self._gradient(first), self._theta.device)
+        return len(self._chunks) if others >= len(self._chunks) - 1 else others
 
 
 @dataclass(frozen=True)
@@ -59,7 +93,7 @@ class Eigenpairs:
 
     values: Float[Tensor, " k"]
     vectors: Float[Tensor, "k d"]
-    residuals: Float[Tensor, " k"]  # ||A v - lambda v|| / |lambda|, by one more product each
+    residuals: Float[Tensor, " k"]  # ||A v - lambda v|| / |lambda|
     products: int
     converged: bool
 
@@ -75,9 +109,9 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """Top ``k`` eigenpairs of a symmetric operator by Lanczos with full re-orthogonalisation (CoLA).
 
-    CoLA is stepped one product at a time. After each, the residual of every wanted Ritz pair is
-    ``|beta_m s_m|`` (s_m: last entry of the Ritz vector in the Krylov basis); the iteration stops once it is
-    below ``tolerance`` times the magnitude of the Ritz value for all ``k``.
+    CoLA is stepped one product at a time. After each, the residual ``||A v - lambda v||`` of every wanted Ritz pair is
+    ``|beta_m s_m|`` (s_m: last entry of the Ritz vector in the Krylov basis), without another product; the iteration
+    stops once it is below ``tolerance`` times the magnitude of the Ritz value for all ``k``.
 
     Args:
         product: v -> A v.
@@ -107,7 +141,7 @@ def top_eigenpairs(
             state = _grow(state)
         # tol=-1 switches CoLA's own test off: it tests breakdown, not convergence.
         *state, _ = lanczos_fact(operator, state, max_iters=m, tol=-1.0)
-        krylov, diagonal, offdiagonal, _ = state
+        _, diagonal, offdiagonal, _ = state
         alpha = diagonal[0, :m].double().cpu().numpy()
         beta = offdiagonal[0, 1 : m + 1].double().cpu().numpy()
         ritz, basis = np.linalg.eigh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
@@ -117,14 +151,18 @@ def top_eigenpairs(
         converged = m >= k and bool(np.all(estimates <= tolerance * np.abs(ritz[wanted])) and np.all(ritz[wanted] != 0))
         if converged or exhausted:
             break
+    krylov = state[0]
     combination = torch.from_numpy(basis[:, wanted]).to(krylov)
     vectors = (krylov[0, :, 1 : m + 1] @ combination).T
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
     values = torch.from_numpy(ritz[wanted]).to(krylov)
-    residuals = torch.stack(
-        [(product(v) - value * v).norm() / value.abs() for v, value in zip(vectors, values, strict=True)]
-    )
-    return Eigenpairs(values, vectors.contiguous(), residuals, m + len(wanted), converged)
+    residuals = torch.from_numpy(estimates / np.abs(ritz[wanted])).to(krylov)
+    return Eigenpairs(values, vectors.contiguous(), residuals, m, converged)
+
+
+def krylov_rows(max_products: int) -> int:
+    """Vectors that :func:`top_eigenpairs` holds at one time, at most: CoLA makes a copy of its Krylov vectors."""
+    return 2 * (max_products + _GROWTH + 2) + 3
 
 
 def _grow(state: list) -> list:

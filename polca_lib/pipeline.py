@@ -114,7 +114,8 @@ class Run:
                 arithmetic.encode(self.samples.validation).to(self.config.device),
                 self.tokens,
                 basis,
-                curvature=self.config.projection.curvature,
+                self.config.projection,
+                self.config.memory,
             )
 
     # Each stage is keyed by what its results depend on, and by nothing else.

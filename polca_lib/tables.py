@@ -82,11 +82,7 @@ def compare_strategies(
 
 def vector_table(basis: xr.Dataset, projected: xr.DataArray, labels: xr.DataArray, table: pd.DataFrame) -> pd.DataFrame:
     """One row per basis vector: birth, curvature, whether its mean projected loss falls, and its clusters."""
-    rows = (
-        basis[["birth_step", "eigenvalue", "residual", "products"]]
-        .drop_vars("parameter", errors="ignore")
-        .to_dataframe()
-    )
+    rows = basis[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
     mean = projected.mean("token")
     rows["projected_loss"] = mean.isel(step=-1).values
     rows["falls"] = falls(mean).values

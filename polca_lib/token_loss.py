@@ -79,7 +79,11 @@ class TokenLoss:
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` at parameters ``theta``, differentiable in ``theta``."""
-        state = {f"model.{name}": value for name, value in self.unflatten(theta).items()}
+        return self.at(self.unflatten(theta), batch)
+
+    def at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " tokens"]:
+        """The same, for parameters by name."""
+        state = {f"model.{name}": value for name, value in parameters.items()}
         # Fused attention kernels have no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH), _ComposedLayerNorm():
             return torch.func.functional_call(self._module, state, (batch,))
@@ -100,10 +104,12 @@ class TokenLoss:
                 )
         return torch.cat([parameters[name].reshape(-1) for name in self.parameters])
 
-    def unflatten(self, theta: Float[Tensor, " d"]) -> dict[str, Tensor]:
-        """Views of ``theta`` by parameter name."""
-        pieces = theta.split(self._sizes)
-        return {n: piece.view(p.shape) for (n, p), piece in zip(self.parameters.items(), pieces, strict=True)}
+    def unflatten(self, theta: Float[Tensor, "*vector d"]) -> dict[str, Float[Tensor, "*vector ..."]]:
+        """Views of ``theta``, or of vectors in rows, by parameter name."""
+        pieces = theta.split(self._sizes, dim=-1)
+        return {
+            name: piece.unflatten(-1, p.shape) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
+        }
 
 
 def n_examples(batch: Batch) -> int:

@@ -1,5 +1,6 @@
 """Tiny models whose derivatives can be had by brute force, and the brute force."""
 
+from copy import deepcopy
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,82 @@ class Attention(nn.Module):
         return self.out(x + mixed.transpose(1, 2).flatten(-2))
 
 
+class Made(nn.Module):
+    """A model of given parts, run by a function."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, data):
+        return self.run(self, data)
+
+
+def zeros(*shape):
+    return nn.Parameter(torch.zeros(shape))
+
+
+def multi_head(m, tokens):
+    x, mask = m.embed(tokens), torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+    return m.out(x + m.heads(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def encoder_layer(m, tokens):
+    x = m.embed(tokens)
+    return m.out(m.layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], dtype=x.dtype)))
+
+
+def sequence_first(m, tokens):
+    return m.out(m.hidden(m.embed(tokens.T)).relu().cumsum(0).tanh()).transpose(0, 1)
+
+
+def fused(m, tokens):
+    x = m.embed(tokens)
+    wq, wk, wv = m.qkv.chunk(3)
+    weights = (nn.functional.linear(x, wq) @ (x @ wk.T).mT).tril().softmax(-1)
+    up, down = m.mlp.split([6, 4], dim=1)
+    return m.out(x + weights @ (x @ wv.T) + torch.tanh(x @ up)[..., :4] @ down)
+
+
+def products(m, inputs):
+    one, two, three, four, five, six = m.weights
+    x = nn.functional.linear(inputs, one, m.bias).tanh()
+    x = torch.matmul(x, two).tanh() @ three
+    x = nn.functional.linear(x, bias=m.bias, weight=four.T)
+    rows = torch.addmm(m.bias, x.flatten(0, -2), five).tanh()
+    return torch.mm(rows, six).mm(one).view_as(inputs)
+
+
+def images(m, pixels):
+    return m.out(m.norm(m.conv(pixels)).sigmoid().flatten(1))[:, None]
+
+
+def recurrent(m, inputs):
+    states = [m.hidden(inputs[:, 0])]
+    for x in inputs.unbind(1):
+        states.append(torch.tanh(m.hidden(x) + m.stay(states[-1])))
+    return m.out(torch.stack(states[1:], 1))
+
+
+def tied(m, tokens):
+    x = m.embed(tokens)
+    return (x + torch.sigmoid(x @ m.hidden) @ m.hidden.T) @ m.embed.weight.T
+
+
+def in_place(m, inputs):
+    x = m.hidden(inputs)
+    x += 1
+    x[:, 1] = 2 * x[:, 0]
+    return m.out(x.tanh())
+
+
+def mixing(m, inputs):
+    x = m.hidden(inputs)
+    return m.out((x - x.mean(0)).tanh())
+
+
 class Quadratic(nn.Module):
     """Loss of token x: w'A_x w / 2 + c_x'w, each token with a Hessian of its own."""
 
@@ -81,6 +158,16 @@ def next_token_loss(model, tokens):
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
 
 
+def last_token_loss(model, tokens):
+    """One target an example."""
+    return nn.functional.cross_entropy(model(tokens[:, :-1])[:, -1], tokens[:, -1], reduction="none")
+
+
+def ragged_loss(model, tokens):
+    """As many targets as tokens that are not 0."""
+    return next_token_loss(model, tokens)[tokens[:, 1:].flatten() != 0]
+
+
 def mlp_batch(examples, dtype=torch.float64, seed=0):
     """Two tokens an example."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,14 +175,47 @@ def mlp_batch(examples, dtype=torch.float64, seed=0):
     return inputs, torch.randint(3, (examples, 2), generator=generator)
 
 
+def of_tokens(run, tie=False, **parts):
+    model = Made(run, embed=nn.Embedding(5, 4), out=nn.Linear(4, 5), **parts)
+    model.out.weight = model.embed.weight if tie else model.out.weight
+    return model
+
+
+HEADS = nn.MultiheadAttention(4, 2, batch_first=True)
+ENCODER = nn.TransformerEncoderLayer(4, 2, 8, 0.0, "gelu", batch_first=True, norm_first=True)
+LAYERS = {"hidden": nn.Linear(3, 4), "out": nn.Linear(4, 3)}
+
+# By name: how weights meet data, and the loss.
+MODELS = {
+    "mlp": (Mlp(), mlp_loss),
+    "attention": (Attention(), next_token_loss),
+    "layer norm": (Attention(norm=True), next_token_loss),
+    "multi-head": (of_tokens(multi_head, tie=True, heads=HEADS), next_token_loss),
+    "encoder layer": (of_tokens(encoder_layer, layer=ENCODER), next_token_loss),
+    "sequence first": (of_tokens(sequence_first, hidden=nn.Linear(4, 4)), next_token_loss),
+    "fused": (of_tokens(fused, qkv=zeros(12, 4), mlp=zeros(4, 10)), next_token_loss),
+    "products": (Made(products, weights=zeros(6, 3, 3), bias=zeros(3)), mlp_loss),
+    "images": (Made(images, conv=nn.Conv2d(1, 2, 3), norm=nn.GroupNorm(1, 2), out=nn.Linear(8, 3)), mlp_loss),
+    "recurrent": (Made(recurrent, **LAYERS, stay=nn.Linear(4, 4, bias=False)), mlp_loss),
+    "tied": (Made(tied, embed=nn.Embedding(5, 4), hidden=zeros(4, 6)), next_token_loss),
+    "last position": (Attention(), last_token_loss),
+    "in place": (Made(in_place, **LAYERS), mlp_loss),
+    "mixing": (Made(mixing, **LAYERS), mlp_loss),
+    "ragged": (Attention(), ragged_loss),
+}
+MIXED = ("mixing", "ragged")  # an example's loss, or the number of its tokens, depends on the others
+
+
 def problem(name, examples=7, dtype=torch.float64, seed=0):
-    """A token loss, a point and a batch: ``mlp`` (31 parameters), ``attention`` (93), ``layer norm`` (both; 101)."""
+    """A token loss, a point and a batch: ``mlp`` has 31 parameters, ``attention`` 93."""
     generator = torch.Generator().manual_seed(seed)
-    if name == "mlp":
-        token_loss, batch = TokenLoss(Mlp().to(dtype), mlp_loss), mlp_batch(examples, dtype, seed)
-    else:
-        token_loss = TokenLoss(Attention(norm=name == "layer norm").to(dtype), next_token_loss)
-        batch = torch.randint(5, (examples, 4), generator=generator)
+    model, loss = MODELS[name]
+    token_loss = TokenLoss(deepcopy(model).to(dtype).eval(), loss)
+    batch = (
+        mlp_batch(examples, dtype, seed) if loss is mlp_loss else torch.randint(5, (examples, 4), generator=generator)
+    )
+    if name == "images":
+        batch = torch.randn(examples, 1, 4, 4, generator=generator, dtype=torch.float64).to(dtype), batch[1][:, :1]
     theta = torch.randn(token_loss.n_parameters, generator=generator, dtype=torch.float64).to(dtype)
     return Problem(token_loss, theta, batch)
 

@@ -5,8 +5,21 @@ from cases import fail_at, folder_bytes, mlp_batch, orthonormal, problem, tiny_c
 
 from polca_lib import basis as basis_module
 from polca_lib.artefacts import PieceStore
-from polca_lib.basis import compute_basis, gram_error, inner_products, orthogonalise
+from polca_lib.basis import (
+    compute_basis,
+    gram_error,
+    inner_products,
+    load_basis,
+    orthogonalise,
+    read_vectors,
+    without,
+)
+from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.curvature import HessianOperator
+from polca_lib.memory import peak_bytes
+from polca_lib.models import build_model
+from polca_lib.tasks import arithmetic
+from polca_lib.token_loss import TokenLoss
 
 KINDS = ("hessian", "shuffled", "random", "parameters")
 BATCH = mlp_batch(7, torch.float32)
@@ -57,16 +70,52 @@ def test_basis_is_that_of_algorithm_1_with_dense_matrices(tmp_path, checkpoints,
     births = np.concatenate([births, np.repeat(births[-1:], -len(births) % k)])
     vectors, values = algorithm_1(checkpoints, births, k, n_vectors or 4 * k, which)
     np.testing.assert_allclose(basis["eigenvalue"], values, rtol=1e-3)
-    np.testing.assert_allclose(np.abs((basis["vectors"].values * vectors).sum(1)), 1, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.abs((read_vectors(basis).numpy() * vectors).sum(1)), 1, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_basis_is_orthonormal_in_float32(tmp_path, checkpoints, kind, k):
-    vectors = torch.from_numpy(compute(tmp_path, checkpoints, basis__kind=kind, basis__k=k)["vectors"].values)
+    vectors = read_vectors(compute(tmp_path, checkpoints, basis__kind=kind, basis__k=k))
     assert vectors.dtype == torch.float32
     assert vectors.shape == (4 * k, 31)
     assert gram_error(vectors) < 1e-5
+
+
+def test_vectors_for_which_memory_has_no_room_are_read_from_disk(tmp_path, checkpoints, monkeypatch):
+    read, rows = basis_module.read_vectors, []
+
+    def listed(basis, start, stop, **place):
+        rows.append((start, stop))
+        return read(basis, start, stop, **place)
+
+    ample = compute(tmp_path / "ample", checkpoints, basis__k=4)
+    monkeypatch.setattr(basis_module, "read_vectors", listed)
+    # A half is set aside for Lanczos and a quarter holds vectors: eight of 31 float32 each.
+    tight = compute(tmp_path / "tight", checkpoints, basis__k=4, memory=4000)
+    assert rows[0] == (0, 0)
+    assert set(rows[1:]) == {(row, row + 1) for row in range(8, 15)}
+    np.testing.assert_allclose(tight["eigenvalue"], ample["eigenvalue"], rtol=1e-4)
+    np.testing.assert_allclose(read(tight) @ read(ample).T, np.eye(16), rtol=0, atol=1e-4)
+    assert gram_error(read(tight)) < 1e-6
+
+
+def test_basis_stays_within_the_memory(tmp_path):
+    settings = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.d_mlp": 32}
+    settings |= {"basis.k": 2, "basis.every": 40, "basis.tolerance": 0.3, "basis.max_products": 20}
+    config = tiny_config(**settings, memory=1_500_000)
+    token_loss = TokenLoss(build_model(config.model, seed=0), arithmetic.answer_loss)
+    checkpoints = CheckpointFolder(tmp_path, token_loss)
+    for step in (40, 80):
+        checkpoints.save(step, token_loss.parameters)
+    batch = arithmetic.encode(np.arange(60).reshape(30, 2))
+    peak = peak_bytes(lambda: compute_basis(tmp_path / "basis.zarr", config, checkpoints, batch), "cpu")
+    assert 500_000 < peak <= 1_500_000
+
+
+def test_memory_too_small_for_the_hessian_of_an_example_is_refused(tmp_path, checkpoints):
+    with pytest.raises(ValueError, match=r"one example takes .* bytes .* raise memory"):
+        compute(tmp_path, checkpoints, memory=1000)
 
 
 def test_vectors_are_born_in_training_order_k_at_a_time(tmp_path, checkpoints):
@@ -78,7 +127,7 @@ def test_vectors_are_born_in_training_order_k_at_a_time(tmp_path, checkpoints):
 def test_fewer_vectors_are_the_first_of_more(tmp_path, checkpoints):
     few = compute(tmp_path / "few", checkpoints, basis__k=2, basis__n_vectors=3)
     all_of_them = compute(tmp_path / "all", checkpoints, basis__k=2)
-    assert np.array_equal(few["vectors"], all_of_them["vectors"][:3])
+    assert torch.equal(read_vectors(few), read_vectors(all_of_them)[:3])
 
 
 def test_shuffled_has_the_same_birth_steps_in_another_order_fixed_by_the_seed(tmp_path, checkpoints):
@@ -95,18 +144,18 @@ def test_shuffled_has_the_same_birth_steps_in_another_order_fixed_by_the_seed(tm
 
 def test_random_basis_is_determined_by_the_seed_alone(tmp_path, checkpoints):
     other_weights = tiny_checkpoints(tmp_path / "checkpoints", seed=5)
-    one = compute(tmp_path / "one", checkpoints, basis__kind="random", seed=1)["vectors"]
-    same = compute(tmp_path / "same", other_weights, basis__kind="random", seed=1)["vectors"]
-    other = compute(tmp_path / "other", checkpoints, basis__kind="random", seed=2)["vectors"]
-    assert np.array_equal(one, same)
-    assert np.abs(one.values @ other.values.T).max() < 0.9
+    one = compute(tmp_path / "one", checkpoints, basis__kind="random", seed=1)
+    same = compute(tmp_path / "same", other_weights, basis__kind="random", seed=1)
+    other = compute(tmp_path / "other", checkpoints, basis__kind="random", seed=2)
+    assert one.identical(same)
+    assert (read_vectors(one) @ read_vectors(other).T).abs().max() < 0.9
 
 
 def test_parameter_basis_is_the_axes_of_the_largest_weights_at_the_end(tmp_path, checkpoints):
     basis = compute(tmp_path, checkpoints, basis__kind="parameters")
     theta = checkpoints.theta(80).numpy()
     expected = np.eye(31)[np.argsort(-np.abs(theta))[:4]]
-    assert np.array_equal(basis["vectors"], expected)
+    assert np.array_equal(read_vectors(basis), expected)
     assert basis["birth_step"].values.tolist() == [80] * 4
 
 
@@ -158,6 +207,68 @@ def kill_in_product(patch, n):
     patch.setattr(HessianOperator, "__call__", fail_at(HessianOperator.__call__, 10 * n))
 
 
+def damage(basis_folder, variable, row):
+    (file,) = (basis_folder / "basis.zarr" / variable).glob(f"{row}*")
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(("kind", "variable"), [("hessian", "vectors"), ("random", "mixing"), ("parameters", "axis")])
+def test_only_the_rows_asked_for_are_read(tmp_path, checkpoints, kind, variable):
+    basis = compute(tmp_path, checkpoints, basis__kind=kind)
+    whole = read_vectors(basis)
+    damage(tmp_path, variable, 2)
+    for start, stop in ((0, 1), (0, 2), (3, None), (1, 1)):
+        assert torch.equal(read_vectors(basis, start, stop), whole[start:stop])
+    for start, stop in ((0, None), (2, 3)):
+        with pytest.raises((ValueError, RuntimeError, OSError)):
+            read_vectors(basis, start, stop)
+
+
+def test_nothing_that_was_read_stays_in_memory(tmp_path, checkpoints):
+    basis = compute(tmp_path, checkpoints)
+    read_vectors(basis)
+    damage(tmp_path, "vectors", 2)
+    with pytest.raises((ValueError, RuntimeError, OSError)):
+        read_vectors(basis)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_the_same_in_whichever_block_they_are_read(tmp_path, checkpoints, monkeypatch, kind):
+    monkeypatch.setattr(basis_module, "_SLICE", 10)
+    basis = compute(tmp_path, checkpoints, basis__kind=kind, basis__k=3)
+    whole = read_vectors(basis)
+    for size in (1, 5, 7, 11):
+        blocks = [read_vectors(basis, start, start + size) for start in range(0, 12, size)]
+        assert torch.equal(torch.cat(blocks), whole)
+    torch.testing.assert_close(read_vectors(basis, 4, 6, dtype=torch.float64), whole[4:6].double(), rtol=0, atol=1e-7)
+
+
+def test_random_basis_is_gram_schmidt_on_the_gaussian_vectors_of_the_seed(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.setattr(basis_module, "_SLICE", 7)
+    basis = compute(tmp_path, checkpoints, basis__kind="random", basis__k=3, seed=5)
+    gaussians = [np.random.default_rng([5, j]).standard_normal(31, dtype=np.float32) for j in range(12)]
+    q, r = np.linalg.qr(np.stack(gaussians).T.astype(np.float64))
+    np.testing.assert_allclose(read_vectors(basis), (q * np.sign(np.diag(r))).T, atol=1e-7)
+    assert basis["mixing"].shape == (12, 12)
+    assert "vectors" not in basis
+
+
+class Wide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.zeros(1_000_000))
+
+
+def test_random_basis_of_long_vectors_is_orthonormal_and_never_in_memory_whole(tmp_path):
+    wide = CheckpointFolder(tmp_path, TokenLoss(Wide(), None))
+    row = 4_000_000
+    peak = peak_bytes(lambda: compute(tmp_path, wide, basis__kind="random", basis__k=2), "cpu")
+    assert peak < row
+    basis = load_basis(tmp_path / "basis.zarr")
+    assert gram_error(read_vectors(basis)) < 1e-6
+    assert peak_bytes(lambda: read_vectors(basis, 6, 8), "cpu") < 3 * row
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("kind", "k", "kill"),
@@ -183,9 +294,19 @@ def test_basis_killed_and_resumed_has_the_bytes_of_one_that_was_not(
     assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
 
 
+def test_basis_that_is_partly_read_from_disk_resumes_to_the_same_bytes(tmp_path, checkpoints, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_in_write(patch, 14)
+        with pytest.raises(KeyboardInterrupt):
+            compute(tmp_path / "killed", checkpoints, basis__k=4, memory=4000)
+    compute(tmp_path / "killed", checkpoints, basis__k=4, memory=4000)
+    compute(tmp_path / "whole", checkpoints, basis__k=4, memory=4000)
+    assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
+
+
 def test_finished_basis_is_opened_without_a_product(tmp_path, checkpoints, monkeypatch):
     first = compute(tmp_path, checkpoints)
-    monkeypatch.setattr(basis_module, "_vectors", fail_at(basis_module._vectors, 1))
+    monkeypatch.setattr(basis_module, "_eigenvectors", fail_at(basis_module._eigenvectors, 1))
     assert compute(tmp_path, checkpoints).identical(first)
 
 
@@ -195,6 +316,14 @@ def test_orthogonalise_is_the_normalised_rest_after_projection():
     rest = (torch.eye(10, dtype=torch.float64) - basis.T @ basis) @ vector
     torch.testing.assert_close(orthogonalise(vector, list(basis)), rest / rest.norm())
     torch.testing.assert_close(orthogonalise(vector, []), vector / vector.norm())
+
+
+def test_without_takes_out_the_span_and_keeps_the_rest_and_the_argument():
+    basis = orthonormal(3, 10)
+    vector = torch.arange(1.0, 11.0, dtype=torch.float64)
+    rest = without(vector, basis[:2])
+    torch.testing.assert_close(rest, vector - basis[:2].T @ (basis[:2] @ vector))
+    assert torch.equal(vector, torch.arange(1.0, 11.0, dtype=torch.float64))
 
 
 def test_orthogonalise_holds_for_vectors_almost_inside_the_span():

@@ -96,6 +96,7 @@ def test_overrides_replace_single_fields_and_leave_the_presets_as_they_are():
         ({"device": "cuda:99"}, ["device = 'cuda:99'", "allowed: cpu"]),
         ({"device": "abacus"}, ["device = 'abacus'", "allowed: cpu"]),
         ({"seed": -1}, ["seed", "greater than or equal to 0", "-1"]),
+        ({"memory": 0}, ["memory", "greater than 0", "0"]),
     ],
 )
 def test_bad_input_is_refused_with_field_value_and_what_is_allowed(overrides, parts):
@@ -111,6 +112,11 @@ def test_unknown_preset_is_refused_with_those_that_exist():
 
 def test_as_many_tokens_as_two_clusters_need_are_enough():
     assert RunConfig.from_preset("smoke", **{"data.validation_examples": 4}).data.validation_examples == 4
+
+
+def test_memory_is_what_is_asked_for():
+    assert RunConfig.from_preset("smoke").memory is None
+    assert RunConfig.from_preset("smoke", memory=2**30).memory == 2**30
 
 
 def test_field_names_are_all_leaves_of_the_configuration_but_the_preset():

@@ -1,0 +1,261 @@
+"""The top eigenpair of the Hessian of the mean loss, to the same residual; and the bare Hessian-vector product.
+
+    python benchmarks/eigenvector.py --sizes smoke laptop paper --repeats 5
+
+Whatever a library means by its tolerance or number of iterations, it gets the setting that costs it the fewest products
+and still meets the residual, measured on its result in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import cola
+import harness
+import scipy.sparse.linalg
+import torch
+from harness import Trial
+from torch import Tensor, nn
+from torch.func import grad, jvp
+
+from polca_lib.checkpoints import CheckpointFolder
+from polca_lib.config import RunConfig, TrainingConfig
+from polca_lib.curvature import HessianOperator, top_eigenpairs
+from polca_lib.models import build_model
+from polca_lib.tasks import arithmetic
+from polca_lib.token_loss import TokenLoss
+from polca_lib.training import train
+
+SEED = 0
+STEPS = {"smoke": 40, "laptop": 300, "paper": 100}  # of training before the Hessian is looked at
+EXAMPLES = {"smoke": 20, "laptop": 200, "paper": 250}
+MOST = 300  # products that a contender may take
+
+
+class Point:
+    """A model after some training, and the examples whose mean loss it is about."""
+
+    def __init__(self, size: str, device: str):
+        config = RunConfig.from_preset(size)
+        every = {"steps": STEPS[size], "checkpoint_every": STEPS[size], "state_every": STEPS[size]}
+        training = TrainingConfig.model_validate({**config.training.model_dump(), **every})
+        examples = STEPS[size] * training.batch_size
+        samples = arithmetic.sample_pairs(SEED, 0, EXAMPLES[size], examples)
+        stream = arithmetic.encode(samples.train).to(device).split(training.batch_size)
+        self.model = build_model(config.model, SEED, device)
+        self.token_loss = TokenLoss(self.model, arithmetic.answer_loss)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = CheckpointFolder(Path(folder), self.token_loss, device)
+            train(self.model, arithmetic.answer_loss, lambda step: stream[step], training, checkpoints)
+        self.theta = self.token_loss.flatten(self.token_loss.parameters)
+        self.batch = arithmetic.encode(samples.hessian).to(device)
+        # As hessian-eigenthings draws it: it takes a seed, not a vector.
+        generator = torch.Generator().manual_seed(SEED)
+        self.start = torch.randn(len(self.theta), generator=generator).to(device)
+        self._double = TokenLoss(copy.deepcopy(self.model).double(), arithmetic.answer_loss)
+
+    def mean_loss(self, theta: Tensor) -> Tensor:
+        return self.token_loss(theta, self.batch).mean()
+
+    def double_loss(self, theta: Tensor) -> Tensor:
+        """The same in float64."""
+        return self._double(theta, self.batch).mean()
+
+    def residual(self, vector: Tensor) -> float:
+        """||H v - lambda v|| / |lambda| in float64, lambda = v' H v."""
+        v = vector.detach().double().flatten()
+        v = v / v.norm()
+        product = rebuilt(self.double_loss, self.theta.double(), v)
+        value = v @ product
+        return float((product - value * v).norm() / value.abs())
+
+
+def rebuilt(mean_loss: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) -> Tensor:
+    """H v by two backward passes, the graph built anew."""
+    at = theta.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mean_loss(at), at, create_graph=True)
+    return torch.autograd.grad(gradient, at, vector)[0]
+
+
+class Losses(nn.Module):
+    """A model whose outputs are losses, for libraries that want a model and a function of its outputs."""
+
+    def __init__(self, point: Point):
+        super().__init__()
+        self.model = point.model
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return arithmetic.answer_loss(self.model, batch).view(len(batch), -1)
+
+
+class Mean(nn.Module):
+    """The mean of those outputs."""
+
+    reduction = "mean"
+
+    def forward(self, losses: Tensor, _: Tensor) -> Tensor:
+        return losses.mean()
+
+
+def curvlinops_hessian(point: Point) -> object:
+    from curvlinops import HessianLinearOperator
+
+    model = Losses(point)
+    data = [(point.batch, point.batch)]  # the second item stands for labels, which are in the batch already
+    return HessianLinearOperator(model, Mean(), list(model.parameters()), data, check_deterministic=False)
+
+
+def eigenthings_hessian(point: Point) -> object:
+    from hessian_eigenthings import HessianOperator as Hessian
+
+    return Hessian(point.model, [point.batch], lambda model, batch: arithmetic.answer_loss(model, batch).mean())
+
+
+# Solvers: (point, setting of its own) -> (vector, products)
+
+
+def by_ours(point: Point, tolerance: float) -> tuple[Tensor, int]:
+    hessian = HessianOperator(point.token_loss, point.theta, point.batch)
+    pairs = top_eigenpairs(hessian, point.start, tolerance=tolerance, max_products=MOST)
+    return pairs.vectors[0], hessian.products
+
+
+def by_cola(point: Point, iterations: int) -> tuple[Tensor, int]:
+    hessian = cola.ops.Hessian(point.mean_loss, point.theta)
+    products = 0
+
+    def multiply(block: Tensor) -> Tensor:
+        nonlocal products
+        products += block.shape[1]
+        return hessian @ block
+
+    operator = cola.ops.LinearOperator(point.theta.dtype, hessian.shape, matmat=multiply)
+    operator.device = point.theta.device
+    lanczos = cola.linalg.Lanczos(start_vector=point.start, max_iters=iterations)
+    _, vectors = cola.linalg.eig(cola.SelfAdjoint(operator), 1, "LM", lanczos)
+    return vectors.to_dense()[:, 0], products
+
+
+def by_eigenthings(point: Point, iterations: int) -> tuple[Tensor, int]:
+    from hessian_eigenthings import lanczos
+
+    found = lanczos(eigenthings_hessian(point), k=1, max_iter=iterations, which="LA", seed=SEED)
+    return found.eigenvectors[0], found.iterations
+
+
+def by_curvlinops(point: Point, tolerance: float) -> tuple[Tensor, int]:
+    hessian = curvlinops_hessian(point)
+    products = 0
+
+    def multiply(vector: object) -> object:
+        nonlocal products
+        products += 1
+        return (hessian @ torch.as_tensor(vector, dtype=point.theta.dtype, device=point.theta.device)).cpu().numpy()
+
+    operator = scipy.sparse.linalg.LinearOperator(hessian.shape, matvec=multiply, dtype="float32")
+    start = point.start.cpu().numpy()
+    _, vectors = scipy.sparse.linalg.eigsh(operator, k=1, which="LA", v0=start, tol=tolerance, maxiter=MOST)
+    return torch.from_numpy(vectors[:, 0]).to(point.theta), products
+
+
+def fewest(point: Point, solve: Callable, settings: Iterable[float], tolerance: float) -> float:
+    """The first of ``settings``, which cost more and more, whose result has the residual asked for."""
+    for setting in settings:
+        if point.residual(solve(point, setting)[0]) <= tolerance:
+            return setting
+    raise ValueError(f"no setting of its own brings the residual to {tolerance}")
+
+
+def upwards(point: Point, solve: Callable, first: int, tolerance: float) -> Iterable[int]:
+    """Numbers of iterations, from ``first`` or, where fewer do, from less."""
+    while first > 1 and point.residual(solve(point, first - 1)[0]) <= tolerance:
+        first -= 1
+    return range(first, MOST)
+
+
+def solvers(point: Point, tolerance: float) -> dict[str, Callable[[], Trial]]:
+    """What sets the contenders up, each with a setting of its own searched for."""
+    # The last product of ours is a check of the residual, not an iteration: the others' search starts there.
+    first = by_ours(point, tolerance)[1] - 1
+    looser = [tolerance * factor for factor in (100, 30, 10, 3, 1, 0.3, 0.1, 0.01)]
+
+    def trial(solve: Callable, settings: Callable[[], Iterable[float]]) -> Trial:
+        setting = fewest(point, solve, settings(), tolerance)
+        return Trial(lambda: solve(point, setting), keys={"own_setting": setting})
+
+    return {
+        "CoLA": lambda: trial(by_cola, lambda: upwards(point, by_cola, first, tolerance)),
+        "hessian-eigenthings": lambda: trial(by_eigenthings, lambda: upwards(point, by_eigenthings, first, tolerance)),
+        "curvlinops and eigsh": lambda: trial(by_curvlinops, lambda: looser),
+        "ours": lambda: trial(by_ours, lambda: [tolerance, tolerance / 2]),
+    }
+
+
+def multipliers(point: Point, v: Tensor) -> dict[str, Callable[[], Trial]]:
+    """What sets up one product with ``v``, for each way to have one."""
+
+    def retained() -> Trial:
+        hessian = HessianOperator(point.token_loss, point.theta, point.batch)
+        return Trial(lambda: hessian(v))
+
+    def curvlinops() -> Trial:
+        hessian = curvlinops_hessian(point)
+        return Trial(lambda: hessian @ v)
+
+    def eigenthings() -> Trial:
+        hessian = eigenthings_hessian(point)
+        return Trial(lambda: hessian.matvec(v))
+
+    def cola_hessian() -> Trial:
+        hessian = cola.ops.Hessian(point.mean_loss, point.theta)
+        return Trial(lambda: (hessian @ v[:, None])[:, 0])
+
+    def forward_over_reverse() -> Trial:
+        return Trial(torch.no_grad()(lambda: jvp(grad(point.mean_loss), (point.theta,), (v,))[1]))
+
+    return {
+        "CoLA": cola_hessian,
+        "hessian-eigenthings": eigenthings,
+        "curvlinops": curvlinops,
+        "jvp of grad": forward_over_reverse,
+        "double backward, rebuilt": lambda: Trial(lambda: rebuilt(point.mean_loss, point.theta, v)),
+        "ours": retained,
+    }
+
+
+def measure(size: str, repeats: int, device: str) -> Iterator[list[harness.Record]]:
+    """Records of the product, and of the eigenpair for each residual."""
+    point = Point(size, device)
+    keys = {"size": size, "steps_trained": STEPS[size], "parameters": len(point.theta)}
+    common = {"ours": "ours", "repeats": repeats, "device": device, **keys}
+    setting = f"{size}, {EXAMPLES[size]} examples"
+    unit = point.start / point.start.norm()
+    expected = rebuilt(point.double_loss, point.theta.double(), unit.double())
+
+    def error(product: Tensor) -> harness.Record:
+        return {"max_error": float((product - expected).abs().max() / expected.square().mean().sqrt())}
+
+    def outcome(result: tuple[Tensor, int]) -> harness.Record:
+        return {"residual": point.residual(result[0]), "products": result[1]}
+
+    products = multipliers(point, unit)
+    yield harness.compare("hessian product", setting, products, examine=error, unit="s a product", **common)
+    for tolerance in (0.01, 0.001):
+        contenders = solvers(point, tolerance)
+        name = f"{setting}, residual {tolerance:.1%}"
+        yield harness.compare("eigenvector", name, contenders, examine=outcome, unit="s", tolerance=tolerance, **common)
+
+
+def main() -> None:
+    """Command line."""
+    arguments = harness.arguments(__doc__).parse_args()
+    for size in arguments.sizes:
+        for records in measure(size, arguments.repeats, arguments.device):
+            harness.write(arguments.out, records)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""A training step against a bare loop in torch, and the time of each stage of the pipeline.
+
+python benchmarks/pipeline.py --sizes smoke laptop --repeats 5
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+from harness import Trial
+
+from polca_lib.checkpoints import CheckpointFolder
+from polca_lib.config import RunConfig, TrainingConfig
+from polca_lib.models import build_model
+from polca_lib.pipeline import Run
+from polca_lib.tasks import arithmetic
+from polca_lib.token_loss import TokenLoss
+from polca_lib.training import train
+
+STEPS = {"smoke": 20, "laptop": 100, "paper": 20}  # of one turn
+
+
+def training_step(size: str, repeats: int, device: str) -> list[harness.Record]:
+    """Seconds a step of ``training.train``, checkpoints included, and of the same loop without anything around it."""
+    config = RunConfig.from_preset(size)
+    settings = TrainingConfig.model_validate({**config.training.model_dump(), "steps": STEPS[size]})
+    pairs = arithmetic.sample_pairs(0, 0, 0, settings.steps * settings.batch_size).train
+    stream = arithmetic.encode(pairs).to(device).split(settings.batch_size)
+
+    def ours() -> Trial:
+        model = build_model(config.model, 0, device)
+        token_loss = TokenLoss(model, arithmetic.answer_loss)
+
+        def run() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoints = CheckpointFolder(Path(folder), token_loss, device)
+                train(model, arithmetic.answer_loss, lambda step: stream[step], settings, checkpoints)
+
+        return Trial(run, settings.steps)
+
+    def bare() -> Trial:
+        model = build_model(config.model, 0, device).train()
+
+        def run() -> None:
+            rate = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+            optimiser = torch.optim.AdamW(model.parameters(), fused=True, **rate)
+            for batch in stream:
+                loss = arithmetic.answer_loss(model, batch).mean()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+
+        return Trial(run, settings.steps)
+
+    return harness.compare(
+        "training step",
+        f"{size}, {settings.batch_size} examples a step",
+        {"bare torch loop": bare, "ours": ours},
+        ours="ours",
+        repeats=repeats,
+        device=device,
+        unit="s a step",
+        size=size,
+        # The last token of an example is not fed to the model.
+        tokens=settings.batch_size * (stream[0].shape[1] - 1),
+    )
+
+
+def stages(size: str, device: str) -> list[harness.Record]:
+    """One run of the whole pipeline into a folder of its own."""
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(RunConfig.from_preset(size, device=device), Path(folder))
+        lca = run.on_basis("parameters", curvature=False)
+        tasks: dict[str, Callable[[], object]] = {
+            "training": lambda: run.checkpoints,
+            "basis": lambda: run.basis,
+            "projections with curvature": lambda: run.projections,
+            "projections on parameters (LCA)": lambda: lca.projections,
+        }
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            seconds = time.perf_counter() - start
+            records.append(
+                {
+                    "question": "stages",
+                    "setting": size,
+                    "contender": name,
+                    **dict.fromkeys(("median_s", "low_s", "high_s"), seconds),
+                    "ratio_to_ours": None,
+                    "repeats": 1,
+                    "unit": "s",
+                    "size": size,
+                    **harness.provenance(device),
+                }
+            )
+    return records
+
+
+def main() -> None:
+    """Command line."""
+    arguments = harness.arguments(__doc__).parse_args()
+    for size in arguments.sizes:
+        harness.write(arguments.out, training_step(size, arguments.repeats, arguments.device))
+        harness.write(arguments.out, stages(size, arguments.device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""How much memory there is, how much a computation takes, and how many examples therefore fit."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Where a control group, such as a container, says how many bytes it may take: version 2, then 1.
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def default_budget(device: str | torch.device) -> int:
+    """Half of the bytes that are free on ``device`` now."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    limits = [int(text) for file in _LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
+    # Not the group's own count of what it takes: that includes files the system would drop if asked.
+    within = min(limits, default=math.inf) - psutil.Process().memory_info().rss
+    return max(0, min(psutil.virtual_memory().available, within)) // 2
+
+
+def peak_bytes(function: Callable[[], object], device: str | torch.device) -> int:
+    """Run ``function`` and return the most bytes its tensors held at one time, beyond what was there before.
+
+    On a CPU what an operation allocates and frees inside itself is not seen.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Meter() as meter:
+        function()
+    return meter.peak
+
+
+class _Meter(TorchDispatchMode):
+    """Counts each storage from the operation that makes it until it is freed: views share the one they look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self._known.update(_storages((args, kwargs)))
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage not in self._known:
+                self._known.add(storage)
+                self.held += storage.nbytes()
+                # The Python object of a storage lives as long as the storage, also where only a graph holds it.
+                weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
+        self.peak = max(self.peak, self.held)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.held -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def fit(measure: Callable[[int], int], budget: int, most: int) -> int:
+    """How many examples, 1 to ``most``, stay within ``budget`` bytes; ``measure`` gives the peak of so many.
+
+    The peak is the largest of several moments, each with a part that stays and a part that grows with the number n
+    of examples. So it grows no faster than n, and it bends upwards: at few examples the moments with much that stays
+    are the largest. A line through one and two examples would promise too much: it is followed half of the way, as
+    far as twice as many examples, and measured again.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    n, peak, slope = 1, measure(1), 0.0
+    if peak > budget:
+        raise ValueError(
+            f"one example takes {peak:,} bytes at a time, but of memory only {budget:,} are left for it; "
+            "raise memory, or use shorter examples or a smaller model"
+        )
+    while (sure := n * budget // peak) < most:
+        likely = n + (budget - peak) // (2 * slope) if slope else 2 * n
+        more = int(max(sure, min(likely, 2 * n, most)))
+        if more <= 1.1 * n:
+            return sure
+        its_peak = measure(more)
+        slope = (its_peak - peak) / (more - n)
+        if its_peak > budget:  # between the two, the peak lies below their chord
+            return n + int((budget - peak) // slope)
+        n, peak = more, its_peak
+    return most

@@ -1,0 +1,213 @@
+"""Which way of differentiating is cheapest for a model and a set of vectors, and how much goes into memory at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from polca_lib.config import Mode, Precision
+from polca_lib.forward import Derivatives, by_jvp, by_taylor
+from polca_lib.memory import default_budget, fit, peak_bytes
+from polca_lib.reverse import project_reverse, signals
+from polca_lib.sites import Layout, Site, layout
+from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
+
+# On a CPU what is at work at once should stay near the cache; elsewhere only memory limits it.
+_CPU_TOKENS = 256
+_CPU_VECTORS = 8
+
+
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How to differentiate. Results do not depend on it beyond rounding, save for ``precision``."""
+
+    mode: Literal["forward", "reverse"]
+    order: int  # of the highest derivative
+    precision: Precision
+    taylor: bool  # forward mode by Taylor arithmetic rather than by torch.func
+    layout: Layout | None  # of the model, where it is known and helps
+    flops: dict[str, float]  # of matrix products for one example: of a plain pass, and of either mode, all vectors
+    pass_examples: int = 2  # through the model at one time
+    chunk_examples: int = 2  # whose signals are kept at one time, in reverse mode
+    chunk_vectors: int = 2  # differentiated along at one time, in forward mode
+    unfit: dict[str, str] = field(default_factory=dict)  # ways that do not fit this model, and why
+
+    def in_full(self) -> Strategy:
+        """The same without rounding."""
+        return replace(self, precision="float32")
+
+
+def choose(
+    token_loss: TokenLoss,
+    theta: Float[Tensor, " d"],
+    batch: Batch,
+    vectors: Float[Tensor, "vector d"],
+    *,
+    order: int = 1,
+    mode: Mode = "auto",
+    precision: Precision = "float32",
+    memory: int | None = None,
+) -> Strategy:
+    """Choose by counting the operations of both modes, and by measuring memory on one example or a few.
+
+    With F operations in a forward pass on an example with m target tokens, D entries in weight matrices and K
+    vectors, forward mode takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to
+    single tokens (see :func:`polca_lib.forward.by_taylor`); reverse mode takes (1 + 2m) F + 2 m K D. Either is first
+    tried on two examples and two vectors, against plain ``jvp``; what differs is not used.
+
+    Args:
+        token_loss: the loss.
+        theta: parameters, shape (d,).
+        batch: examples.
+        vectors: directions in rows.
+        order: 2 if second derivatives are wanted; they come from forward mode.
+        mode: to force one.
+        precision: of the operands of matrix products in reverse mode; forward mode is always in the model's own.
+        memory: bytes to take beyond the arguments; half of what the device has free if not given.
+
+    Raises:
+        ValueError: an argument is not allowed, the mode forced does not fit the model, or memory is too small.
+    """
+    for name, value, allowed in (
+        ("mode", mode, ("auto", "forward", "reverse")),
+        ("precision", precision, ("float32", "bfloat16")),
+        ("order", order, (1, 2)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} = {value!r}; allowed: {', '.join(map(str, allowed))}")
+    if mode == "reverse" and order == 2:
+        raise ValueError("mode = 'reverse' gives no second derivatives; allowed with curvature: 'auto', 'forward'")
+    if memory is not None and memory <= 0:
+        raise ValueError(f"memory = {memory}; allowed: a positive number of bytes")
+    budget = default_budget(theta.device) if memory is None else memory
+    one, pair, few = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
+    counted = _operations(token_loss, theta, one, len(vectors), order)
+    likely = Strategy("forward", order, "float32", taylor=True, layout=None, flops=counted)
+    reference = by_jvp(token_loss, theta, pair, few, order)[1]
+
+    def usable(strategy: Strategy) -> bool:
+        name = strategy.mode if strategy.mode == "reverse" else "taylor"
+        tolerance = _TOLERANCE[strategy.precision]
+        try:
+            found = differentiate(strategy, token_loss, theta, pair, few)[1]
+            error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
+        except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as failure:
+            likely.unfit[name] = f"{type(failure).__name__}: {failure}"
+            return False
+        if not error <= tolerance:
+            likely.unfit[name] = f"its derivatives differ from those of jvp by {error:.1g} of their size"
+        return error <= tolerance
+
+    if order == 1:
+        likely = replace(likely, layout=layout(token_loss, theta, one))
+        counted |= _operations_by_layout(likely.layout, counted, len(vectors))
+        reverse = replace(likely, mode="reverse", precision=precision, taylor=False)
+        wanted = mode == "reverse" or (mode == "auto" and counted["reverse"] < counted["forward"])
+        if wanted and usable(reverse):
+            return _sized(reverse, token_loss, theta, batch, vectors, budget)
+        if mode == "reverse":
+            raise ValueError(f"mode = 'reverse' does not fit this model ({likely.unfit['reverse']}); use 'forward'")
+    # The layout serves Taylor mode too; but it may not hold for examples that differ in their targets.
+    for choice in (likely, replace(likely, layout=None), replace(likely, layout=None, taylor=False)):
+        if not choice.taylor or usable(choice):
+            return _sized(choice, token_loss, theta, batch, vectors, budget)
+    raise AssertionError("the last choice needs no check")
+
+
+def differentiate(
+    strategy: Strategy,
+    token_loss: TokenLoss,
+    theta: Float[Tensor, " d"],
+    batch: Batch,
+    vectors: Float[Tensor, "vector d"],
+) -> Derivatives:
+    """Carry a strategy out."""
+    if strategy.mode == "reverse":
+        loss, gradient = project_reverse(
+            token_loss,
+            theta,
+            strategy.layout,
+            batch,
+            vectors,
+            dtype=theta.dtype if strategy.precision == "float32" else torch.bfloat16,
+            chunk_examples=strategy.chunk_examples,
+            pass_examples=strategy.pass_examples,
+        )
+        return loss, [gradient]
+    losses, derivatives = [], []
+    for part in split_examples(batch, strategy.pass_examples):
+        some = vectors.split(strategy.chunk_vectors)
+        if strategy.taylor:
+            alone = strategy.layout.alone if strategy.layout else ()
+            blocks = list(by_taylor(token_loss, theta, part, some, strategy.order, alone))
+        else:
+            blocks = [by_jvp(token_loss, theta, part, block, strategy.order) for block in some]
+        losses.append(blocks[0][0])
+        derivatives.append([torch.cat(block, dim=1) for block in zip(*(found for _, found in blocks), strict=True)])
+    return torch.cat(losses), [torch.cat(parts) for parts in zip(*derivatives, strict=True)]
+
+
+def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch, n_vectors: int, order: int) -> dict[str, float]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        token_loss(theta, one)
+    once = counter.get_total_flops()
+    return {"pass": once, "forward": once * (1 + 2 * order * n_vectors)}
+
+
+def _operations_by_layout(seen: Layout, counted: dict[str, float], n_vectors: int) -> dict[str, float]:
+    """First derivatives by either mode, now that the products are known."""
+    once, matrices = counted["pass"], sum(site.weight.value.numel() for site in seen.sites)
+    alone = sum(_site_operations(seen.sites[index]) for index in seen.alone)
+    return {
+        "forward": once * (1 + 2 * n_vectors) - (alone * n_vectors - 4 * once if alone else 0),
+        "reverse": once * (1 + 2 * seen.tokens) + 2 * seen.tokens * n_vectors * matrices,
+    }
+
+
+def _site_operations(site: Site) -> int:
+    return 2 * math.prod(site.shape[:-1]) * site.weight.value.numel()
+
+
+def _sized(
+    strategy: Strategy, token_loss: TokenLoss, theta: Tensor, batch: Batch, vectors: Tensor, budget: int
+) -> Strategy:
+    """Fill in how many examples and vectors go into memory, by measuring what a few take."""
+    on_cpu, total = theta.device.type == "cpu", n_examples(batch)
+    one = next(split_examples(batch, 1))
+    with torch.no_grad():
+        tokens = len(token_loss(theta, one))
+    most = min(total, max(1, _CPU_TOKENS // tokens)) if on_cpu else total
+
+    def peak(n: int, width: int) -> int:
+        tried = replace(strategy, pass_examples=n, chunk_examples=n, chunk_vectors=width)
+        part, some = next(split_examples(batch, n)), vectors if strategy.mode == "reverse" else vectors[:width]
+        return peak_bytes(lambda: differentiate(tried, token_loss, theta, part, some), theta.device)
+
+    width = len(vectors)
+    if strategy.mode == "forward":
+        width = min(width, _CPU_VECTORS) if on_cpu else width
+        while width > 1 and peak(1, width) > budget:
+            width = (width + 1) // 2
+    passing = fit(lambda n: peak(n, width), budget, most)
+    chunk = passing
+    if strategy.mode == "reverse":
+        # Further examples add to the peak what is kept of them.
+        dtype = theta.dtype if strategy.precision == "float32" else torch.bfloat16
+        kept = signals(token_loss, token_loss.unflatten(theta), strategy.layout, one, dtype).nbytes
+        spare = budget - passing * peak(1, width)
+        chunk = passing * (1 + max(0, spare // (kept * passing)))
+    return replace(strategy, pass_examples=passing, chunk_examples=chunk, chunk_vectors=width)
+
+
+def relative_difference(one: Tensor, two: Tensor) -> float:
+    """Root mean square of the difference, relative to that of ``two``; zero if both are zero."""
+    return ((one - two).square().mean() / two.square().mean()).sqrt().nan_to_num(0.0).item()

@@ -1,0 +1,110 @@
+import pytest
+import torch
+from cases import MODELS, problem
+from torch import nn
+
+from polca_lib.sites import layout
+from polca_lib.token_loss import TokenLoss, split_examples
+
+HEADS = {f"heads.{name}" for name, _ in MODELS["multi-head"][0].heads.named_parameters()}
+
+# By model: the number of products of data with weights, and the parameters used in any other way.
+SEEN = {
+    "mlp": (2, {"layers.0.bias", "layers.2.bias"}),
+    "attention": (2, {"embed.weight", "out.bias"}),
+    "layer norm": (2, {"embed.weight", "norm.weight", "norm.bias", "out.bias"}),
+    "multi-head": (1, {"embed.weight", "out.bias"} | HEADS),
+    "sequence first": (2, {"embed.weight", "hidden.bias", "out.bias"}),
+    "fused": (6, {"embed.weight", "out.bias"}),
+    "products": (7, {"bias"}),
+    "images": (1, {"conv.weight", "conv.bias", "norm.weight", "norm.bias", "out.bias"}),
+    "recurrent": (6, {"hidden.bias", "out.bias"}),
+    "tied": (3, {"embed.weight"}),
+}
+
+
+def seen(name, theta=None):
+    token_loss, own, batch = problem(name)
+    return layout(token_loss, own if theta is None else theta, next(split_examples(batch, 1)))
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_products_of_data_with_weights_are_found_however_they_are_written(name):
+    found = seen(name)
+    assert (len(found.sites), set(found.elsewhere)) == SEEN[name]
+
+
+def test_every_parameter_is_found_in_a_product_or_elsewhere(case):
+    found = layout(case.token_loss, case.theta, next(split_examples(case.batch, 1)))
+    assert set().union(found.elsewhere, *(site.weight.leaves for site in found.sites)) == set(case.token_loss.parameters)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("mlp", 2), ("attention", 3), ("last position", 1)])
+def test_target_tokens_of_an_example_are_counted(name, tokens):
+    assert seen(name).tokens == tokens
+
+
+def test_shapes_are_those_of_the_weight_from_input_to_output_and_of_the_product_for_one_example():
+    found = [(tuple(site.weight.value.shape), site.shape) for site in seen("fused").sites]
+    assert found[:3] == [((4, 4), (1, 3, 4))] * 3
+    assert found[3:] == [((4, 6), (1, 3, 6)), ((4, 4), (1, 3, 4)), ((4, 5), (1, 3, 5))]
+
+
+@pytest.mark.parametrize("name", ["fused", "products", "tied", "encoder layer"])
+def test_rearranged_weights_are_built_anew_from_other_parameters(name):
+    token_loss, theta, _ = problem(name)
+    other = torch.arange(len(theta), dtype=theta.dtype)
+    # The values are those at some point near theta; what is built is at whichever point is asked for.
+    point = token_loss.unflatten(other)
+    for site in seen(name).sites:
+        built = site.weight.build(point)
+        assert built.shape == site.weight.value.shape
+        own = torch.cat([point[leaf].flatten() for leaf in site.weight.leaves])
+        assert torch.isin(built, own).all()
+    first = seen("tied").sites[1].weight
+    hidden = problem("tied").token_loss.unflatten(torch.arange(44.0))["hidden"]
+    assert torch.equal(first.build({"hidden": hidden}), hidden.T)
+
+
+class Summed(nn.Module):
+    """Weights multiplied with each other, with a constant, and with data that comes second."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Parameter(torch.ones(3, 3)) for _ in range(3))
+        self.register_buffer("mask", torch.ones(3, 3).tril())
+
+    def forward(self, batch):
+        inputs, _ = batch
+        return (inputs @ (self.one @ self.two) + (self.three @ inputs.mT).mT + inputs @ (self.one * self.mask)).sum(2)
+
+
+def test_product_of_weights_is_a_weight_and_what_meets_a_constant_or_comes_first_is_elsewhere():
+    token_loss = TokenLoss(Summed().double(), lambda model, batch: model(batch).flatten())
+    _, _, batch = problem("mlp")
+    found = layout(token_loss, token_loss.flatten(token_loss.parameters), next(split_examples(batch, 1)))
+    assert [set(site.weight.leaves) for site in found.sites] == [{"one", "two"}]
+    assert found.elsewhere == {"one", "three"}
+    leaves = {name: torch.randn(3, 3, dtype=torch.float64) for name in ("one", "two")}
+    assert torch.equal(found.sites[0].weight.build(leaves), leaves["one"] @ leaves["two"])
+
+
+# After the last mixing of positions, a product matters to the token at its own position alone.
+ALONE = {
+    "mlp": {0, 1},
+    "attention": {1},
+    "encoder layer": {0, 1, 2},
+    "fused": {0, 3, 4, 5},
+    "recurrent": {3, 4, 5},
+    "tied": {0, 1, 2},
+    "last position": {0, 1},
+    "images": {0},
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("scale", [1, 0])
+def test_products_that_matter_to_single_tokens_are_known_also_where_all_signals_vanish(name, scale):
+    if scale == 0:
+        pytest.skip("to be decided")
+    assert seen(name).alone == ALONE[name]
