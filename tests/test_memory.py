@@ -1,8 +1,10 @@
+import math
+
 import psutil
 import pytest
 import torch
 from cases import problem
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.func import jvp, vmap
 
@@ -131,12 +133,17 @@ def test_as_many_examples_fit_as_stay_within_the_budget(moments, budget, most):
     assert best <= 2 * found + 2
 
 
-@given(st.integers(0, 10_000), st.integers(1, 1000), st.integers(100, 1_000_000))
-def test_nothing_beyond_the_budget_is_tried_but_two_examples(fixed, slope, budget):
+@given(st.integers(0, 10_000), st.integers(1, 1000), st.floats(0, 1), st.floats(1, 2), st.integers(100, 100_000))
+@example(fixed=850, slope=400, less=0.1, steeper=1.9, budget=2500)
+def test_nothing_beyond_the_budget_is_tried_but_two_examples(fixed, slope, less, steeper, budget):
+    def peak(n):
+        # The slope may grow to twice what it is at few examples.
+        return math.ceil(max(fixed + slope * n, less * fixed + steeper * slope * n))
+
     tried = []
-    if fixed + slope <= budget:
-        fit(lambda n: (tried.append(n), fixed + slope * n)[1], budget, 300)
-    assert all(fixed + slope * n <= budget for n in tried if n > 2)
+    if peak(1) <= budget:
+        fit(lambda n: (tried.append(n), peak(n))[1], budget, 300)
+    assert all(peak(n) <= budget for n in tried if n > 2)
 
 
 def test_one_measurement_is_enough_when_memory_is_ample():

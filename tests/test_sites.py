@@ -1,9 +1,9 @@
 import pytest
 import torch
-from cases import MODELS, problem
+from cases import MODELS, Quadratic, problem
 from torch import nn
 
-from polca_lib.sites import layout
+from polca_lib.sites import WatchProducts, layout, signals_alone
 from polca_lib.token_loss import TokenLoss, split_examples
 
 HEADS = {f"heads.{name}" for name, _ in MODELS["multi-head"][0].heads.named_parameters()}
@@ -36,7 +36,9 @@ def test_products_of_data_with_weights_are_found_however_they_are_written(name):
 
 def test_every_parameter_is_found_in_a_product_or_elsewhere(case):
     found = layout(case.token_loss, case.theta, next(split_examples(case.batch, 1)))
-    assert set().union(found.elsewhere, *(site.weight.leaves for site in found.sites)) == set(case.token_loss.parameters)
+    assert set().union(found.elsewhere, *(site.weight.leaves for site in found.sites)) == set(
+        case.token_loss.parameters
+    )
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("mlp", 2), ("attention", 3), ("last position", 1)])
@@ -89,10 +91,11 @@ def test_product_of_weights_is_a_weight_and_what_meets_a_constant_or_comes_first
     assert torch.equal(found.sites[0].weight.build(leaves), leaves["one"] @ leaves["two"])
 
 
-# After the last mixing of positions, a product matters to the token at its own position alone.
+# By model: products that matter to the token at their own position alone, as all do after the last mixing of positions.
 ALONE = {
     "mlp": {0, 1},
     "attention": {1},
+    "layer norm": {1},
     "encoder layer": {0, 1, 2},
     "fused": {0, 3, 4, 5},
     "recurrent": {3, 4, 5},
@@ -103,8 +106,49 @@ ALONE = {
 
 
 @pytest.mark.parametrize("name", ALONE)
-@pytest.mark.parametrize("scale", [1, 0])
-def test_products_that_matter_to_single_tokens_are_known_also_where_all_signals_vanish(name, scale):
-    if scale == 0:
-        pytest.skip("to be decided")
-    assert seen(name).alone == ALONE[name]
+def test_products_behind_the_last_mixing_of_positions_matter_to_single_tokens(name):
+    token_loss, theta, batch = problem(name)
+    # Tokens all different: of equal ones, attention to either is the same.
+    example = torch.arange(4)[None] if isinstance(batch, torch.Tensor) else next(split_examples(batch, 1))
+    assert layout(token_loss, theta, example).alone == ALONE[name]
+
+
+def test_a_point_where_no_signal_comes_back_tells_as_much():
+    token_loss, _, batch = problem("mlp")
+    # The output layer is zero, so the one before it matters to nothing here.
+    theta = token_loss.flatten({n: p * (n != "layers.2.weight") for n, p in token_loss.parameters.items()})
+    assert layout(token_loss, theta, next(split_examples(batch, 1))).alone == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["attention", "fused", "mixing"])
+def test_signals_are_those_of_one_backward_pass_per_token(name):
+    token_loss, theta, batch = problem(name, examples=3)
+    if name != "mixing":
+        batch = torch.tensor([[0, 1, 2, 3], [3, 0, 4, 1], [1, 2, 4, 0]])
+    parameters = token_loss.unflatten(theta)
+    n_sites = len(seen(name).sites)
+    found = signals_alone(token_loss, parameters, batch, range(n_sites))
+    probes = []
+
+    def probe(index, x, weight, bias):
+        result = x @ weight.value
+        probes.append(torch.zeros_like(result, requires_grad=True))
+        return result + probes[-1] + (0 if bias is None else bias)
+
+    with WatchProducts(parameters, probe):
+        losses = token_loss.at(parameters, batch)
+    by_token = zip(*(torch.autograd.grad(loss, probes, retain_graph=True) for loss in losses), strict=True)
+    for index, signals in enumerate(torch.stack(each).flatten(1, -2) for each in by_token):
+        signal, token = found[index]
+        torch.testing.assert_close(signal, signals.sum(0))
+        matters = (signals != 0).any(2)  # token, position
+        assert (token is not None) == (matters.sum(0) <= 1).all()
+        if token is not None:
+            assert matters[token[matters.any(0)], matters.any(0)].all()
+
+
+def test_a_model_without_products_has_no_sites():
+    token_loss = TokenLoss(Quadratic(), lambda model, batch: model(batch))
+    batch = torch.eye(4, dtype=torch.float64)[None], torch.ones(1, 4, dtype=torch.float64)
+    found = layout(token_loss, torch.ones(4, dtype=torch.float64), batch)
+    assert (found.sites, found.elsewhere, found.tokens) == ((), {"w"}, 1)

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from cases import MIXED, MODELS, orthonormal, problem, token_gradients
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import polca_lib.reverse as reverse
+from polca_lib.reverse import project_reverse, signals
+from polca_lib.sites import layout
+from polca_lib.token_loss import TokenLoss, split_examples
+
+EXACT = {"rtol": 1e-10, "atol": 1e-11}
+
+
+def project(token_loss, theta, batch, vectors, dtype=torch.float64, chunk_examples=100, pass_examples=100):
+    seen = layout(token_loss, theta, next(split_examples(batch, 1)))
+    sizes = {"chunk_examples": chunk_examples, "pass_examples": pass_examples}
+    return project_reverse(token_loss, theta, seen, batch, vectors, dtype=dtype, **sizes)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - set(MIXED)))
+def test_gradients_are_those_of_one_backward_pass_per_token(name):
+    token_loss, theta, batch = problem(name)
+    vectors = orthonormal(5, len(theta))
+    loss, gradient = project(token_loss, theta, batch, vectors)
+    torch.testing.assert_close(loss, token_loss(theta, batch), **EXACT)
+    torch.testing.assert_close(gradient, token_gradients(token_loss, theta, batch) @ vectors.T, **EXACT)
+
+
+class Odd(nn.Module):
+    """A single number as a parameter, one that is not used, and a product of a constant with a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.unused, self.weight = (nn.Parameter(torch.ones(shape)) for shape in ((), (2,), (3, 3)))
+        self.register_buffer("places", torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
+
+    def forward(self, batch):
+        return self.scale * (batch[0] @ self.weight + self.places @ self.weight).square().sum(2)
+
+
+def test_single_numbers_unused_parameters_and_products_with_constants_go_right():
+    token_loss, batch = TokenLoss(Odd().double(), lambda model, batch: model(batch).flatten()), problem("mlp").batch
+    theta, vectors = torch.linspace(-1, 1, 12, dtype=torch.float64), torch.eye(12, dtype=torch.float64)
+    gradient = project(token_loss, theta, batch, vectors)[1]
+    torch.testing.assert_close(gradient, token_gradients(token_loss, theta, batch), **EXACT)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_models_that_multiply_in_two_dtypes_go_right(back):
+    token_loss, theta, batch = problem("mlp", dtype=torch.float32)
+    vectors = orthonormal(5, len(theta)).float()
+
+    def loss(model, batch):
+        layers, (inputs, targets) = model.layers, batch
+        x = layers[1](layers[0](inputs)).double()
+        logits = x @ layers[2].weight.T.double() + layers[2].bias
+        logits = (logits.float() if back else logits).flatten(0, 1)
+        return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
+
+    mixed = TokenLoss(token_loss.model, loss)
+    found = project(mixed, theta, batch, vectors, dtype=torch.float32)[1]
+    expected = token_gradients(mixed, theta, batch) @ vectors.T
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 1e-10, 1e-6), (torch.bfloat16, 1e-4, 2e-2)])
+def test_products_in_another_dtype_err_by_its_rounding(dtype, least, most):
+    token_loss, theta, batch = problem("attention", examples=30)
+    vectors = orthonormal(5, len(theta))
+    exact = project(token_loss, theta, batch, vectors)[1]
+    error = (project(token_loss, theta, batch, vectors, dtype=dtype)[1] - exact).norm() / exact.norm()
+    assert least < error < most
+
+
+SMALL = problem("attention")
+VECTORS = orthonormal(6, len(SMALL.theta))
+WHOLE = project(*SMALL, VECTORS)
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_results_do_not_depend_on_the_chunks(chunk_examples, pass_examples):
+    parts = project(*SMALL, VECTORS, chunk_examples=chunk_examples, pass_examples=pass_examples)
+    for part, expected in zip(parts, WHOLE, strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 2), (4, 5), (2, 100)])
+def test_results_do_not_depend_on_the_tiles(monkeypatch, width, height):
+    monkeypatch.setattr(reverse, "_TILE_WIDTH", width)
+    monkeypatch.setattr(reverse, "_tile_height", lambda _: height)
+    torch.testing.assert_close(project(*SMALL, VECTORS)[1], WHOLE[1], rtol=1e-11, atol=1e-12)
+
+
+def test_of_positions_without_a_signal_nothing_is_kept():
+    token_loss, theta, batch = problem("last position")
+    seen = layout(token_loss, theta, next(split_examples(batch, 1)))
+    kept = signals(token_loss, token_loss.unflatten(theta), seen, batch, torch.float64)
+    # Of the projection to queries, keys and values all three positions; of the logits one.
+    assert [x.shape for x in kept.activations] == [(7, 3, 4), (7, 1, 4)]
+    assert [x.shape for x in kept.signals] == [(7, 1, 12, 3), (7, 1, 5, 1)]
+    held = [kept.loss, *kept.activations, *kept.signals, *kept.gradients.values()]
+    assert kept.nbytes == sum(x.nbytes for x in held)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("mlp", 2), ("attention", 3), ("last position", 1)])
+def test_a_vector_more_costs_one_inner_product_with_the_gradient_of_each_token(name, tokens):
+    token_loss, theta, batch = problem(name, examples=10)
+    counts = []
+    for n_vectors in (2, 7):
+        with FlopCounterMode(display=False) as counter:
+            project(token_loss, theta, batch, orthonormal(n_vectors, len(theta)))
+        counts.append(counter.get_total_flops())
+    assert counts[1] - counts[0] == 5 * 10 * tokens * 2 * len(theta)
