@@ -18,9 +18,9 @@ from polca_lib.reverse import project_reverse, signals
 from polca_lib.sites import Layout, Site, layout
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
-# On a CPU what is at work at once should stay near the cache; elsewhere only memory limits it.
-_CPU_TOKENS = 256
-_CPU_VECTORS = 8
+# On a CPU more at once does not help; elsewhere only memory limits it. Measured on two cores.
+_CPU_TOKENS = {"forward": 512, "reverse": 256}
+_CPU_VECTORS = 16
 
 
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
@@ -185,7 +185,7 @@ def _sized(
     one = next(split_examples(batch, 1))
     with torch.no_grad():
         tokens = len(token_loss(theta, one))
-    most = min(total, max(1, _CPU_TOKENS // tokens)) if on_cpu else total
+    most = min(total, max(1, _CPU_TOKENS[strategy.mode] // tokens)) if on_cpu else total
 
     def peak(n: int, width: int) -> int:
         tried = replace(strategy, pass_examples=n, chunk_examples=n, chunk_vectors=width)
