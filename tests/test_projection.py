@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -21,10 +22,11 @@ from hypothesis import strategies as st
 
 import polca_lib.projection as projection
 from polca_lib.artefacts import PieceStore
-from polca_lib.basis import compute_basis
-from polca_lib.config import ModelConfig
+from polca_lib.basis import compute_basis, read_vectors
+from polca_lib.config import ModelConfig, ProjectionConfig
 from polca_lib.models import build_model
 from polca_lib.projection import NonFiniteProjection, project, project_run
+from polca_lib.strategy import choose
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
 
@@ -53,24 +55,35 @@ def test_derivatives_go_right_through_native_layer_norm():
     against_backward_passes(*problem("layer norm"))
 
 
+def transformer(config, dtype):
+    """The paper's model at a point a little away from where it starts, and its loss."""
+    # Not .double(): the model would still round to float32 inside, as its own configuration says.
+    token_loss = TokenLoss(build_model(config, seed=0).to(dtype), arithmetic.answer_loss)
+    theta = token_loss.flatten(token_loss.parameters)
+    return token_loss, theta + 0.5 * torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
 @pytest.mark.parametrize("activation", get_args(ModelConfig.model_fields["activation"].annotation))
 def test_derivatives_are_right_for_the_transformer_with_every_activation(activation):
     config = ModelConfig(n_layers=1, d_model=4, n_heads=2, d_mlp=4, activation=activation)
-    # Not .double(): the model would still round to float32 inside, as its own configuration says.
-    token_loss = TokenLoss(build_model(config, seed=0).to(torch.float64), arithmetic.answer_loss)
-    theta = token_loss.flatten(token_loss.parameters)
-    theta = theta + 0.5 * torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=theta.dtype)
-    against_backward_passes(token_loss, theta, arithmetic.encode(np.array([[581, 493], [7, 5]])))
+    arguments = *transformer(config, torch.float64), arithmetic.encode(np.array([[581, 493], [7, 5]]))
+    against_backward_passes(*arguments)
+    vectors = orthonormal(3, len(arguments[1]))
+    expected = token_gradients(*arguments) @ vectors.T
+    for mode in ("forward", "reverse"):
+        torch.testing.assert_close(project(*arguments, vectors, mode=mode).gradient, expected, **EXACT)
 
 
 SMALL = problem("attention")
 VECTORS = orthonormal(6, len(SMALL.theta))
+FORWARD = choose(*SMALL, VECTORS, order=2)
 
 
-@given(st.integers(1, 9), st.integers(1, 8))
-def test_results_do_not_depend_on_the_chunks(chunk_examples, chunk_vectors):
-    whole = project(*SMALL, VECTORS, curvature=True, chunk_examples=100, chunk_vectors=100)
-    parts = project(*SMALL, VECTORS, curvature=True, chunk_examples=chunk_examples, chunk_vectors=chunk_vectors)
+@given(st.integers(1, 9), st.integers(1, 8), st.booleans())
+def test_results_do_not_depend_on_the_chunks(pass_examples, chunk_vectors, taylor):
+    sizes = {"pass_examples": pass_examples, "chunk_vectors": chunk_vectors, "taylor": taylor}
+    parts = project(*SMALL, VECTORS, curvature=True, strategy=replace(FORWARD, **sizes))
+    whole = project(*SMALL, VECTORS, curvature=True)
     for part, expected in zip(parts, whole, strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-11, atol=1e-12)
 
@@ -85,6 +98,47 @@ def test_vectors_of_another_shape_are_refused(shape):
         project(*SMALL, torch.zeros(shape, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "sideways"}, "mode = 'sideways'; allowed: auto, forward, reverse"),
+        ({"precision": "float64"}, "precision = 'float64'; allowed: float32, bfloat16"),
+        ({"mode": "reverse", "curvature": True}, "gives no second derivatives"),
+        ({"memory": 0}, "memory = 0; allowed: a positive number of bytes"),
+    ],
+)
+def test_settings_that_are_not_allowed_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        project(*SMALL, VECTORS, **settings)
+
+
+@pytest.fixture(scope="module")
+def moderate():
+    """A transformer of moderate size in float32, ten examples of four tokens, and eight vectors."""
+    pairs = np.random.default_rng(0).integers(1000, size=(10, 2))
+    config = ModelConfig(n_layers=1, d_model=64, n_heads=4, d_mlp=256)
+    token_loss = TokenLoss(build_model(config, seed=0), arithmetic.answer_loss)
+    theta = token_loss.flatten(token_loss.parameters)
+    return token_loss, theta, arithmetic.encode(pairs), orthonormal(8, len(theta)).float()
+
+
+def test_error_of_products_in_bfloat16_is_small_and_that_of_the_first_four_examples(moderate):
+    rounded = project(*moderate, mode="reverse", precision="bfloat16")
+    exact = project(*moderate, mode="reverse")
+    difference = (rounded.gradient - exact.gradient)[:16].square().mean() / exact.gradient[:16].square().mean()
+    assert 1e-4 < rounded.error < 0.05
+    assert rounded.error == pytest.approx(difference.sqrt().item(), rel=1e-2)
+    assert exact.error == 0.0
+    torch.testing.assert_close(rounded.loss, exact.loss)
+
+
+def test_forward_mode_is_never_rounded(moderate):
+    rounded, exact = (project(*moderate, mode="forward", precision=p) for p in ("bfloat16", "float32"))
+    assert rounded.error == exact.error == 0.0
+    assert torch.equal(rounded.gradient, exact.gradient)
+    assert project(*moderate, precision="bfloat16", curvature=True).error == 0.0
+
+
 STEPS = list(range(0, 81, 20))
 BATCH = mlp_batch(5, torch.float32)
 TOKENS = pd.DataFrame(
@@ -97,25 +151,31 @@ TOKENS = pd.DataFrame(
 )
 
 
+def make(path, **settings):
+    """Checkpoints and a basis of three vectors, or as the settings say."""
+    checkpoints = tiny_checkpoints(path / "checkpoints")
+    config = tiny_config(**{"basis.n_vectors": 3, **{name.replace("__", "."): v for name, v in settings.items()}})
+    return checkpoints, compute_basis(path / "basis.zarr", config, checkpoints, BATCH)
+
+
 @pytest.fixture
 def made(tmp_path):
-    """Checkpoints and a basis of three vectors."""
-    checkpoints = tiny_checkpoints(tmp_path / "checkpoints")
-    config = tiny_config(**{"basis.n_vectors": 3})
-    return checkpoints, compute_basis(tmp_path / "basis.zarr", config, checkpoints, BATCH)
+    return make(tmp_path)
 
 
-def project_all(folder, made, curvature=True):
+def project_all(folder, made, memory=None, **settings):
     folder.mkdir(exist_ok=True)
     checkpoints, basis = made
-    return project_run(folder / "projections.zarr", checkpoints, STEPS, BATCH, TOKENS, basis, curvature=curvature)
+    settings = ProjectionConfig(**settings)
+    return project_run(folder / "projections.zarr", checkpoints, STEPS, BATCH, TOKENS, basis, settings, memory)
 
 
-def test_stored_derivatives_are_those_at_each_checkpoint(tmp_path, made):
+@pytest.mark.parametrize("kind", ["hessian", "random", "parameters"])
+def test_stored_derivatives_are_those_at_each_checkpoint(tmp_path, kind):
+    checkpoints, basis = made = make(tmp_path, basis__kind=kind)
     dataset = project_all(tmp_path / "run", made)
-    checkpoints, basis = made
     token_loss, _, batch = problem("mlp", examples=5)
-    vectors = torch.from_numpy(basis["vectors"].values).double()
+    vectors = read_vectors(basis).double()
     for step in STEPS:
         theta = checkpoints.theta(step).double()
         at = dataset.sel(step=step)
@@ -130,7 +190,7 @@ def test_movement_and_distance_are_those_to_the_next_checkpoint(tmp_path, made):
     checkpoints, basis = made
     theta = np.stack([checkpoints.theta(step).numpy() for step in STEPS]).astype(np.float64)
     change = np.diff(theta, axis=0)
-    np.testing.assert_allclose(dataset["movement"][:-1], change @ basis["vectors"].values.T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(dataset["movement"][:-1], change @ read_vectors(basis).numpy().T, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(dataset["distance"][:-1], np.linalg.norm(change, axis=1), rtol=1e-5)
     assert np.isnan(dataset["movement"][-1]).all()
     assert np.isnan(dataset["distance"][-1])
@@ -193,3 +253,47 @@ def test_projections_are_whole_once_a_broken_checkpoint_is_mended(tmp_path, made
     project_all(tmp_path / "mended", made)
     project_all(tmp_path / "whole", made)
     assert folder_bytes(tmp_path / "mended") == folder_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("settings", [{}, {"curvature": False}, {"curvature": False, "mode": "reverse"}], ids=str)
+@pytest.mark.parametrize("kind", ["hessian", "random"])
+def test_vectors_for_which_there_is_no_room_are_read_in_blocks_with_the_same_results(
+    tmp_path, monkeypatch, kind, settings
+):
+    blocks = []
+
+    def read(basis, start, stop, **place):
+        blocks.append(stop - start)
+        return read_vectors(basis, start, stop, **place)
+
+    monkeypatch.setattr(projection, "read_vectors", read)
+    made = make(tmp_path, basis__kind=kind, basis__k=7, basis__n_vectors=28)
+    whole = project_all(tmp_path / "whole", made, **settings)
+    assert blocks == [28]
+    blocks.clear()
+    parts = project_all(tmp_path / "parts", made, memory=6500, **settings)
+    # 6500 bytes, of which half for vectors of 124 bytes; read again at each of the five checkpoints.
+    assert blocks == 5 * [26, 2]
+    assert set(parts) == set(whole)
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_settings_say_how_to_differentiate_and_what_error_that_has(tmp_path, made):
+    exact = project_all(tmp_path / "exact", made)
+    reverse = project_all(tmp_path / "reverse", made, curvature=False, mode="reverse")
+    rounded = project_all(tmp_path / "rounded", made, curvature=False, mode="reverse", precision="bfloat16")
+    np.testing.assert_allclose(reverse["gradient"], exact["gradient"], rtol=1e-4, atol=1e-5)
+    assert exact["product_error"].dims == ("step",)
+    assert (exact["product_error"] == 0).all()
+    assert (reverse["product_error"] == 0).all()
+    for step in STEPS:
+        ours, theirs = (dataset["gradient"].sel(step=step).values[:8] for dataset in (rounded, exact))
+        error = np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2))
+        assert 0 < rounded["product_error"].sel(step=step) < 0.05
+        np.testing.assert_allclose(rounded["product_error"].sel(step=step), error, rtol=0.02)
+
+
+def test_memory_too_small_for_one_example_is_refused_with_what_to_do(tmp_path, made):
+    with pytest.raises(ValueError, match=r"one example takes .* raise memory"):
+        project_all(tmp_path / "run", made, memory=500)

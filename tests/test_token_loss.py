@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import Attention, Mlp, mlp_loss, next_token_loss, problem, token_gradients
+from cases import Attention, Mlp, mlp_loss, next_token_loss, problem, token_gradients, token_hessians
 from torch import nn
 from torch.func import jvp, vmap
 
@@ -80,3 +80,51 @@ def test_splitting_a_nested_batch_keeps_all_examples_in_order():
     assert [n_examples(piece) for piece in pieces] == [3, 3, 1]
     assert torch.equal(torch.cat([piece["x"] for piece in pieces]), batch["x"])
     assert torch.equal(torch.cat([piece["pair"][0] for piece in pieces]), batch["pair"][0])
+
+
+def test_losses_by_name_are_those_at_the_flat_vector(case):
+    token_loss, theta, batch = case
+    assert torch.equal(token_loss.at(token_loss.unflatten(theta), batch), token_loss(theta, batch))
+    # At some of the names given, the others are the model's own.
+    name, value = next(iter(token_loss.parameters.items()))
+    moved = {**token_loss.parameters, name: value + 1}
+    assert torch.equal(token_loss.at({name: value + 1}, batch), token_loss.at(moved, batch))
+
+
+@pytest.mark.parametrize("rows", [(), (5,), (2, 3)])
+def test_vectors_in_rows_are_split_by_parameter_without_a_copy(case, rows):
+    token_loss, theta, _ = case
+    vectors = torch.randn(*rows, len(theta), dtype=theta.dtype)
+    pieces = token_loss.unflatten(vectors)
+    for name, p in token_loss.parameters.items():
+        assert pieces[name].shape == (*rows, *p.shape)
+        assert pieces[name].untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr()
+    flat = vectors.reshape(-1, len(theta))
+    for row, vector in enumerate(flat):
+        one = {
+            name: piece.reshape(len(flat), *token_loss.parameters[name].shape)[row] for name, piece in pieces.items()
+        }
+        assert torch.equal(token_loss.flatten(one), vector)
+
+
+@pytest.mark.parametrize("rows", [(), (5,)])
+def test_a_parameter_that_is_a_single_number_is_one_entry(rows):
+    model = nn.Linear(2, 1)
+    model.scale = nn.Parameter(torch.tensor(3.0))
+    token_loss = TokenLoss(model, mlp_loss)
+    theta = torch.arange(4.0).expand(*rows, 4)
+    assert token_loss.n_parameters == 4
+    assert token_loss.unflatten(theta)["scale"].shape == rows
+    assert torch.equal(token_loss.flatten(token_loss.unflatten(torch.arange(4.0))), torch.arange(4.0))
+
+
+@pytest.mark.parametrize("norm", [nn.functional.layer_norm, torch.layer_norm], ids=["functional", "torch"])
+def test_second_derivatives_go_right_through_layer_norm_in_either_spelling(norm):
+    token_loss = TokenLoss(Mlp().double(), lambda model, batch: norm(model(batch[0]), (3,)).square()[..., 0].flatten())
+    _, theta, batch = problem("mlp", examples=1)
+
+    def slope(at):
+        return jvp(lambda point: token_loss(point, batch), (at,), (torch.ones_like(theta),))[1]
+
+    found = jvp(slope, (theta,), (torch.ones_like(theta),))[1]
+    torch.testing.assert_close(found, token_hessians(token_loss, theta, batch).sum((1, 2)), rtol=1e-9, atol=1e-10)
