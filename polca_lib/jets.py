@@ -28,6 +28,7 @@ _LINEAR |= {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 # The derivative of a tensor need not lie in memory as the tensor does.
 _RESHAPING = {Tensor.view: Tensor.reshape}
 _CONSTANT = named(torch, "zeros_like ones_like full_like empty_like rand_like randn_like sign") | {Tensor.detach}
+_MAY_BE_IN_PLACE = {"relu", "silu", "mish", "elu", "leaky_relu"}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imatmul__"}
 
 RULES: dict[Callable, Callable] = {}
@@ -64,14 +65,17 @@ class Jet(Tensor):
                 positional, by_name = pytree.tree_unflatten(replaced, spec)
                 return by(*positional, **by_name)
 
+            name = getattr(function, "__name__", "")
+            inplace = keywords.get("inplace") or (name in _MAY_BE_IN_PLACE and arguments[-1] is True)
+            if inplace or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+                raise NotImplementedError(f"{name} changes a tensor in place; Taylor mode can't follow it")
             result = call([value_of(leaf) for leaf in leaves])
             values, outer = pytree.tree_flatten(result)
             if function in _CONSTANT or not any(_real(value) for value in values):
                 return result
-            name = getattr(function, "__name__", "")
-            if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in keywords:
-                raise NotImplementedError(f"{name} changes a tensor in place; Taylor mode can't follow it")
-            derivatives = RULES[function](result, *arguments, **keywords) if function in RULES else None
+            derivatives = None
+            if function in RULES and arguments and not any(isinstance(x, Tensor) for x in keywords.values()):
+                derivatives = RULES[function](result, *arguments, **keywords)
             if derivatives is None and function in _LINEAR:
                 derivatives = _linear(lambda replaced: call(replaced, _RESHAPING.get(function, function)), leaves)
             if derivatives is None:

@@ -107,10 +107,11 @@ class WatchProducts(TorchFunctionMode):
         """The result, if this call is a product of data with a weight matrix (plus a bias)."""
         bias = None
         if function is functional.linear:
-            x, weight, bias = (*arguments, *keywords.values(), None)[:3]
+            named = dict(zip(("input", "weight", "bias"), arguments, strict=False)) | keywords
+            x, weight, bias = named["input"], named["weight"], named.get("bias")
         elif function is torch.addmm and not keywords:
             bias, x, weight = arguments
-        elif function in _MATMULS:
+        elif function in _MATMULS and len(arguments) == 2:
             x, weight = arguments
         else:
             return None
@@ -148,7 +149,7 @@ def layout(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: Batch) ->
     with torch.no_grad(), WatchProducts(parameters, note) as watch:
         tokens = token_loss.at(parameters, example).numel()
     found = signals_alone(token_loss, parameters, example, range(len(sites)))
-    alone = frozenset(index for index, (_, token) in found.items() if token is not None)
+    alone = frozenset(index for index, (signal, token) in found.items() if token is not None and signal.any())
     return Layout(tuple(sites), frozenset(watch.elsewhere), tokens, alone)
 
 
@@ -178,6 +179,8 @@ def signals_alone(
 
     with torch.enable_grad(), WatchProducts(parameters, add_probe):
         loss = token_loss.at(parameters, batch)
+    if not probes or not len(loss):
+        return {}
     # Token j counts w_j times: then so do the signals of the positions that matter to it alone.
     weights = 1 + torch.arange(len(loss), dtype=loss.dtype, device=loss.device) / len(loss)
     plain, weighted = (
@@ -191,6 +194,7 @@ def signals_alone(
         ratio = torch.where(size > 0, (one * other).sum(1) / size, 1.0)
         token = ((ratio - 1) * len(loss)).round().long().clamp(0, len(loss) - 1)
         rest = (other - weights[token][:, None] * one).norm(dim=1)
-        known = bool((size > 0).any() and (rest <= 1e-4 / len(loss) ** 0.5 * size.sqrt()).all())
+        # What is small beside the largest signal may be rounding of it.
+        known = bool((rest <= 1e-4 * size.sqrt() + 1e-7 * size.max().sqrt()).all())
         found[index] = (one, token if known else None)
     return found

@@ -185,7 +185,7 @@ def _sized(
     one = next(split_examples(batch, 1))
     with torch.no_grad():
         tokens = len(token_loss(theta, one))
-    most = min(total, max(1, _CPU_TOKENS[strategy.mode] // tokens)) if on_cpu else total
+    most = min(total, max(1, _CPU_TOKENS[strategy.mode] // max(1, tokens))) if on_cpu else total
 
     def peak(n: int, width: int) -> int:
         tried = replace(strategy, pass_examples=n, chunk_examples=n, chunk_vectors=width)
@@ -194,9 +194,9 @@ def _sized(
 
     width = len(vectors)
     if strategy.mode == "forward":
-        width = min(width, _CPU_VECTORS) if on_cpu else width
-        while width > 1 and peak(1, width) > budget:
-            width = (width + 1) // 2
+        widest, width = min(width, _CPU_VECTORS) if on_cpu else width, 1
+        while width < widest and peak(1, width) * min(2, widest / width) <= budget:
+            width = min(2 * width, widest)
     passing = fit(lambda n: peak(n, width), budget, most)
     chunk = passing
     if strategy.mode == "reverse":
@@ -209,5 +209,6 @@ def _sized(
 
 
 def relative_difference(one: Tensor, two: Tensor) -> float:
-    """Root mean square of the difference, relative to that of ``two``; zero if both are zero."""
-    return ((one - two).square().mean() / two.square().mean()).sqrt().nan_to_num(0.0).item()
+    """Root mean square of the difference, relative to that of ``two``; zero if there is none."""
+    difference = (one - two).square().mean()
+    return 0.0 if difference == 0 or not one.numel() else (difference / two.square().mean()).sqrt().item()

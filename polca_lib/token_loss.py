@@ -108,7 +108,8 @@ class TokenLoss:
         """Views of ``theta``, or of vectors in rows, by parameter name."""
         pieces = theta.split(self._sizes, dim=-1)
         return {
-            name: piece.unflatten(-1, p.shape) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
+            name: piece.reshape((*piece.shape[:-1], *p.shape))
+            for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
 
 

@@ -89,8 +89,7 @@ def test_results_do_not_depend_on_the_chunks(chunk_examples, pass_examples):
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 2), (4, 5), (2, 100)])
 def test_results_do_not_depend_on_the_tiles(monkeypatch, width, height):
-    monkeypatch.setattr(reverse, "_TILE_WIDTH", width)
-    monkeypatch.setattr(reverse, "_tile_height", lambda _: height)
+    monkeypatch.setattr(reverse, "_TILE", dict.fromkeys(reverse._TILE, (width, height)))
     torch.testing.assert_close(project(*SMALL, VECTORS)[1], WHOLE[1], rtol=1e-11, atol=1e-12)
 
 
