@@ -220,7 +220,7 @@ IN_PLACE = [
 
 @pytest.mark.parametrize(("name", "change"), IN_PLACE)
 def test_changes_in_place_are_refused_by_name(name, change):
-    with pytest.raises(NotImplementedError, match=rf"^{name} changes a tensor in place"):
+    with pytest.raises(NotImplementedError, match=rf"^{name} changes a tensor in place|{name}_out"):
         change(Jet.make(*curve((2, 3), "jet", 2, seed=0)))
 
 

@@ -154,22 +154,29 @@ def test_arguments_by_keyword_are_understood(mode):
     assert right(TokenLoss(Mlp().double(), loss), *problem("mlp")[1:], mode=mode).unfit == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "first"),
+    # Attention to equal tokens has no gradient; and if all are 0, there is no target.
+    [
+        ("fused", [[1, 1, 2, 3], [2, 2, 0, 1]]),
+        ("fused", [[1] * 4] * 2),
+        ("ragged", [[0] * 4, [1] * 4]),
+        ("ragged", [[0] * 4] * 2),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("mode", ["auto", "forward"])
-@pytest.mark.parametrize("first", [1, 0])
-def test_examples_need_not_be_like_the_first_two(mode, first):
-    # Attention to equal tokens is the same everywhere; and if they are 0, there is no target.
-    name = "fused" if first else "ragged"
+def test_examples_need_not_be_like_the_first_two(name, first, mode):
     token_loss, theta, batch = problem(name, examples=6)
-    batch[:2] = torch.tensor([[first]])
+    batch[:2] = torch.tensor(first)
     right(token_loss, theta, batch, mode=mode)
 
 
-@MODES
-@pytest.mark.parametrize("name", ["fused", "attention", "encoder layer", "tied"])
+@pytest.mark.parametrize("name", ["fused", "attention", "tied"])
 @pytest.mark.parametrize("scale", [1, 3])
-def test_small_signals_among_many_examples_do_not_disturb(name, scale, mode):
-    token_loss, theta, batch = problem(name, examples=150, dtype=torch.float32)
-    right(token_loss, scale * theta, batch, mode=mode)
+def test_small_signals_among_many_examples_do_not_disturb(name, scale):
+    token_loss, theta, batch = problem(name, examples=100, dtype=torch.float32)
+    assert right(token_loss, scale * theta, batch, mode="forward").taylor
 
 
 @MODES
@@ -216,13 +223,13 @@ WAYS = [{"mode": "forward"}, {"mode": "reverse"}, {"order": 2}]
 
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_results_do_not_depend_on_the_memory_and_as_little_as_is_asked_for_is_enough(settings):
-    arguments = *problem("attention", examples=20), orthonormal(10, 93)
+    arguments = *problem("attention", examples=10), orthonormal(10, 93)
     least = least_memory(*arguments, **settings)
     with pytest.raises(ValueError, match=f"only {least - 1:,} are left .* raise memory"):
         choose(*arguments, memory=least - 1, **settings)
-    strategies = [choose(*arguments, memory=least * more, **settings) for more in (1, 2, 5, 20, 1000)]
+    strategies = [choose(*arguments, memory=least * more, **settings) for more in (1, 3, 1000)]
     assert strategies[0].pass_examples == 1
-    assert strategies[-1].pass_examples == 20
+    assert strategies[-1].pass_examples == 10
     sizes = [(s.pass_examples, s.chunk_examples, s.chunk_vectors) for s in strategies]
     assert sizes == sorted(sizes)
     results = [torch.stack(differentiate(strategy, *arguments)[1]) for strategy in strategies]
@@ -238,7 +245,7 @@ def transformer():
     return token_loss, token_loss.flatten(token_loss.parameters), arithmetic.encode(pairs)
 
 
-@pytest.mark.parametrize("budget", [1_000_000, 2_000_000, 4_000_000])
+@pytest.mark.parametrize("budget", [1_000_000, 3_000_000])
 @pytest.mark.parametrize("settings", [{"mode": "forward"}, {"mode": "reverse"}, {"curvature": True}], ids=str)
 def test_projections_stay_within_the_memory(transformer, settings, budget):
     vectors = orthonormal(10, len(transformer[1])).float()
