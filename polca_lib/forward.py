@@ -14,8 +14,8 @@ from polca_lib.sites import Derived, WatchProducts, signals_alone
 from polca_lib.taylor import moving
 from polca_lib.token_loss import Batch, TokenLoss
 
+# Losses, and the first (and second) derivatives along all vectors.
 Derivatives = tuple[Float[Tensor, " token"], list[Float[Tensor, "token vector"]]]
-"""Losses, and the first (and second) derivatives along all vectors."""
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ RULES: dict[Callable, Callable] = {}
 
 
 class Jet(Tensor):
-    """A tensor with its derivatives along every direction, each of shape (vector, *shape), or None for zero."""
+    """A tensor with its derivatives along every direction, of shape ``(vector, ...)``, or None for zero."""
 
     derivatives: list[Tensor | None]
 

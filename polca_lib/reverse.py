@@ -118,7 +118,7 @@ def contract(
     results = [part.loss.new_zeros(part.loss.numel(), n_vectors) for part in parts]
     for name in sorted(layout.elsewhere):
         for result, part in zip(results, parts, strict=True):
-            result += part.gradients[name].flatten(0, 1).flatten(1) @ directions[name].flatten(1).T
+            result += part.gradients[name].reshape(len(result), -1) @ directions[name].reshape(n_vectors, -1).T
     for index, site in enumerate(layout.sites):
         weights = _pushed(site.weight, parameters, directions)
         dtype = parts[0].activations[index].dtype
@@ -181,4 +181,5 @@ def project_reverse(
         with torch.no_grad():
             gradients.append(contract(layout, parameters, directions, parts))
         losses += [part.loss.flatten() for part in parts]
+        del parts  # or they would be there while the next ones are built
     return torch.cat(losses), torch.cat(gradients)

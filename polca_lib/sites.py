@@ -77,17 +77,18 @@ class WatchProducts(TorchFunctionMode):
             return product
         leaves, spec = pytree.tree_flatten((arguments, keywords))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        known = [self._derived[id(t)] for t in tensors if id(t) in self._derived]
+        known = {id(t): self._derived[id(t)] for t in tensors if id(t) in self._derived}
         result = function(*arguments, **keywords)
         if not known:
             return result
-        sources = frozenset().union(*(derived.leaves for derived in known))
-        if len(known) < len(tensors):
+        sources = frozenset().union(*(derived.leaves for derived in known.values()))
+        if any(id(t) not in known for t in tensors):
             self.elsewhere |= sources
             return result
 
+        # Without a reference to self: a cycle would keep the tensors of a pass until Python looks for cycles.
         def build(named: Mapping[str, Tensor]) -> Tensor:
-            values = [self._derived[id(x)].build(named) if isinstance(x, Tensor) else x for x in leaves]
+            values = [known[id(x)].build(named) if isinstance(x, Tensor) else x for x in leaves]
             positional, by_name = pytree.tree_unflatten(values, spec)
             return function(*positional, **by_name)
 

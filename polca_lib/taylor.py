@@ -1,6 +1,6 @@
 """Taylor-mode differentiation: first and second derivatives along many directions in one forward pass.
 
-As the weights move from theta to theta + s b, every tensor of the model is a function of s. A :class:`Jet` carries its
+As the weights move from theta to theta + s b, every tensor of the model is a function of s. A :class:`~polca_lib.jets.Jet` carries its
 value and its derivatives with respect to s, for all directions b at once. For a product of data with a weight matrix
 
     (x W)' = x' W + x W',    (x W)'' = x'' W + 2 x' W'
@@ -163,11 +163,16 @@ def _matmul(result: Tensor, x: Any, weight: Any) -> list[Tensor | None] | None:
     return [None if d is None else d.view(len(d), *result.shape) for d in derivatives]
 
 
-def _with_bias(result: Tensor, derivatives: list[Tensor | None] | None, bias: Any) -> list[Tensor | None] | None:
-    if derivatives is None or not isinstance(bias, Jet):
-        return derivatives
-    biases = derivatives_of(bias, result.ndim, len(derivatives))
-    return filled([total(*pair) for pair in zip(derivatives, biases, strict=True)], result)
+def _addmm(result: Tensor, bias: Any, x: Any, weight: Any, **settings: Any) -> list[Tensor | None] | None:
+    if settings:
+        return None
+    biases = derivatives_of(bias, result.ndim, order_of(bias, x, weight))
+    if not isinstance(x, Jet) and not isinstance(weight, Jet):
+        return filled(biases, result)
+    products = _matmul(result, x, weight)
+    if products is None or not isinstance(bias, Jet):
+        return products
+    return filled([total(*pair) for pair in zip(products, biases, strict=True)], result)
 
 
 def _affine(result: Tensor, x: Any, weight: Any, bias: Any = None) -> list[Tensor | None] | None:
@@ -175,11 +180,7 @@ def _affine(result: Tensor, x: Any, weight: Any, bias: Any = None) -> list[Tenso
         turned = Jet.make(value_of(weight).mT, [None if d is None else d.mT for d in weight.derivatives])
     else:
         turned = weight.mT
-    return _with_bias(result, _matmul(result, x, turned), bias)
-
-
-def _addmm(result: Tensor, bias: Any, x: Any, weight: Any, **settings: Any) -> list[Tensor | None] | None:
-    return None if settings else _with_bias(result, _matmul(result, x, weight), bias)
+    return _addmm(result, bias, x, turned)
 
 
 def _where(result: Tensor, mask: Any, a: Any, b: Any) -> list[Tensor | None]:

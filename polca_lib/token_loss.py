@@ -16,14 +16,16 @@ Batch = Any
 """A tensor, or a nest of tensors, whose first dimension is the example."""
 
 
-class _ComposedLayerNorm(TorchFunctionMode):
-    """Layer norm from elementary operations: torch's own is wrong under nested forward mode (pytorch issue 196700)."""
+class _Composed(TorchFunctionMode):
+    """Some functions from elementary operations, for the sake of second derivatives in forward mode.
+
+    Of torch's own, layer norm's are wrong (pytorch issue 196700), and SiLU and Mish have none.
+    """
 
     def __torch_function__(
         self, function: Callable, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        composed = _layer_norm if function is nn.functional.layer_norm else function
-        return composed(*arguments, **(keywords or {}))
+        return _COMPOSED.get(function, function)(*arguments, **(keywords or {}))
 
 
 def _layer_norm(
@@ -32,12 +34,31 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(dims, keepdim=True)
     scaled = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     scaled = scaled if weight is None else scaled * weight
     return scaled if bias is None else scaled + bias
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    product = input * input.sigmoid()
+    return input.copy_(product) if inplace else product
+
+
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
+    product = input * nn.functional.softplus(input).tanh()
+    return input.copy_(product) if inplace else product
+
+
+_COMPOSED = {
+    nn.functional.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    nn.functional.silu: _silu,
+    nn.functional.mish: _mish,
+}
 
 
 class _LossModule(nn.Module):
@@ -85,7 +106,7 @@ class TokenLoss:
         """The same, for parameters by name."""
         state = {f"model.{name}": value for name, value in parameters.items()}
         # Fused attention kernels have no forward-mode derivative.
-        with sdpa_kernel(SDPBackend.MATH), _ComposedLayerNorm():
+        with sdpa_kernel(SDPBackend.MATH), _Composed():
             return torch.func.functional_call(self._module, state, (batch,))
 
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
