@@ -11,7 +11,7 @@ multiplied there by the same tile of all basis vectors:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,10 +22,14 @@ from torch.utils import _pytree as pytree
 from polca_lib.sites import Derived, Layout, WatchProducts
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
-# Inputs and outputs of a weight matrix whose gradients, for some 256 tokens, fit into the cache; on a GPU they
-# only have to fit into memory. Measured on two cores with 32 MiB of shared cache.
-_TILE = {torch.bfloat16: (256, 64), torch.float32: (512, 8), torch.float64: (512, 4)}
-_TILE_ON_GPU = (1024, 512)
+# Rows and columns of a tile of a weight matrix, as it lies in memory. On a CPU the gradients of some 128 tokens with
+# respect to it fit into the cache (measured on two cores with 32 MiB of it); on a GPU only memory has to hold them.
+_TILE = {torch.bfloat16: (128, 256), torch.float32: (64, 128), torch.float64: (32, 128)}
+_TILE_ON_GPU = (512, 1024)
+
+
+def _tile(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    return _TILE[dtype] if device.type == "cpu" else _TILE_ON_GPU
 
 
 class _Product(torch.autograd.Function):
@@ -51,13 +55,28 @@ class _Product(torch.autograd.Function):
         return _Product.apply(x.movedim(in_dims[0], 0), weight, low), 0
 
 
+class Factors(NamedTuple):
+    """Gradients with respect to a matrix, as it lies in memory: left @ right, for each token.
+
+    Both are cut into the blocks of its tiles. The activations that enter a product are the same for all tokens of an
+    example: there, ``own`` is 1.
+    """
+
+    left: list[Float[Tensor, "example own rows position"]]
+    right: list[Float[Tensor, "example own position columns"]]
+
+    def batches(self, block: int) -> Float[Tensor, "batch rows position"]:
+        """What to multiply with ``right`` when its first two dimensions are taken together."""
+        left, own = self.left[block], self.right[0].shape[1]
+        return left.flatten(1, 2) if own == 1 else left.expand(-1, own, -1, -1).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Signals:
     """What the gradients of the tokens of some examples are made of."""
 
     loss: Float[Tensor, "example token"]
-    activations: list[Float[Tensor, "example position entering"]]  # at each site, in the dtype of products
-    signals: list[Float[Tensor, "example token leaving position"]]  # at each site
+    factors: list[Factors]  # at each site, in the dtype of products
     gradients: dict[str, Float[Tensor, "example token ..."]]  # of the parameters used elsewhere
 
     @property
@@ -97,14 +116,33 @@ def signals(
             loss, [*elsewhere.values(), *probes], one_hot, is_grads_batched=True, materialize_grads=True
         )
     gradients = [g.movedim(0, 1) for g in gradients]
-    activations, back = [], []
-    for x, signal in zip(entered, gradients[len(elsewhere) :], strict=True):
-        x, signal = x.detach().flatten(1, -2), signal.flatten(2, -2)
+    factors = []
+    for weight, x, signal in zip(weights, entered, gradients[len(elsewhere) :], strict=True):
+        x, signal = x.detach().flatten(1, -2)[:, None], signal.flatten(2, -2)
         # In the last layers most positions carry no signal: those behind the last mixing of positions.
         active = (signal != 0).any(3).any(1).any(0)
-        activations.append(x[:, active].to(dtype))
-        back.append(signal[:, :, active].transpose(2, 3).to(dtype, memory_format=torch.contiguous_format))
-    return Signals(loss.detach(), activations, back, dict(zip(elsewhere, gradients, strict=False)))
+        if not active.all():
+            x, signal = x[:, :, active], signal[:, :, active]
+        factors.append(_factors(weight, x.to(dtype), signal.to(dtype)))
+    return Signals(loss.detach(), factors, dict(zip(elsewhere, gradients, strict=False)))
+
+
+def _factors(
+    weight: Float[Tensor, "entering leaving"],
+    activations: Float[Tensor, "example 1 position entering"],
+    signals: Float[Tensor, "example token position leaving"],
+) -> Factors:
+    left, right = (activations, signals) if _by_rows(weight) else (signals, activations)
+    height, width = _tile(left.dtype, left.device)
+    return Factors(
+        [block.mT.contiguous() for block in left.split(height, dim=3)],
+        [block.contiguous() for block in right.split(width, dim=3)],
+    )
+
+
+def _by_rows(matrix: Tensor) -> bool:
+    """Whether numbers lie side by side along the last dimension."""
+    return matrix.stride(-1) == 1
 
 
 def contract(
@@ -121,21 +159,19 @@ def contract(
             result += part.gradients[name].reshape(len(result), -1) @ directions[name].reshape(n_vectors, -1).T
     for index, site in enumerate(layout.sites):
         weights = _pushed(site.weight, parameters, directions)
-        dtype = parts[0].activations[index].dtype
-        width, height = _TILE[dtype] if weights.device.type == "cpu" else _TILE_ON_GPU
+        weights = weights if _by_rows(site.weight.value) else weights.mT
+        factors = [part.factors[index] for part in parts]
+        dtype = factors[0].left[0].dtype
+        height, width = _tile(dtype, weights.device)
         formed = weights.new_empty(0, dtype=dtype)
-        for row in range(0, weights.shape[1], width):
-            rows = slice(row, row + width)
-            entering = [part.activations[index][:, :, rows].contiguous() for part in parts]
-            for column in range(0, weights.shape[2], height):
-                columns = slice(column, column + height)
-                # Laid out as the gradients are: token, then output, then input.
-                tile = weights[:, rows, columns].mT.to(dtype, memory_format=torch.contiguous_format).flatten(1)
-                for result, part, activation in zip(results, parts, entering, strict=True):
-                    signal = part.signals[index][:, :, columns].flatten(1, 2)
+        for i, rows in enumerate(weights.split(height, dim=1)):
+            lefts = [factor.batches(i) for factor in factors]
+            for j, tile in enumerate(rows.split(width, dim=2)):
+                tile = tile.to(dtype, memory_format=torch.contiguous_format).flatten(1)
+                for result, left, factor in zip(results, lefts, factors, strict=True):
                     # Formed where the last tile was: fresh memory would cost more than the product.
-                    formed = torch.bmm(signal, activation, out=formed.resize_(0))
-                    gradients = formed.view(part.loss.numel(), -1)
+                    formed = torch.bmm(left, factor.right[j].flatten(0, 1), out=formed.resize_(0))
+                    gradients = formed.view(len(result), -1)
                     # The same product: either dtype is faster the one way round.
                     result += (tile @ gradients.T).T if dtype == torch.bfloat16 else gradients @ tile.T
     return torch.cat(results)

@@ -19,7 +19,7 @@ from polca_lib.sites import Layout, Site, layout
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
 # On a CPU more at once does not help; elsewhere only memory limits it. Measured on two cores.
-_CPU_TOKENS = {"forward": 512, "reverse": 256}
+_CPU_TOKENS = {"forward": 512, "reverse": 128}
 _CPU_VECTORS = 16
 
 

@@ -98,9 +98,9 @@ def test_of_positions_without_a_signal_nothing_is_kept():
     seen = layout(token_loss, theta, next(split_examples(batch, 1)))
     kept = signals(token_loss, token_loss.unflatten(theta), seen, batch, torch.float64)
     # Of the projection to queries, keys and values all three positions; of the logits one.
-    assert [x.shape for x in kept.activations] == [(7, 3, 4), (7, 1, 4)]
-    assert [x.shape for x in kept.signals] == [(7, 1, 12, 3), (7, 1, 5, 1)]
-    held = [kept.loss, *kept.activations, *kept.signals, *kept.gradients.values()]
+    assert [[x.shape for x in factor.left] for factor in kept.factors] == [[(7, 1, 12, 3)], [(7, 1, 5, 1)]]
+    assert [[x.shape for x in factor.right] for factor in kept.factors] == [[(7, 1, 3, 4)], [(7, 1, 1, 4)]]
+    held = [kept.loss, *kept.gradients.values(), *(x for f in kept.factors for side in f for x in side)]
     assert kept.nbytes == sum(x.nbytes for x in held)
 
 
