@@ -42,7 +42,8 @@ SCALING = {  # where one axis varies, and where the two others stay
 }
 LIMITS = {"smoke": 0.05, "laptop": 1, "paper": 3}  # seconds or so that one turn of a peer may take
 BUDGETS = {"smoke": (0.0625,), "laptop": (0.125, 0.5), "paper": (1, 2)}  # GiB
-CPU_EXAMPLES = 256  # of the addition task at most, where there is no GPU: ours is timed on all of them
+PROFILED = 256  # examples of the addition task
+_KINDS = {"aten::mm": "products (mm)", "aten::bmm": "batched products (bmm)", "aten::copy_": "copies"}
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -81,10 +82,7 @@ def _problem(
 def preset_problem(size: str, device: str, linear: bool = False) -> Problem:
     """The addition task with the model, the validation examples and as many vectors as the basis of a preset."""
     config = RunConfig.from_preset(size)
-    examples = (
-        config.data.validation_examples if device != "cpu" else min(CPU_EXAMPLES, config.data.validation_examples)
-    )
-    return addition(config.model, examples, config.n_vectors, device, linear)
+    return addition(config.model, config.data.validation_examples, config.n_vectors, device, linear)
 
 
 def our_trial(problem: Problem, precision: str) -> Trial:
@@ -222,6 +220,40 @@ def memory_records(size: str, budget: float, device: str) -> list[harness.Record
     return records
 
 
+def profile_records(size: str, device: str) -> list[harness.Record]:
+    """Where the time of one call goes: seconds a token by part of reverse mode and kind of operation."""
+    problem = preset_problem(size, device).cut(examples=PROFILED)
+    records = []
+    for precision in ("float32", "bfloat16"):
+        trial = our_trial(problem, precision)
+        trial.run()
+        with torch.profiler.profile() as profile:
+            trial.run()
+        spent: dict[str, float] = {}
+        for event in profile.events():
+            place = event
+            while place is not None and place.name not in ("signals", "contract"):
+                place = place.cpu_parent
+            kind = f"{place.name if place else 'around them'}: {_KINDS.get(event.name, 'all else')}"
+            own = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
+            spent[kind] = spent.get(kind, 0.0) + own / 1e6
+        for kind, time in sorted(spent.items(), key=lambda item: -item[1]):
+            records.append(
+                {
+                    "question": "profile",
+                    "setting": f"addition, {size}, {precision}",
+                    "contender": kind,
+                    **dict.fromkeys(("median_s", "low_s", "high_s"), time / problem.tokens),
+                    "ratio_to_ours": time / sum(spent.values()),
+                    "repeats": 1,
+                    "unit": "s a token",
+                    "size": size,
+                    **harness.provenance(device),
+                }
+            )
+    return records
+
+
 def main() -> None:
     """Command line."""
     arguments = harness.arguments(__doc__).parse_args()
@@ -234,6 +266,7 @@ def main() -> None:
             for setting, axis, value, problem in scaling_settings(size, arguments.device):
                 records = ask("scaling", setting, problem, SCALED, size=size, axis=axis, value=value, **common)
                 harness.write(arguments.out, records)
+        harness.write(arguments.out, profile_records(size, arguments.device))
         for budget in BUDGETS[size]:
             harness.write(arguments.out, memory_records(size, budget, arguments.device))
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from polca_lib.figures import OKABE_ITO
 
-QUESTIONS = ("projections", "scaling", "memory", "eigenvector", "hessian product", "training step", "stages")
+QUESTIONS = ("projections", "scaling", "profile", "memory", "eigenvector", "hessian product", "training step", "stages")
 OPTIONAL = ("error", "fraction_of_peak", "max_error", "peak_bytes", "ratio_to_budget", "products", "residual")
 OURS, OURS_LOW = "ours, float32", "ours, bfloat16"
 

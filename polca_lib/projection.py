@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from polca_lib.memory import default_budget
 from polca_lib.strategy import Mode, Precision, Strategy, choose, differentiate, relative_difference
 from polca_lib.token_loss import Batch, TokenLoss, split_examples
 
-_SAMPLE = 4  # examples on which the error of products in bfloat16 is measured
+_SAMPLE = 4, 8  # examples, and vectors, on which the error of products in bfloat16 is measured
 
 
 class Projected(NamedTuple):
@@ -32,7 +33,7 @@ class Projected(NamedTuple):
     loss: Float[Tensor, " token"]
     gradient: Float[Tensor, "token vector"]
     curvature: Float[Tensor, "token vector"] | None
-    error: float  # of gradient, root mean square over that of gradient, on a few examples; 0 in full precision
+    error: float  # of gradient, root mean square over that of gradient, on a sample; 0 in full precision
 
 
 class NonFiniteProjection(RuntimeError):
@@ -84,9 +85,9 @@ def project(
     loss, (gradient, *second) = differentiate(strategy, token_loss, theta, batch, vectors)
     error = 0.0
     if strategy.precision == "bfloat16":
-        sample = next(split_examples(batch, _SAMPLE))
-        exact = differentiate(strategy.in_full(), token_loss, theta, sample, vectors)[1][0]
-        error = relative_difference(gradient[: len(exact)], exact)
+        examples, every = next(split_examples(batch, _SAMPLE[0])), math.ceil(len(vectors) / _SAMPLE[1])
+        exact = differentiate(strategy.in_full(), token_loss, theta, examples, vectors[::every])[1][0]
+        error = relative_difference(gradient[: len(exact), ::every], exact)
     return Projected(loss, gradient, second[0] if curvature else None, error)
 
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp, vmap
+from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
 from polca_lib.sites import Derived, Layout, WatchProducts
@@ -213,8 +214,10 @@ def project_reverse(
     directions = token_loss.unflatten(vectors)
     losses, gradients = [], []
     for chunk in split_examples(batch, chunk_examples):
-        parts = [signals(token_loss, parameters, layout, part, dtype) for part in split_examples(chunk, pass_examples)]
-        with torch.no_grad():
+        with record_function("signals"):
+            passes = split_examples(chunk, pass_examples)
+            parts = [signals(token_loss, parameters, layout, part, dtype) for part in passes]
+        with torch.no_grad(), record_function("contract"):
             gradients.append(contract(layout, parameters, directions, parts))
         losses += [part.loss.flatten() for part in parts]
         del parts  # or they would be there while the next ones are built
