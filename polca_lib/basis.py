@@ -209,9 +209,11 @@ def _eigenvectors(
     shared = memory - min(krylov_rows(settings.max_products) * one, memory // 2)
     room = min(n_vectors, shared // 2 // one)
     found = _Found(store, start, room, checkpoints)
+    first = checkpoints.theta(int(births[start]))
+    hessian = HessianOperator(checkpoints.token_loss, first, hessian_batch, shared - room * one)
 
     def search(step: int) -> Eigenpairs:
-        hessian = HessianOperator(checkpoints.token_loss, checkpoints.theta(step), hessian_batch, shared - room * one)
+        hessian.move_to(checkpoints.theta(step))
         # P once a product, after H: in Lanczos all vectors come from products, but for the start.
         return top_eigenpairs(
             lambda vector: without(hessian(vector), found),

@@ -41,7 +41,6 @@ class HessianOperator:
     """
 
     def __init__(self, token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, memory: int | None = None):
-        self.products = 0
         self._token_loss = token_loss
         self._theta = theta.detach().clone().requires_grad_()
         budget = default_budget(theta.device) if memory is None else memory
@@ -51,8 +50,15 @@ class HessianOperator:
         # If memory is short, half as many leave room to keep other graphs; very few would take longer than that saves.
         size = size if size == most else max(min(size, 16), size // 2)
         self._chunks = list(split_examples(batch, math.ceil(examples / math.ceil(examples / size))))
+        self._kept = self._n_kept(budget)
+        self.move_to(theta)
+
+    def move_to(self, theta: Float[Tensor, " d"]) -> None:
+        """Make this the Hessian at another point, without measuring memory again; products count from 0."""
+        self.products = 0
+        self._theta = theta.detach().clone().requires_grad_()
         self._graphs: list[_Graph | None] = [None] * len(self._chunks)
-        for index in range(self._n_kept(budget)):
+        for index in range(self._kept):
             self._graphs[index] = self._gradient(self._chunks[index])
 
     def __call__(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
