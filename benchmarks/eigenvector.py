@@ -181,7 +181,7 @@ def upwards(point: Point, solve: Callable, first: int, tolerance: float) -> Iter
 
 def solvers(point: Point, tolerance: float) -> dict[str, Callable[[], Trial]]:
     """What sets the contenders up, each with a setting of its own searched for."""
-    # The last product of ours is a check of the residual, not an iteration: the others' search starts there.
+    # The others' search starts just below what ours takes.
     first = by_ours(point, tolerance)[1] - 1
     looser = [tolerance * factor for factor in (100, 30, 10, 3, 1, 0.3, 0.1, 0.01)]
 

@@ -42,7 +42,8 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     )
     # Papermill's notes and progress bars hold paths and times of this machine.
     for item in (notebook, *notebook.cells):
-        item.metadata.pop("papermill", None)
+        for notes in ("papermill", "execution"):
+            item.metadata.pop(notes, None)
         if "outputs" in item:
             item.outputs = [output for output in item.outputs if output.get("name") != "stderr"]
     nbformat.write(notebook, target)

@@ -135,7 +135,8 @@ def inner_products(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> 
     In float32, torch sums a million squares to four digits or so: too few for lengths, and for the small part of a
     movement that lies along one direction.
     """
-    chunks = zip(rows.split(2**20, dim=1), others.split(2**20, dim=1), strict=True)
+    size = max(1, 2**22 // max(len(rows), len(others)))
+    chunks = zip(rows.split(size, dim=1), others.split(size, dim=1), strict=True)
     return sum(one.double() @ other.double().T for one, other in chunks)
 
 

@@ -65,15 +65,12 @@ def by_taylor(
         batch: examples.
         blocks: directions in rows.
         order: of the highest derivative, 1 or 2.
-        alone: such products, see :class:`polca_lib.sites.Layout`; for first derivatives only.
-
-    Raises:
-        RuntimeError: a product is not what ``alone`` says.
+        alone: such products, see :class:`polca_lib.sites.Layout`; for first derivatives only. Those that are not such
+            for this batch are treated as all others.
     """
     parameters = token_loss.unflatten(theta)
-    signals = signals_alone(token_loss, parameters, batch, alone) if alone else {}
-    if wrong := sorted(index for index, (_, token) in signals.items() if token is None):
-        raise RuntimeError(f"the outputs of products {wrong} matter to several tokens, unlike in the first example")
+    found = signals_alone(token_loss, parameters, batch, alone) if alone else {}
+    signals = {index: (signal, token) for index, (signal, token) in found.items() if token is not None}
     for vectors in blocks:
         jets = moving(parameters, token_loss.unflatten(vectors), order)
         taken: list[Tensor] = []

@@ -21,7 +21,8 @@ def default_budget(device: str | torch.device) -> int:
     """Half of the bytes that are free on ``device`` now."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + held_back) // 2
     limits = [int(text) for file in _LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
     # Not the group's own count of what it takes: that includes files the system would drop if asked.
     within = min(limits, default=math.inf) - psutil.Process().memory_info().rss

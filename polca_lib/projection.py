@@ -56,7 +56,7 @@ def project(
 
     In forward mode a pass along b yields <grad L(x), b> for all tokens x at once, and b^T H(x) b with it. In reverse
     mode the gradient of each token is formed piece by piece and multiplied with the vectors, which is cheaper when
-    few positions are targets. Nothing of the size of tokens x parameters is ever held.
+    few positions are targets. Of gradients with respect to weights that multiply data nothing but tiles is ever held.
 
     Args:
         token_loss: the loss.
@@ -80,8 +80,12 @@ def project(
             f"vectors have shape {tuple(vectors.shape)}; allowed: (any, {token_loss.n_parameters}), "
             "one direction in parameter space a row"
         )
-    settings = {"order": 2 if curvature else 1, "mode": mode, "memory": memory}
-    strategy = strategy or choose(token_loss, theta, batch, vectors, precision=precision, **settings)
+    order = 2 if curvature else 1
+    strategy = strategy or choose(
+        token_loss, theta, batch, vectors, order=order, mode=mode, precision=precision, memory=memory
+    )
+    if strategy.order != order:
+        raise ValueError(f"strategy was chosen for order = {strategy.order}; curvature = {curvature} needs {order}")
     loss, (gradient, *second) = differentiate(strategy, token_loss, theta, batch, vectors)
     error = 0.0
     if strategy.precision == "bfloat16":

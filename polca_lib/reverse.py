@@ -30,7 +30,7 @@ _TILE_ON_GPU = (512, 1024)
 
 
 def _tile(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    return _TILE[dtype] if device.type == "cpu" else _TILE_ON_GPU
+    return _TILE.get(dtype, _TILE[torch.float32]) if device.type == "cpu" else _TILE_ON_GPU
 
 
 class _Product(torch.autograd.Function):

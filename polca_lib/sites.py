@@ -117,7 +117,7 @@ class WatchProducts(TorchFunctionMode):
         else:
             return None
         derived = self._derived.get(id(weight))
-        if derived is None or id(x) in self._derived or weight.ndim != 2:
+        if derived is None or id(x) in self._derived or weight.ndim != 2 or x.ndim < 2:
             return None
         if bias is not None:
             self.elsewhere |= self._derived[id(bias)].leaves if id(bias) in self._derived else set()

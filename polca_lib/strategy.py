@@ -21,6 +21,8 @@ from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 # On a CPU more at once does not help; elsewhere only memory limits it. Measured on two cores.
 _CPU_TOKENS = {"forward": 512, "reverse": 128}
 _CPU_VECTORS = 16
+# Anywhere: among more, tokens side by side could not be told apart by their weights (see sites.signals_alone).
+_TOKENS = 4096
 
 
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
@@ -59,10 +61,10 @@ def choose(
 ) -> Strategy:
     """Choose by counting the operations of both modes, and by measuring memory on one example or a few.
 
-    With F operations in a forward pass on an example with m target tokens, D entries in weight matrices and K
-    vectors, forward mode takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to
-    single tokens (see :func:`polca_lib.forward.by_taylor`); reverse mode takes (1 + 2m) F + 2 m K D. Either is first
-    tried on two examples and two vectors, against plain ``jvp``; what differs is not used.
+    With F operations in a forward pass on an example with m target tokens, d parameters and K vectors, forward mode
+    takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to single tokens (see
+    :func:`polca_lib.forward.by_taylor`); reverse mode takes (1 + 2m) F + 2 m K d. Either is first tried on two examples
+    and two vectors, against plain ``jvp``; what fails or differs is not used.
 
     Args:
         token_loss: the loss.
@@ -100,7 +102,7 @@ def choose(
         try:
             found = differentiate(strategy, token_loss, theta, pair, few)[1]
             error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
-        except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as failure:
+        except Exception as failure:  # of whatever a model does
             likely.unfit[name] = f"{type(failure).__name__}: {failure}"
             return False
         if not error <= tolerance:
@@ -109,11 +111,17 @@ def choose(
 
     if order == 1:
         likely = replace(likely, layout=layout(token_loss, theta, one))
-        counted |= _operations_by_layout(likely.layout, counted, len(vectors))
+        counted |= _operations_by_layout(likely.layout, counted, len(vectors), len(theta))
         reverse = replace(likely, mode="reverse", precision=precision, taylor=False)
-        wanted = mode == "reverse" or (mode == "auto" and counted["reverse"] < counted["forward"])
-        if wanted and usable(reverse):
-            return _sized(reverse, token_loss, theta, batch, vectors, budget)
+        if mode == "reverse" or (mode == "auto" and counted["reverse"] < counted["forward"]):
+            try:
+                _check_elsewhere(token_loss, likely.layout, budget)
+                if usable(reverse):
+                    return _sized(reverse, token_loss, theta, batch, vectors, budget)
+            except ValueError as failure:  # too little memory: forward mode may do with less
+                if mode == "reverse":
+                    raise
+                likely.unfit["reverse"] = str(failure)
         if mode == "reverse":
             raise ValueError(f"mode = 'reverse' does not fit this model ({likely.unfit['reverse']}); use 'forward'")
     # The layout serves Taylor mode too; but it may not hold for examples that differ in their targets.
@@ -163,14 +171,26 @@ def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch, n_vectors: int
     return {"pass": once, "forward": once * (1 + 2 * order * n_vectors)}
 
 
-def _operations_by_layout(seen: Layout, counted: dict[str, float], n_vectors: int) -> dict[str, float]:
+def _operations_by_layout(
+    seen: Layout, counted: dict[str, float], n_vectors: int, n_parameters: int
+) -> dict[str, float]:
     """First derivatives by either mode, now that the products are known."""
-    once, matrices = counted["pass"], sum(site.weight.value.numel() for site in seen.sites)
+    once = counted["pass"]
     alone = sum(_site_operations(seen.sites[index]) for index in seen.alone)
     return {
         "forward": once * (1 + 2 * n_vectors) - (alone * n_vectors - 4 * once if alone else 0),
-        "reverse": once * (1 + 2 * seen.tokens) + 2 * seen.tokens * n_vectors * matrices,
+        "reverse": once * (1 + 2 * seen.tokens) + 2 * seen.tokens * n_vectors * n_parameters,
     }
+
+
+def _check_elsewhere(token_loss: TokenLoss, seen: Layout, budget: int) -> None:
+    """Gradients with respect to parameters that do not multiply data are formed as a whole, at least for the trial."""
+    whole = 2 * seen.tokens * sum(token_loss.parameters[name].nbytes for name in seen.elsewhere)
+    if whole > budget:
+        raise ValueError(
+            f"gradients with respect to {sorted(seen.elsewhere)} take {whole:,} bytes for two examples in reverse "
+            f"mode, but of memory only {budget:,} are left; raise memory, or use mode = 'forward'"
+        )
 
 
 def _site_operations(site: Site) -> int:
@@ -185,7 +205,7 @@ def _sized(
     one = next(split_examples(batch, 1))
     with torch.no_grad():
         tokens = len(token_loss(theta, one))
-    most = min(total, max(1, _CPU_TOKENS[strategy.mode] // max(1, tokens))) if on_cpu else total
+    most = min(total, max(1, (_CPU_TOKENS[strategy.mode] if on_cpu else _TOKENS) // max(1, tokens)))
 
     def peak(n: int, width: int) -> int:
         tried = replace(strategy, pass_examples=n, chunk_examples=n, chunk_vectors=width)
