@@ -158,6 +158,8 @@ def verdict(records: pd.DataFrame, size: str) -> pd.DataFrame:
     low = projections[(projections["task"] == "addition") & (projections["contender"] == OURS_LOW)]
     products = _beside_best(records, "eigenvector", "products")
     product = _beside_best(records, "hessian product", "median_s")
+    each = records.assign(each=records["median_s"] / records["products"])
+    solver = _beside_best(each, "eigenvector", "each")
     errors = records[(records["question"] == "projections") & (records["contender"] == OURS)]["max_error"]
     least = [
         ("addition, float32: times as fast as naive", 5, addition["naive"] / addition[OURS]),
@@ -170,6 +172,7 @@ def verdict(records: pd.DataFrame, size: str) -> pd.DataFrame:
     most = [
         ("eigenvector: products beyond the best peer's", 0, (products["ours"] - products["best"]).max()),
         ("Hessian product: time over the best peer's", 1.1, (product["ours"] / product["best"]).max()),
+        ("eigenvector: time a product over the best peer's", 1.1, (solver["ours"] / solver["best"]).max()),
         ("peak memory over memory given", 1.2, records["ratio_to_budget"].max()),
         ("largest error of float32 over the root mean square", 1e-4, errors.max()),
     ]

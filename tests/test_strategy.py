@@ -77,7 +77,7 @@ def test_a_mode_can_be_forced(mode, loss):
         ({"memory": 0}, "memory = 0; allowed: a positive number of bytes"),
         ({"memory": -5}, "memory = -5; allowed: a positive number of bytes"),
         ({"memory": 100}, "one example takes .* bytes at a time, but of memory only 100 are left"),
-        ({"memory": 100, "mode": "reverse"}, "one example takes .* bytes at a time, but of memory only 100 are left"),
+        ({"memory": 100, "mode": "reverse"}, "take .* bytes for two examples in reverse mode, but of memory only 100"),
     ],
 )
 def test_settings_that_are_not_allowed_are_refused_with_what_is(settings, message):
@@ -213,9 +213,26 @@ def test_a_mode_that_gives_no_numbers_where_another_does_is_not_used():
 
 
 def least_memory(*arguments, **settings):
-    with pytest.raises(ValueError, match="one example takes") as refusal:
-        choose(*arguments, memory=1, **settings)
-    return int(re.search(r"takes ([\d,]+) bytes", str(refusal.value))[1].replace(",", ""))
+    """Bytes that are enough, as refusals say."""
+    least = 1
+    while True:
+        try:
+            choose(*arguments, memory=least, **settings)
+        except ValueError as refusal:
+            least = int(re.search(r"takes? ([\d,]+) bytes", str(refusal))[1].replace(",", ""))
+        else:
+            return least
+
+
+def test_where_reverse_mode_needs_more_memory_than_there_is_forward_mode_is_taken():
+    token_loss, theta, batch = problem("attention", examples=10)
+    vectors = orthonormal(40, 93)
+    assert choose(token_loss, theta, batch, vectors).mode == "reverse"
+    least = {mode: least_memory(token_loss, theta, batch, vectors, mode=mode) for mode in ("forward", "reverse")}
+    assert least["forward"] < least["reverse"]
+    strategy = choose(token_loss, theta, batch, vectors, memory=least["reverse"] - 1)
+    assert strategy.mode == "forward"
+    assert "are left" in strategy.unfit["reverse"]
 
 
 WAYS = [{"mode": "forward"}, {"mode": "reverse"}, {"order": 2}]
