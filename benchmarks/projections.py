@@ -41,7 +41,7 @@ SCALING = {  # where one axis varies, and where the two others stay
     ),
 }
 LIMITS = {"smoke": 0.05, "laptop": 1, "paper": 3}  # seconds or so that one turn of a peer may take
-BUDGETS = {"smoke": (0.0625,), "laptop": (0.125, 0.5), "paper": (1, 2)}  # GiB
+BUDGETS = {"smoke": (0.0625,), "laptop": (0.125, 0.5), "paper": (1,)}  # GiB
 PROFILED = 256  # examples of the addition task
 _KINDS = {"aten::mm": "products (mm)", "aten::bmm": "batched products (bmm)", "aten::copy_": "copies"}
 

@@ -223,7 +223,8 @@ def _sized(
         # Further examples add to the peak what is kept of them.
         dtype = theta.dtype if strategy.precision == "float32" else torch.bfloat16
         kept = signals(token_loss, token_loss.unflatten(theta), strategy.layout, one, dtype).nbytes
-        spare = budget - peak(passing, width)
+        # A process takes up to a third more than its tensors: pieces that are kept and freed do not pack well.
+        spare = budget * 3 // 4 - peak(passing, width)
         chunk = min(total, passing * (1 + max(0, spare // (kept * passing))))
     return replace(strategy, pass_examples=passing, chunk_examples=chunk, chunk_vectors=width)
 
