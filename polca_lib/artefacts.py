@@ -213,7 +213,7 @@ def _read(path: Path) -> xr.Dataset:
 @cache
 def software() -> dict[str, str]:
     """Commit of the checkout, versions of what computes, and the machine."""
-    names = ("torch", "transformer-lens", "cola-ml", "hdbscan", "numpy", "xarray")
+    names = ("torch", "transformer-lens", "hdbscan", "numpy", "xarray")
     return {
         "commit": _commit(),
         "python": platform.python_version(),

@@ -207,7 +207,7 @@ def _eigenvectors(
     memory = default_budget(checkpoints.device) if config.memory is None else config.memory
     one = n_parameters * checkpoints.token_loss.dtype.itemsize
     # Lanczos seldom needs all of its products: what they would take at most is no reason not to try.
-    shared = memory - min(krylov_rows(settings.max_products) * one, memory // 2)
+    shared = memory - min(krylov_rows(settings.max_products, settings.k) * one, memory // 2)
     room = min(n_vectors, shared // 2 // one)
     found = _Found(store, start, room, checkpoints)
     first = checkpoints.theta(int(births[start]))

@@ -1,4 +1,4 @@
-"""Hessian-vector products of the mean loss, and top eigenvectors by CoLA's Lanczos."""
+"""Hessian-vector products of the mean loss, and top eigenvectors by Lanczos."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import cola
 import numpy as np
 import torch
-from cola.linalg.decompositions.lanczos import init_lanczos, lanczos_fact
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +16,6 @@ from polca_lib.memory import default_budget, fit, peak_bytes
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
 _CHUNK = 256  # examples whose graph is built at once, at most
-_GROWTH = 8  # Lanczos vectors allocated at a time: CoLA touches all allocated ones in each iteration.
 
 _Graph = tuple[Float[Tensor, " d"], int]  # the gradient of a sum of losses, differentiable, and their number
 
@@ -113,11 +110,12 @@ def top_eigenpairs(
     tolerance: float = 0.01,
     max_products: int = 60,
 ) -> Eigenpairs:
-    """Top ``k`` eigenpairs of a symmetric operator by Lanczos with full re-orthogonalisation (CoLA).
+    """Top ``k`` eigenpairs of a symmetric operator by Lanczos with full re-orthogonalisation.
 
-    CoLA is stepped one product at a time. After each, the residual ``||A v - lambda v||`` of every wanted Ritz pair is
-    ``|beta_m s_m|`` (s_m: last entry of the Ritz vector in the Krylov basis), without another product; the iteration
-    stops once it is below ``tolerance`` times the magnitude of the Ritz value for all ``k``.
+    After each product the residual ``||A v - lambda v||`` of every wanted Ritz pair is ``|beta_m s_m|`` (s_m: last
+    entry of the Ritz vector in the Krylov basis), without another product; the iteration stops once it is below
+    ``tolerance`` times the magnitude of the Ritz value for all ``k``. Between products each Krylov vector is read
+    twice, and none is copied.
 
     Args:
         product: v -> A v.
@@ -134,22 +132,18 @@ def top_eigenpairs(
         raise ValueError(f"k = {k} eigenvectors were asked for; allowed: 1 to {start.numel()}")
     if max_products < k:
         raise ValueError(f"max_products = {max_products} can't give k = {k} vectors; allowed: at least {k}")
-    if not start.norm() > 0:
+    if not _norm(start) > 0:
         raise ValueError("the start vector is zero; pass one with a component along the wanted eigenvectors")
-    operator = cola.ops.LinearOperator(
-        start.dtype, (start.numel(), start.numel()), matmat=lambda block: product(block[:, 0])[:, None]
-    )
-    operator.device = start.device
-    limit = min(max_products, start.numel())
-    state = init_lanczos(operator.xnp, start[:, None], max_iters=min(_GROWTH, limit), dtype=start.dtype)
-    for m in range(1, limit + 1):
-        if m > state[1].shape[-1]:
-            state = _grow(state)
-        # tol=-1 switches CoLA's own test off: it tests breakdown, not convergence.
-        *state, _ = lanczos_fact(operator, state, max_iters=m, tol=-1.0)
-        _, diagonal, offdiagonal, _ = state
-        alpha = diagonal[0, :m].double().cpu().numpy()
-        beta = offdiagonal[0, 1 : m + 1].double().cpu().numpy()
+    krylov, alpha, beta = [start / _norm(start)], [], []
+    for m in range(1, min(max_products, start.numel()) + 1):
+        rest = product(krylov[-1]).clone()  # which may be what the operator keeps
+        alpha.append(0.0)
+        for _ in range(2):  # in floating point, once leaves too much behind
+            for index, known in reversed([*enumerate(krylov)]):
+                component = torch.dot(known, rest).item()
+                rest.sub_(known, alpha=component)
+                alpha[-1] += component if index == m - 1 else 0.0
+        beta.append(_norm(rest))
         ritz, basis = np.linalg.eigh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
         wanted = np.argsort(-ritz if which == "largest" else -np.abs(ritz), kind="stable")[:k]
         estimates = np.abs(beta[-1] * basis[-1, wanted])
@@ -157,20 +151,22 @@ def top_eigenpairs(
         converged = m >= k and bool(np.all(estimates <= tolerance * np.abs(ritz[wanted])) and np.all(ritz[wanted] != 0))
         if converged or exhausted:
             break
-    krylov = state[0]
-    combination = torch.from_numpy(basis[:, wanted]).to(krylov)
-    vectors = (krylov[0, :, 1 : m + 1] @ combination).T
-    vectors = vectors / vectors.norm(dim=1, keepdim=True)
-    values = torch.from_numpy(ritz[wanted]).to(krylov)
-    residuals = torch.from_numpy(estimates / np.abs(ritz[wanted])).to(krylov)
-    return Eigenpairs(values, vectors.contiguous(), residuals, m, converged)
+        krylov.append(rest.div_(beta[-1]))
+    del rest
+    vectors = start.new_zeros(len(wanted), start.numel())
+    for own, weights in zip(vectors, basis[:, wanted].T, strict=True):
+        for weight, known in zip(weights, krylov, strict=False):
+            own.add_(known, alpha=float(weight))
+        own /= _norm(own)
+    values, residuals = (start.new_tensor(x) for x in (ritz[wanted], estimates / np.abs(ritz[wanted])))
+    return Eigenpairs(values, vectors, residuals, m, converged)
 
 
-def krylov_rows(max_products: int) -> int:
-    """Vectors that :func:`top_eigenpairs` holds at one time, at most: CoLA makes a copy of its Krylov vectors."""
-    return 2 * (max_products + _GROWTH + 2) + 3
+def krylov_rows(max_products: int, k: int = 1) -> int:
+    """Vectors that :func:`top_eigenpairs` holds at one time, at most, with one product and its copy."""
+    return max_products + max(2, k + 1)
 
 
-def _grow(state: list) -> list:
-    krylov, diagonal, offdiagonal, index = state
-    return [*(torch.nn.functional.pad(t, (0, _GROWTH)) for t in (krylov, diagonal, offdiagonal)), index]
+def _norm(vector: Float[Tensor, " d"]) -> float:
+    # torch's norm of a million numbers in float32 is wrong in the fifth digit.
+    return math.sqrt(torch.dot(vector, vector).item())

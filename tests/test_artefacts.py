@@ -88,7 +88,7 @@ def test_fingerprint_ignores_the_order_of_keys_alone():
 def test_manifest_says_what_computed(tmp_path):
     recorded = json.loads((open_artefact(tmp_path / "a").path / "manifest.json").read_text())["software"]
     assert recorded == software()
-    assert {"commit", "python", "torch", "cola-ml", "hdbscan", "machine"} <= set(recorded)
+    assert {"commit", "python", "torch", "hdbscan", "machine"} <= set(recorded)
 
 
 def test_time_adds_up_over_blocks_even_those_that_fail(tmp_path):

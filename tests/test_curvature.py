@@ -20,7 +20,7 @@ def matrix(spectrum, seed=0):
     return q @ torch.diag(torch.as_tensor(spectrum, dtype=torch.float64)) @ q.T
 
 
-# The dominant eigenvalue is negative: largest and magnitude differ, and CoLA's own "LM" takes the wrong one.
+# The dominant eigenvalue is negative: largest and magnitude differ.
 SPECTRUM = [-10.0, 6.0, 5.0, -4.5, 4.0, *np.linspace(-3, 3, D - 5)]
 
 
@@ -201,7 +201,7 @@ def test_lanczos_stays_within_the_vectors_it_says_it_needs(max_products):
         lambda: top_eigenpairs(lambda v: diagonal * v, start, tolerance=1e-9, max_products=max_products), "cpu"
     )
     rows = krylov_rows(max_products)
-    assert rows - 20 < peak / start.nbytes < rows + 1
+    assert rows - 1 < peak / start.nbytes < rows + 1
 
 
 def test_a_start_inside_an_invariant_subspace_stops_there():
