@@ -10,7 +10,11 @@ multiplied there by the same tile of all basis vectors:
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,29 +38,37 @@ def _tile(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight``, multiplied in the dtype of ``low`` on the way back."""
+    """``x @ weight``, multiplied in the dtype of ``low`` on the way back, where ``keep`` gets the signal that comes.
+
+    ``probe`` has an entry for each example and no effect, but asks for the signals of each example also where ``x``
+    is a constant.
+    """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, low: Tensor) -> Tensor:
+    def forward(x: Tensor, probe: Tensor, weight: Tensor, low: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
         return x @ weight
 
     @staticmethod
-    def setup_context(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        context.save_for_backward(inputs[2])
+    def setup_context(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *_, low, context.keep = inputs
+        context.save_for_backward(low)
 
     @staticmethod
-    def backward(context: Any, signal: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: Any, signal: Tensor) -> tuple[Tensor | None, ...]:
         (low,) = context.saved_tensors
         # Contiguous, or torch would copy the weight for every example.
         signal_low = signal.to(low.dtype, memory_format=torch.contiguous_format)
-        return (signal_low @ low.mT).to(signal.dtype), None, None
+        context.keep(signal_low.flatten(1, -2))
+        back = (signal_low @ low.mT).to(signal.dtype) if context.needs_input_grad[0] else None
+        return back, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, weight: Tensor, low: Tensor) -> tuple[Tensor, int]:
-        return _Product.apply(x.movedim(in_dims[0], 0), weight, low), 0
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *others: Any) -> tuple[Tensor, int]:
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        return _Product.apply(x, *others), 0
 
 
-class Factors(NamedTuple):
+class Formed(NamedTuple):
     """Gradients with respect to a matrix, as it lies in memory: left @ right, for each token.
 
     Both are cut into the blocks of its tiles. The activations that enter a product are the same for all tokens of an
@@ -72,12 +84,26 @@ class Factors(NamedTuple):
         return left.flatten(1, 2) if own == 1 else left.expand(-1, own, -1, -1).flatten(0, 1)
 
 
+class Passed(NamedTuple):
+    """What multiplies B a, the change of a product's output along a direction: no gradient is formed."""
+
+    entering: Float[Tensor, "example_position entering"]
+    signals: Float[Tensor, "example_position token leaving"]
+
+
+class Weight(NamedTuple):
+    """A matrix (entering, leaving) that multiplies data, and the same in the dtype of the way back."""
+
+    value: Tensor
+    low: Tensor
+
+
 @dataclass(frozen=True)
 class Signals:
     """What the gradients of the tokens of some examples are made of."""
 
     loss: Float[Tensor, "example token"]
-    factors: list[Factors]  # at each site, in the dtype of products
+    factors: list[Formed | Passed]  # at each site, in the dtype of products
     gradients: dict[str, Float[Tensor, "example token ..."]]  # of the parameters used elsewhere
 
     @property
@@ -86,21 +112,30 @@ class Signals:
         return sum(t.nbytes for t in pytree.tree_leaves(vars(self)))
 
 
+def weights_of(layout: Layout, parameters: dict[str, Tensor], dtype: torch.dtype) -> list[Weight]:
+    """The matrices of all sites at ``parameters``; ``dtype`` is that of products on the way back."""
+    values = [site.weight.build(parameters).detach() for site in layout.sites]
+    return [Weight(value, value.to(dtype)) for value in values]
+
+
 def signals(
-    token_loss: TokenLoss, parameters: dict[str, Tensor], layout: Layout, batch: Batch, dtype: torch.dtype
+    token_loss: TokenLoss,
+    parameters: dict[str, Tensor],
+    layout: Layout,
+    weights: list[Weight],
+    batch: Batch,
+    n_vectors: int,
 ) -> Signals:
     """Run one forward and, for each target token of an example, one backward pass, for all examples at once."""
     n = n_examples(batch)
-    weights = [site.weight.build(parameters).detach() for site in layout.sites]
-    low = [weight.to(dtype) for weight in weights]
+    kept: dict[int, Tensor] = {}  # the signals that the last pass back brought to each site
 
-    def run(elsewhere: dict[str, Tensor], probes: list[Tensor], example: Batch) -> tuple[Tensor, list[Tensor]]:
+    def run(elsewhere: dict[str, Tensor], probe: Tensor, example: Batch) -> tuple[Tensor, list[Tensor]]:
         entered = []
 
         def at_product(index: int, x: Tensor, _: Derived, bias: Tensor | None) -> Tensor:
             entered.append(x)
-            # The gradient of a zero that is added to the product is the signal that comes back to it.
-            result = _Product.apply(x, weights[index], low[index]) + probes[index]
+            result = _Product.apply(x, probe, *weights[index], partial(kept.__setitem__, index))
             return result if bias is None else result + bias
 
         one = pytree.tree_map(lambda t: t[None], example)
@@ -110,35 +145,53 @@ def signals(
     with torch.enable_grad():
         # One copy an example, without memory of its own, so that gradients come out by example.
         elsewhere = {k: parameters[k].expand(n, *parameters[k].shape).requires_grad_() for k in layout.elsewhere}
-        probes = [weights[0].new_zeros(()).expand(n, *site.shape).requires_grad_() for site in layout.sites]
-        loss, entered = vmap(run)(elsewhere, probes, batch)
-        one_hot = torch.eye(layout.tokens, dtype=loss.dtype, device=loss.device)[:, None].expand(-1, n, -1)
-        gradients = torch.autograd.grad(
-            loss, [*elsewhere.values(), *probes], one_hot, is_grads_batched=True, materialize_grads=True
+        probe = next(iter(parameters.values())).new_zeros(n, requires_grad=True)
+        loss, entered = vmap(run)(elsewhere, probe, batch)
+    entered = [x.detach().flatten(1, -2) for x in entered]
+    by_token: list[list[Tensor]] = [[] for _ in weights]
+    gradients: list[tuple[Tensor, ...]] = []
+    for one_hot in torch.eye(layout.tokens, dtype=loss.dtype, device=loss.device):
+        found = torch.autograd.grad(
+            loss, [*elsewhere.values(), probe], one_hot.expand(n, -1), retain_graph=True, materialize_grads=True
         )
-    gradients = [g.movedim(0, 1) for g in gradients]
-    factors = []
-    for weight, x, signal in zip(weights, entered, gradients[len(elsewhere) :], strict=True):
-        x, signal = x.detach().flatten(1, -2)[:, None], signal.flatten(2, -2)
-        # In the last layers most positions carry no signal: those behind the last mixing of positions.
-        active = (signal != 0).any(3).any(1).any(0)
-        if not active.all():
-            x, signal = x[:, :, active], signal[:, :, active]
-        factors.append(_factors(weight, x.to(dtype), signal.to(dtype)))
-    return Signals(loss.detach(), factors, dict(zip(elsewhere, gradients, strict=False)))
+        gradients.append(found[:-1])
+        for index, (x, weight) in enumerate(zip(entered, weights, strict=True)):
+            silent = weight.low.new_zeros(()).expand(*x.shape[:2], weight.low.shape[1])
+            by_token[index].append(kept.get(index, silent))
+        kept.clear()
+    factors = [
+        _factors(weight, x, those, n_vectors) for weight, x, those in zip(weights, entered, by_token, strict=True)
+    ]
+    stacked = [torch.stack(parts, dim=1) for parts in zip(*gradients, strict=True)]
+    return Signals(loss.detach(), factors, dict(zip(elsewhere, stacked, strict=True)))
 
 
 def _factors(
-    weight: Float[Tensor, "entering leaving"],
-    activations: Float[Tensor, "example 1 position entering"],
-    signals: Float[Tensor, "example token position leaving"],
-) -> Factors:
-    left, right = (activations, signals) if _by_rows(weight) else (signals, activations)
-    height, width = _tile(left.dtype, left.device)
-    return Factors(
-        [block.mT.contiguous() for block in left.split(height, dim=3)],
-        [block.contiguous() for block in right.split(width, dim=3)],
-    )
+    weight: Weight,
+    activations: Float[Tensor, "example position entering"],
+    signals: list[Float[Tensor, "example position leaving"]],
+    n_vectors: int,
+) -> Formed | Passed:
+    dtype, tokens = weight.low.dtype, len(signals)
+    # In the last layers most positions carry no signal: those behind the last mixing of positions.
+    active = torch.stack([((s.amax(2) != 0) | (s.amin(2) != 0)).any(0) for s in signals]).any(0)
+    x = activations.to(dtype)
+    if not active.all():
+        x, signals = x[:, active], [s[:, active] for s in signals]
+    # Operations for each number in the weight: times the vectors for each position, then times the signals ...
+    passed = x.shape[1] * n_vectors * (1 + tokens / len(weight.value))
+    # ... or a product that forms the gradient, which is taken times the vectors, for each token.
+    if passed <= tokens * (x.shape[1] + n_vectors):
+        return Passed(x.flatten(0, 1), torch.stack(signals, dim=2).flatten(0, 1))
+    height, width = _tile(dtype, x.device)
+    if _by_rows(weight.value):
+        left = [block.mT.unsqueeze(1).contiguous() for block in x.split(height, dim=2)]
+        right = [torch.stack(blocks, dim=1) for blocks in zip(*(s.split(width, dim=2) for s in signals), strict=True)]
+    else:
+        cut = zip(*(s.split(height, dim=2) for s in signals), strict=True)
+        left = [torch.stack([block.mT for block in blocks], dim=1) for blocks in cut]
+        right = [block.unsqueeze(1).contiguous() for block in x.split(width, dim=2)]
+    return Formed(left, right)
 
 
 def _by_rows(matrix: Tensor) -> bool:
@@ -159,23 +212,55 @@ def contract(
         for result, part in zip(results, parts, strict=True):
             result += part.gradients[name].reshape(len(result), -1) @ directions[name].reshape(n_vectors, -1).T
     for index, site in enumerate(layout.sites):
-        weights = _pushed(site.weight, parameters, directions)
-        weights = weights if _by_rows(site.weight.value) else weights.mT
+        weights, by_rows = _pushed(site.weight, parameters, directions), _by_rows(site.weight.value)
         factors = [part.factors[index] for part in parts]
-        dtype = factors[0].left[0].dtype
-        height, width = _tile(dtype, weights.device)
-        formed = weights.new_empty(0, dtype=dtype)
-        for i, rows in enumerate(weights.split(height, dim=1)):
-            lefts = [factor.batches(i) for factor in factors]
-            for j, tile in enumerate(rows.split(width, dim=2)):
-                tile = tile.to(dtype, memory_format=torch.contiguous_format).flatten(1)
-                for result, left, factor in zip(results, lefts, factors, strict=True):
-                    # Formed where the last tile was: fresh memory would cost more than the product.
-                    formed = torch.bmm(left, factor.right[j].flatten(0, 1), out=formed.resize_(0))
-                    gradients = formed.view(len(result), -1)
-                    # The same product: either dtype is faster the one way round.
-                    result += (tile @ gradients.T).T if dtype == torch.bfloat16 else gradients @ tile.T
+        for kind, add in ((Formed, _add_formed), (Passed, _add_passed)):
+            if own := [pair for pair in zip(results, factors, strict=True) if isinstance(pair[1], kind)]:
+                add(weights, by_rows, own)
     return torch.cat(results)
+
+
+def _add_formed(
+    weights: Float[Tensor, "vector entering leaving"],
+    by_rows: bool,
+    parts: list[tuple[Float[Tensor, "token vector"], Formed]],
+) -> None:
+    """Add the inner products of gradients, tile by tile, with the vectors."""
+    weights = weights if by_rows else weights.mT
+    dtype = parts[0][1].left[0].dtype
+    height, width = _tile(dtype, weights.device)
+    formed = weights.new_empty(0, dtype=dtype)
+    for i, rows in enumerate(weights.split(height, dim=1)):
+        lefts = [factors.batches(i) for _, factors in parts]
+        for j, tile in enumerate(rows.split(width, dim=2)):
+            tile = tile.to(dtype, memory_format=torch.contiguous_format).flatten(1)
+            for (result, factors), left in zip(parts, lefts, strict=True):
+                # Formed where the last tile was: fresh memory would cost more than the product.
+                formed = torch.bmm(left, factors.right[j].flatten(0, 1), out=formed.resize_(0))
+                gradients = formed.view(len(result), -1)
+                # The same product: either dtype is faster the one way round.
+                result += (tile @ gradients.T).T if dtype == torch.bfloat16 else gradients @ tile.T
+
+
+def _add_passed(
+    weights: Float[Tensor, "vector entering leaving"],
+    by_rows: bool,
+    parts: list[tuple[Float[Tensor, "token vector"], Passed]],
+) -> None:
+    """Add the products of signals with what the vectors do to activations, a block of outputs at a time."""
+    n_vectors, entering, _ = weights.shape
+    dtype = parts[0][1].entering.dtype
+    width = max(1, math.prod(_tile(dtype, weights.device)) // entering)
+    for start, block in zip(itertools.count(0, width), weights.split(width, dim=2), strict=False):
+        # As the weights lie in memory: the copy is faster.
+        block = block.movedim(0, 1) if by_rows else block.mT
+        block = block.to(dtype, memory_format=torch.contiguous_format)
+        block = block.flatten(1) if by_rows else block.flatten(0, 1).mT
+        for result, (activations, signals) in parts:
+            positions = len(activations) * signals.shape[1] // len(result)
+            changes = (activations @ block).view(len(activations), n_vectors, block.shape[1] // n_vectors)
+            by_position = torch.bmm(signals[:, :, start : start + width], changes.mT).to(result.dtype)
+            result += by_position.unflatten(0, (-1, positions)).sum(1).flatten(0, 1) if positions else 0
 
 
 def _pushed(
@@ -212,11 +297,12 @@ def project_reverse(
     """
     parameters = token_loss.unflatten(theta)
     directions = token_loss.unflatten(vectors)
+    weights = weights_of(layout, parameters, dtype)
     losses, gradients = [], []
     for chunk in split_examples(batch, chunk_examples):
         with record_function("signals"):
             passes = split_examples(chunk, pass_examples)
-            parts = [signals(token_loss, parameters, layout, part, dtype) for part in passes]
+            parts = [signals(token_loss, parameters, layout, weights, part, len(vectors)) for part in passes]
         with torch.no_grad(), record_function("contract"):
             gradients.append(contract(layout, parameters, directions, parts))
         losses += [part.loss.flatten() for part in parts]

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from polca_lib.config import Mode, Precision
 from polca_lib.forward import Derivatives, by_jvp, by_taylor
 from polca_lib.memory import default_budget, fit, peak_bytes
-from polca_lib.reverse import project_reverse, signals
+from polca_lib.reverse import project_reverse, signals, weights_of
 from polca_lib.sites import Layout, Site, layout
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
@@ -222,7 +222,9 @@ def _sized(
     if strategy.mode == "reverse":
         # Further examples add to the peak what is kept of them.
         dtype = theta.dtype if strategy.precision == "float32" else torch.bfloat16
-        kept = signals(token_loss, token_loss.unflatten(theta), strategy.layout, one, dtype).nbytes
+        parameters = token_loss.unflatten(theta)
+        matrices = weights_of(strategy.layout, parameters, dtype)
+        kept = signals(token_loss, parameters, strategy.layout, matrices, one, len(vectors)).nbytes
         # A process takes up to a third more than its tensors: pieces that are kept and freed do not pack well.
         spare = budget * 3 // 4 - peak(passing, width)
         chunk = min(total, passing * (1 + max(0, spare // (kept * passing))))

@@ -7,11 +7,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polca_lib.reverse as reverse
-from polca_lib.reverse import project_reverse, signals
+from polca_lib.reverse import project_reverse, signals, weights_of
 from polca_lib.sites import layout
 from polca_lib.token_loss import TokenLoss, split_examples
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
+
+
+def directions(n, d):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(n), dtype=torch.float64) / d**0.5
 
 
 def project(token_loss, theta, batch, vectors, dtype=torch.float64, chunk_examples=100, pass_examples=100):
@@ -20,10 +24,12 @@ def project(token_loss, theta, batch, vectors, dtype=torch.float64, chunk_exampl
     return project_reverse(token_loss, theta, seen, batch, vectors, dtype=dtype, **sizes)
 
 
+# With few vectors no gradient is formed; with many all are.
+@pytest.mark.parametrize("n_vectors", [1, 5, 200])
 @pytest.mark.parametrize("name", sorted(set(MODELS) - set(MIXED)))
-def test_gradients_are_those_of_one_backward_pass_per_token(name):
+def test_gradients_are_those_of_one_backward_pass_per_token(name, n_vectors):
     token_loss, theta, batch = problem(name)
-    vectors = orthonormal(5, len(theta))
+    vectors = directions(n_vectors, len(theta))
     loss, gradient = project(token_loss, theta, batch, vectors)
     torch.testing.assert_close(loss, token_loss(theta, batch), **EXACT)
     torch.testing.assert_close(gradient, token_gradients(token_loss, theta, batch) @ vectors.T, **EXACT)
@@ -96,20 +102,35 @@ def test_results_do_not_depend_on_the_tiles(monkeypatch, width, height):
 def test_of_positions_without_a_signal_nothing_is_kept():
     token_loss, theta, batch = problem("last position")
     seen = layout(token_loss, theta, next(split_examples(batch, 1)))
-    kept = signals(token_loss, token_loss.unflatten(theta), seen, batch, torch.float64)
+    parameters = token_loss.unflatten(theta)
+    weights = weights_of(seen, parameters, torch.float64)
+    kept = signals(token_loss, parameters, seen, weights, batch, n_vectors=5)
     # Of the projection to queries, keys and values all three positions; of the logits one.
     assert [[x.shape for x in factor.left] for factor in kept.factors] == [[(7, 1, 12, 3)], [(7, 1, 5, 1)]]
     assert [[x.shape for x in factor.right] for factor in kept.factors] == [[(7, 1, 3, 4)], [(7, 1, 1, 4)]]
     held = [kept.loss, *kept.gradients.values(), *(x for f in kept.factors for side in f for x in side)]
     assert kept.nbytes == sum(x.nbytes for x in held)
+    # With one vector no gradient is formed.
+    factors = signals(token_loss, parameters, seen, weights, batch, n_vectors=1).factors
+    assert [[x.shape for x in factor] for factor in factors] == [[(21, 4), (21, 1, 12)], [(7, 4), (7, 1, 5)]]
+
+
+def operations(token_loss, theta, batch, n_vectors):
+    with FlopCounterMode(display=False) as counter:
+        project(token_loss, theta, batch, directions(n_vectors, len(theta)))
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("mlp", 2), ("attention", 3), ("last position", 1)])
 def test_a_vector_more_costs_one_inner_product_with_the_gradient_of_each_token(name, tokens):
     token_loss, theta, batch = problem(name, examples=10)
-    counts = []
-    for n_vectors in (2, 7):
-        with FlopCounterMode(display=False) as counter:
-            project(token_loss, theta, batch, orthonormal(n_vectors, len(theta)))
-        counts.append(counter.get_total_flops())
+    counts = [operations(token_loss, theta, batch, n_vectors) for n_vectors in (100, 105)]
     assert counts[1] - counts[0] == 5 * 10 * tokens * 2 * len(theta)
+
+
+def test_with_few_vectors_it_costs_less_not_to_form_gradients(monkeypatch):
+    token_loss, theta, batch = problem("mlp", examples=10)
+    least = operations(token_loss, theta, batch, 1)
+    real = reverse.signals
+    monkeypatch.setattr(reverse, "signals", lambda *arguments: real(*arguments[:-1], 10**6))
+    assert least < operations(token_loss, theta, batch, 1)
