@@ -27,6 +27,11 @@ _TOKENS = 4096
 
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 
+# What else there is to do beside the products, in their terms: an operation of a backward pass for each token takes as
+# long as two of the large products, and Taylor arithmetic must spare a part. Measured on two cores, at three widths.
+_BACKWARD = 2
+_TAYLOR = 0.85
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -37,7 +42,7 @@ class Strategy:
     precision: Precision
     taylor: bool  # forward mode by Taylor arithmetic rather than by torch.func
     layout: Layout | None  # of the model, where it is known and helps
-    flops: dict[str, float]  # of matrix products for one example: of a plain pass, and of either mode, all vectors
+    cost: dict[str, float]  # for one example and all vectors, in operations of matrix products; by way, and of a pass
     pass_examples: int = 2  # through the model at one time
     chunk_examples: int = 2  # whose signals are kept at one time, in reverse mode
     chunk_vectors: int = 2  # differentiated along at one time, in forward mode
@@ -63,8 +68,10 @@ def choose(
 
     With F operations in a forward pass on an example with m target tokens, d parameters and K vectors, forward mode
     takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to single tokens (see
-    :func:`polca_lib.forward.by_taylor`); reverse mode takes (1 + 2m) F + 2 m K d. Either is first tried on two examples
-    and two vectors, against plain ``jvp``; what fails or differs is not used.
+    :func:`polca_lib.forward.by_taylor`); reverse mode takes (1 + 2m) F + 2 m K d, and less where few positions have
+    signals. Passes back for each token count twice, as they run at half the speed. Each way is first tried on two
+    examples and two vectors, against plain ``jvp``; what fails or differs is not used. No time is measured, so that the
+    choice, and with it the last bit of the results, is the same whenever a run is resumed.
 
     Args:
         token_loss: the loss.
@@ -92,43 +99,45 @@ def choose(
         raise ValueError(f"memory = {memory}; allowed: a positive number of bytes")
     budget = default_budget(theta.device) if memory is None else memory
     one, pair, few = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
-    counted = _operations(token_loss, theta, one, len(vectors), order)
-    likely = Strategy("forward", order, "float32", taylor=True, layout=None, flops=counted)
+    once = _operations(token_loss, theta, one)
+    plain = Strategy("forward", order, "float32", taylor=False, layout=None, cost={"pass": once})
+    plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
     reference = by_jvp(token_loss, theta, pair, few, order)[1]
 
-    def usable(strategy: Strategy) -> bool:
-        name = strategy.mode if strategy.mode == "reverse" else "taylor"
+    def usable(strategy: Strategy, name: str) -> bool:
         tolerance = _TOLERANCE[strategy.precision]
         try:
             found = differentiate(strategy, token_loss, theta, pair, few)[1]
             error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
         except Exception as failure:  # of whatever a model does
-            likely.unfit[name] = f"{type(failure).__name__}: {failure}"
+            plain.unfit[name] = f"{type(failure).__name__}: {failure}"
             return False
         if not error <= tolerance:
-            likely.unfit[name] = f"its derivatives differ from those of jvp by {error:.1g} of their size"
+            plain.unfit[name] = f"its derivatives differ from those of jvp by {error:.1g} of their size"
         return error <= tolerance
 
     if order == 1:
-        likely = replace(likely, layout=layout(token_loss, theta, one))
-        counted |= _operations_by_layout(likely.layout, counted, len(vectors), len(theta))
-        reverse = replace(likely, mode="reverse", precision=precision, taylor=False)
-        if mode == "reverse" or (mode == "auto" and counted["reverse"] < counted["forward"]):
+        seen = layout(token_loss, theta, one)
+        plain.cost.update(_costs(seen, once, len(vectors), token_loss))
+        forward = min(plain.cost["jvp"], plain.cost["taylor"])
+        if mode == "reverse" or (mode == "auto" and plain.cost["reverse"] < forward):
             try:
-                _check_elsewhere(token_loss, likely.layout, budget)
-                if usable(reverse):
+                _check_elsewhere(token_loss, seen, budget)
+                reverse = replace(plain, mode="reverse", precision=precision, layout=seen)
+                if usable(reverse, "reverse"):
                     return _sized(reverse, token_loss, theta, batch, vectors, budget)
             except ValueError as failure:  # too little memory: forward mode may do with less
                 if mode == "reverse":
                     raise
-                likely.unfit["reverse"] = str(failure)
+                plain.unfit["reverse"] = str(failure)
         if mode == "reverse":
-            raise ValueError(f"mode = 'reverse' does not fit this model ({likely.unfit['reverse']}); use 'forward'")
-    # The layout serves Taylor mode too; but it may not hold for examples that differ in their targets.
-    for choice in (likely, replace(likely, layout=None), replace(likely, layout=None, taylor=False)):
-        if not choice.taylor or usable(choice):
-            return _sized(choice, token_loss, theta, batch, vectors, budget)
-    raise AssertionError("the last choice needs no check")
+            raise ValueError(f"mode = 'reverse' does not fit this model ({plain.unfit['reverse']}); use 'forward'")
+        taylor = replace(plain, taylor=True, layout=seen)
+        worth = forward < plain.cost["jvp"]
+    else:
+        taylor, worth = replace(plain, taylor=True), True
+    chosen = taylor if worth and usable(taylor, "taylor") else plain
+    return _sized(chosen, token_loss, theta, batch, vectors, budget)
 
 
 def differentiate(
@@ -164,22 +173,26 @@ def differentiate(
     return torch.cat(losses), [torch.cat(parts) for parts in zip(*derivatives, strict=True)]
 
 
-def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch, n_vectors: int, order: int) -> dict[str, float]:
+def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         token_loss(theta, one)
-    once = counter.get_total_flops()
-    return {"pass": once, "forward": once * (1 + 2 * order * n_vectors)}
+    return counter.get_total_flops()
 
 
-def _operations_by_layout(
-    seen: Layout, counted: dict[str, float], n_vectors: int, n_parameters: int
-) -> dict[str, float]:
-    """First derivatives by either mode, now that the products are known."""
-    once = counted["pass"]
+def _costs(seen: Layout, once: int, n_vectors: int, token_loss: TokenLoss) -> dict[str, float]:
+    """Of first derivatives by Taylor arithmetic and in reverse mode, now that the products are known."""
     alone = sum(_site_operations(seen.sites[index]) for index in seen.alone)
+    elsewhere = sum(token_loss.parameters[name].numel() for name in seen.elsewhere)
+    products = seen.tokens * n_vectors * elsewhere
+    for index, site in enumerate(seen.sites):
+        positions = math.prod(site.shape[:-1])
+        positions = min(positions, seen.tokens) if index in seen.alone else positions
+        # As reverse.signals decides: either way for each number in the weight.
+        products += site.weight.value.numel() * min(positions * n_vectors, seen.tokens * (positions + n_vectors))
     return {
-        "forward": once * (1 + 2 * n_vectors) - (alone * n_vectors - 4 * once if alone else 0),
-        "reverse": once * (1 + 2 * seen.tokens) + 2 * seen.tokens * n_vectors * n_parameters,
+        # Two backward passes tell which token a position matters to.
+        "taylor": (once * (1 + 2 * n_vectors + 4) - alone * n_vectors) / _TAYLOR,
+        "reverse": once * (1 + _BACKWARD * 2 * seen.tokens) + 2 * products,
     }
 
 

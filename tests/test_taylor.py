@@ -7,19 +7,25 @@ from cases import MODELS, orthonormal, problem, token_curvatures, token_gradient
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from polca_lib.sites import layout
 from polca_lib.strategy import choose, differentiate
-from polca_lib.token_loss import TokenLoss
+from polca_lib.token_loss import TokenLoss, split_examples
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 # Ways of forward mode: with what is known of the products, without, and by plain jvp.
-WAYS = {"layout": {}, "taylor": {"layout": None}, "jvp": {"layout": None, "taylor": False}}
+WAYS = ("layout", "taylor", "jvp")
+
+
+def by_way(way, token_loss, theta, batch, vectors, order):
+    seen = layout(token_loss, theta, next(split_examples(batch, 1))) if way == "layout" else None
+    strategy = choose(token_loss, theta, batch, vectors, order=order, mode="forward")
+    return replace(strategy, layout=seen, taylor=way != "jvp")
 
 
 def forward(token_loss, theta, batch, vectors, order, way):
-    strategy = choose(token_loss, theta, batch, vectors, order=order, mode="forward")
-    assert strategy.taylor or way == "jvp"
-    return differentiate(replace(strategy, **WAYS[way]), token_loss, theta, batch, vectors)
+    strategy = by_way(way, token_loss, theta, batch, vectors, order)
+    return differentiate(strategy, token_loss, theta, batch, vectors)
 
 
 def against_backward_passes(token_loss, theta, batch, order, way):
@@ -141,8 +147,8 @@ def cost_of_a_vector(order, way):
     token_loss, batch = TokenLoss(Deep(), MODELS["attention"][1]), problem("attention").batch
     theta = token_loss.flatten(token_loss.parameters)
     vectors = orthonormal(9, len(theta)).float()
-    strategy = choose(token_loss, theta, batch, vectors, order=order, mode="forward")
-    strategy = replace(strategy, **WAYS[way], pass_examples=7, chunk_vectors=9)
+    strategy = by_way(way, token_loss, theta, batch, vectors, order)
+    strategy = replace(strategy, pass_examples=7, chunk_vectors=9)
     three, nine = (
         operations(lambda n=n: differentiate(strategy, token_loss, theta, batch, vectors[:n])) for n in (3, 9)
     )
