@@ -238,8 +238,8 @@ def _sized(
         parameters = token_loss.unflatten(theta)
         matrices = weights_of(strategy.layout, parameters, dtype)
         kept = signals(token_loss, parameters, strategy.layout, matrices, one, len(vectors)).nbytes
-        # A process takes up to a third more than its tensors: pieces that are kept and freed do not pack well.
-        spare = budget * 3 // 4 - peak(passing, width)
+        # A process takes more than its tensors: pieces that are kept and freed do not pack, and products need buffers.
+        spare = budget * 5 // 8 - peak(passing, width)
         chunk = min(total, passing * (1 + max(0, spare // (kept * passing))))
     return replace(strategy, pass_examples=passing, chunk_examples=chunk, chunk_vectors=width)
 
