@@ -26,6 +26,7 @@ from polca_lib.artefacts import software
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("smoke", "laptop", "paper")
 GIB = 2**30
+_REST = 0.3  # seconds before a turn, until the threads that the last one left spinning sleep
 
 Record = dict[str, Any]
 
@@ -100,6 +101,7 @@ def compare(
         ready[name], times[name] = trial, []
 
     def turn(name: str) -> None:
+        time.sleep(_REST)
         times[name].append(seconds(ready[name].run, device) / ready[name].units)
 
     for name, prepare in contenders.items():

@@ -76,10 +76,11 @@ def stages(size: str, device: str) -> list[harness.Record]:
     records = []
     with tempfile.TemporaryDirectory() as folder:
         run = Run(RunConfig.from_preset(size, device=device), Path(folder))
-        lca = run.on_basis("parameters", curvature=False)
+        first, lca = (run.on_basis(kind, curvature=False) for kind in ("hessian", "parameters"))
         tasks: dict[str, Callable[[], object]] = {
             "training": lambda: run.checkpoints,
             "basis": lambda: run.basis,
+            "projections": lambda: first.projections,
             "projections with curvature": lambda: run.projections,
             "projections on parameters (LCA)": lambda: lca.projections,
         }

@@ -114,8 +114,7 @@ def top_eigenpairs(
 
     After each product the residual ``||A v - lambda v||`` of every wanted Ritz pair is ``|beta_m s_m|`` (s_m: last
     entry of the Ritz vector in the Krylov basis), without another product; the iteration stops once it is below
-    ``tolerance`` times the magnitude of the Ritz value for all ``k``. Between products each Krylov vector is read
-    twice, and none is copied.
+    ``tolerance`` times the magnitude of the Ritz value for all ``k``. Between products no Krylov vector is copied.
 
     Args:
         product: v -> A v.
@@ -126,14 +125,18 @@ def top_eigenpairs(
         max_products: products before giving up; what was reached is returned with ``converged=False``.
 
     Raises:
-        ValueError: ``k`` < 1 or more than the dimension, ``max_products`` < ``k``, or ``start`` is zero.
+        ValueError: ``k`` < 1 or more than the dimension, ``max_products`` < ``k``, or ``start`` is zero or
+            not finite.
     """
     if not 1 <= k <= start.numel():
         raise ValueError(f"k = {k} eigenvectors were asked for; allowed: 1 to {start.numel()}")
     if max_products < k:
         raise ValueError(f"max_products = {max_products} can't give k = {k} vectors; allowed: at least {k}")
-    if not _norm(start) > 0:
-        raise ValueError("the start vector is zero; pass one with a component along the wanted eigenvectors")
+    if not 0 < _norm(start) < math.inf:
+        raise ValueError(
+            f"the start vector is zero or not finite (its length is {_norm(start)}); pass one with a component along "
+            "the wanted eigenvectors"
+        )
     krylov, alpha, beta = [start / _norm(start)], [], []
     for m in range(1, min(max_products, start.numel()) + 1):
         rest = product(krylov[-1]).clone()  # which may be what the operator keeps
@@ -152,10 +155,10 @@ def top_eigenpairs(
         if converged or exhausted:
             break
         krylov.append(rest.div_(beta[-1]))
-    del rest
+    del rest, krylov[m:]
     vectors = start.new_zeros(len(wanted), start.numel())
     for own, weights in zip(vectors, basis[:, wanted].T, strict=True):
-        for weight, known in zip(weights, krylov, strict=False):
+        for weight, known in zip(weights, krylov, strict=True):
             own.add_(known, alpha=float(weight))
         own /= _norm(own)
     values, residuals = (start.new_tensor(x) for x in (ritz[wanted], estimates / np.abs(ritz[wanted])))
@@ -163,10 +166,10 @@ def top_eigenpairs(
 
 
 def krylov_rows(max_products: int, k: int = 1) -> int:
-    """Vectors that :func:`top_eigenpairs` holds at one time, at most, with one product and its copy."""
-    return max_products + max(2, k + 1)
+    """Vectors there are in :func:`top_eigenpairs` at one time, at most: with the start, a product and its copy."""
+    return max_products + max(3, k + 1)
 
 
 def _norm(vector: Float[Tensor, " d"]) -> float:
-    # torch's norm of a million numbers in float32 is wrong in the fifth digit.
-    return math.sqrt(torch.dot(vector, vector).item())
+    # In float32, torch's norm of a million numbers is wrong in the fifth digit, and squares may vanish or overflow.
+    return torch.linalg.vector_norm(vector, dtype=torch.float64).item()

@@ -55,8 +55,9 @@ def project(
     """Derivatives of each token's loss along each vector.
 
     In forward mode a pass along b yields <grad L(x), b> for all tokens x at once, and b^T H(x) b with it. In reverse
-    mode the gradient of each token is formed piece by piece and multiplied with the vectors, which is cheaper when
-    few positions are targets. Of gradients with respect to weights that multiply data nothing but tiles is ever held.
+    mode the gradient of each token is formed piece by piece and multiplied with the vectors, or the vectors are taken
+    to the activations first, whichever is less; that is cheaper when few positions are targets. Of gradients with
+    respect to weights that multiply data nothing but tiles is ever held.
 
     Args:
         token_loss: the loss.

@@ -1,4 +1,4 @@
-"""Directional derivatives in reverse mode: per-token gradients formed tile by tile, never as a whole.
+"""Directional derivatives in reverse mode: per-token gradients formed tile by tile, never as a whole, or not at all.
 
 The gradient of a token's loss with respect to a weight matrix is a sum of outer products over positions, of the
 activation that enters the product and the backward signal that comes to its output. Both are small and are kept for
@@ -6,11 +6,14 @@ many examples. A tile of the gradients of some hundred tokens is then formed, fi
 multiplied there by the same tile of all basis vectors:
 
     <dL(x)/dW, B_k> = sum over tiles of [sum over positions of signal activation^T] : B_k
+
+Where few positions carry signals, it takes less to multiply the vectors with activations, and that with signals:
+
+    <dL(x)/dW, B_k> = sum over positions of signal . (B_k activation)
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +60,7 @@ class _Product(torch.autograd.Function):
     def backward(context: Any, signal: Tensor) -> tuple[Tensor | None, ...]:
         (low,) = context.saved_tensors
         # Contiguous, or torch would copy the weight for every example.
-        signal_low = signal.to(low.dtype, memory_format=torch.contiguous_format)
+        signal_low = signal.to(low.dtype).contiguous()
         context.keep(signal_low.flatten(1, -2))
         back = (signal_low @ low.mT).to(signal.dtype) if context.needs_input_grad[0] else None
         return back, None, None, None, None
@@ -149,46 +152,64 @@ def signals(
         loss, entered = vmap(run)(elsewhere, probe, batch)
     entered = [x.detach().flatten(1, -2) for x in entered]
     by_token: list[list[Tensor]] = [[] for _ in weights]
-    gradients: list[tuple[Tensor, ...]] = []
-    for one_hot in torch.eye(layout.tokens, dtype=loss.dtype, device=loss.device):
+    by_name: dict[str, list[Tensor]] = {name: [] for name in elsewhere}
+    for token, one_hot in enumerate(torch.eye(layout.tokens, dtype=loss.dtype, device=loss.device)):
         found = torch.autograd.grad(
-            loss, [*elsewhere.values(), probe], one_hot.expand(n, -1), retain_graph=True, materialize_grads=True
+            loss,
+            [*elsewhere.values(), probe],
+            one_hot.expand(n, -1),
+            retain_graph=token + 1 < layout.tokens,
+            materialize_grads=True,
         )
-        gradients.append(found[:-1])
+        for own, gradient in zip(by_name.values(), found[:-1], strict=True):
+            own.append(gradient)
         for index, (x, weight) in enumerate(zip(entered, weights, strict=True)):
-            silent = weight.low.new_zeros(()).expand(*x.shape[:2], weight.low.shape[1])
-            by_token[index].append(kept.get(index, silent))
+            if index not in kept:  # no way back leads through it
+                kept[index] = weight.low.new_zeros(()).expand(*x.shape[:2], weight.low.shape[1])
+            by_token[index].append(kept[index])
         kept.clear()
-    factors = [
-        _factors(weight, x, those, n_vectors) for weight, x, those in zip(weights, entered, by_token, strict=True)
-    ]
-    stacked = [torch.stack(parts, dim=1) for parts in zip(*gradients, strict=True)]
-    return Signals(loss.detach(), factors, dict(zip(elsewhere, stacked, strict=True)))
+    # One by one, so that little is there twice.
+    factors = [_factors(weight, entered.pop(0), by_token.pop(0), n_vectors) for weight in weights]
+    gradients = {name: torch.stack(by_name.pop(name), dim=1) for name in elsewhere}
+    return Signals(loss.detach(), factors, gradients)
+
+
+def operations(positions: int, tokens: int, n_vectors: int, entering: int) -> tuple[float, float]:
+    """What an example takes for each number of a weight matrix: by :class:`Passed`, and by :class:`Formed`.
+
+    Args:
+        positions: with signals.
+        tokens: target tokens.
+        n_vectors: directions.
+        entering: numbers that enter the product at a position.
+    """
+    # The vectors, for each position, then the signals, for each token too; or, for each token, the gradient, then the
+    # vectors.
+    return positions * n_vectors * (1 + tokens / entering), tokens * (positions + n_vectors)
 
 
 def _factors(
     weight: Weight,
     activations: Float[Tensor, "example position entering"],
-    signals: list[Float[Tensor, "example position leaving"]],
+    by_token: list[Float[Tensor, "example position leaving"]],
     n_vectors: int,
 ) -> Formed | Passed:
-    dtype, tokens = weight.low.dtype, len(signals)
+    dtype, tokens = weight.low.dtype, len(by_token)
     # In the last layers most positions carry no signal: those behind the last mixing of positions.
-    active = torch.stack([((s.amax(2) != 0) | (s.amin(2) != 0)).any(0) for s in signals]).any(0)
+    active = torch.stack([((s.amax(2) != 0) | (s.amin(2) != 0)).any(0) for s in by_token]).any(0)
     x = activations.to(dtype)
     if not active.all():
-        x, signals = x[:, active], [s[:, active] for s in signals]
-    # Operations for each number in the weight: times the vectors for each position, then times the signals ...
-    passed = x.shape[1] * n_vectors * (1 + tokens / len(weight.value))
-    # ... or a product that forms the gradient, which is taken times the vectors, for each token.
-    if passed <= tokens * (x.shape[1] + n_vectors):
-        return Passed(x.flatten(0, 1), torch.stack(signals, dim=2).flatten(0, 1))
+        x, by_token = x[:, active], [s[:, active] for s in by_token]
     height, width = _tile(dtype, x.device)
+    passed, formed = operations(x.shape[1], tokens, n_vectors, len(weight.value))
+    # In either way, what is in memory at a time is no more than a tile for each token.
+    if passed <= formed and x.shape[1] * n_vectors <= height * width:
+        return Passed(x.flatten(0, 1), torch.stack(by_token, dim=2).flatten(0, 1))
     if _by_rows(weight.value):
         left = [block.mT.unsqueeze(1).contiguous() for block in x.split(height, dim=2)]
-        right = [torch.stack(blocks, dim=1) for blocks in zip(*(s.split(width, dim=2) for s in signals), strict=True)]
+        right = [torch.stack(blocks, dim=1) for blocks in zip(*(s.split(width, dim=2) for s in by_token), strict=True)]
     else:
-        cut = zip(*(s.split(height, dim=2) for s in signals), strict=True)
+        cut = zip(*(s.split(height, dim=2) for s in by_token), strict=True)
         left = [torch.stack([block.mT for block in blocks], dim=1) for blocks in cut]
         right = [block.unsqueeze(1).contiguous() for block in x.split(width, dim=2)]
     return Formed(left, right)
@@ -251,16 +272,17 @@ def _add_passed(
     n_vectors, entering, _ = weights.shape
     dtype = parts[0][1].entering.dtype
     width = max(1, math.prod(_tile(dtype, weights.device)) // entering)
-    for start, block in zip(itertools.count(0, width), weights.split(width, dim=2), strict=False):
+    signals = [part.signals.split(width, dim=2) for _, part in parts]
+    for index, block in enumerate(weights.split(width, dim=2)):
         # As the weights lie in memory: the copy is faster.
-        block = block.movedim(0, 1) if by_rows else block.mT
-        block = block.to(dtype, memory_format=torch.contiguous_format)
+        block = (block.movedim(0, 1) if by_rows else block.mT).to(dtype).contiguous()
         block = block.flatten(1) if by_rows else block.flatten(0, 1).mT
-        for result, (activations, signals) in parts:
-            positions = len(activations) * signals.shape[1] // len(result)
-            changes = (activations @ block).view(len(activations), n_vectors, block.shape[1] // n_vectors)
-            by_position = torch.bmm(signals[:, :, start : start + width], changes.mT).to(result.dtype)
-            result += by_position.unflatten(0, (-1, positions)).sum(1).flatten(0, 1) if positions else 0
+        for (result, (activations, _)), blocks in zip(parts, signals, strict=True):
+            changes = (activations @ block).unflatten(1, (n_vectors, -1))
+            by_position = torch.bmm(blocks[index], changes.mT).to(result.dtype)
+            if len(by_position):
+                positions = len(activations) * by_position.shape[1] // len(result)
+                result += by_position.unflatten(0, (-1, positions)).sum(1).flatten(0, 1)
 
 
 def _pushed(
@@ -282,6 +304,7 @@ def project_reverse(
     dtype: torch.dtype,
     chunk_examples: int,
     pass_examples: int,
+    n_vectors: int | None = None,
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, "token vector"]]:
     """Losses, and <grad L(x), b> by reverse mode.
 
@@ -294,15 +317,18 @@ def project_reverse(
         dtype: of the operands of matrix products on the way back and with the vectors.
         chunk_examples: examples whose signals are kept at one time.
         pass_examples: examples that go through the model at one time.
+        n_vectors: how many vectors to choose for between forming gradients and not; as many as there are if not given.
     """
-    parameters = token_loss.unflatten(theta)
+    parameters = token_loss.unflatten(theta.contiguous())  # or weights would not lie as in the layout
     directions = token_loss.unflatten(vectors)
     weights = weights_of(layout, parameters, dtype)
     losses, gradients = [], []
     for chunk in split_examples(batch, chunk_examples):
         with record_function("signals"):
             passes = split_examples(chunk, pass_examples)
-            parts = [signals(token_loss, parameters, layout, weights, part, len(vectors)) for part in passes]
+            parts = [
+                signals(token_loss, parameters, layout, weights, part, n_vectors or len(vectors)) for part in passes
+            ]
         with torch.no_grad(), record_function("contract"):
             gradients.append(contract(layout, parameters, directions, parts))
         losses += [part.loss.flatten() for part in parts]

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from polca_lib.config import Mode, Precision
 from polca_lib.forward import Derivatives, by_jvp, by_taylor
 from polca_lib.memory import default_budget, fit, peak_bytes
-from polca_lib.reverse import project_reverse, signals, weights_of
+from polca_lib.reverse import operations, project_reverse, signals, weights_of
 from polca_lib.sites import Layout, Site, layout
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
@@ -27,10 +27,10 @@ _TOKENS = 4096
 
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 
-# What else there is to do beside the products, in their terms: an operation of a backward pass for each token takes as
-# long as two of the large products, and Taylor arithmetic must spare a part. Measured on two cores, at three widths.
-_BACKWARD = 2
-_TAYLOR = 0.85
+# What else there is to do beside the products, in their terms; measured on two cores, at several widths. A pass back
+# for a token has the operations of a pass forward, but in small products, and much that is none.
+_BACKWARD = 4
+_TAYLOR = 0.85  # what Taylor arithmetic may take of plain jvp to be worth it
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Strategy:
     precision: Precision
     taylor: bool  # forward mode by Taylor arithmetic rather than by torch.func
     layout: Layout | None  # of the model, where it is known and helps
+    n_vectors: int  # to differentiate along in all
     cost: dict[str, float]  # for one example and all vectors, in operations of matrix products; by way, and of a pass
     pass_examples: int = 2  # through the model at one time
     chunk_examples: int = 2  # whose signals are kept at one time, in reverse mode
@@ -68,10 +69,10 @@ def choose(
 
     With F operations in a forward pass on an example with m target tokens, d parameters and K vectors, forward mode
     takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to single tokens (see
-    :func:`polca_lib.forward.by_taylor`); reverse mode takes (1 + 2m) F + 2 m K d, and less where few positions have
-    signals. Passes back for each token count twice, as they run at half the speed. Each way is first tried on two
-    examples and two vectors, against plain ``jvp``; what fails or differs is not used. No time is measured, so that the
-    choice, and with it the last bit of the results, is the same whenever a run is resumed.
+    :func:`polca_lib.forward.by_taylor`); reverse mode takes (1 + m) F, and for each of its products the less of two
+    ways, see :func:`polca_lib.reverse.operations`. A pass back for a token counts as several, as it takes longer than
+    its operations say. Each way is first tried on two examples and two vectors, against plain ``jvp``; what fails or
+    differs is not used. No time is measured: with the same memory, the choice is the same whenever a run is resumed.
 
     Args:
         token_loss: the loss.
@@ -100,7 +101,9 @@ def choose(
     budget = default_budget(theta.device) if memory is None else memory
     one, pair, few = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
     once = _operations(token_loss, theta, one)
-    plain = Strategy("forward", order, "float32", taylor=False, layout=None, cost={"pass": once})
+    plain = Strategy(
+        "forward", order, "float32", taylor=False, layout=None, n_vectors=len(vectors), cost={"pass": once}
+    )
     plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
     reference = by_jvp(token_loss, theta, pair, few, order)[1]
 
@@ -133,7 +136,7 @@ def choose(
         if mode == "reverse":
             raise ValueError(f"mode = 'reverse' does not fit this model ({plain.unfit['reverse']}); use 'forward'")
         taylor = replace(plain, taylor=True, layout=seen)
-        worth = forward < plain.cost["jvp"]
+        worth = plain.cost["taylor"] < plain.cost["jvp"]
     else:
         taylor, worth = replace(plain, taylor=True), True
     chosen = taylor if worth and usable(taylor, "taylor") else plain
@@ -158,6 +161,7 @@ def differentiate(
             dtype=theta.dtype if strategy.precision == "float32" else torch.bfloat16,
             chunk_examples=strategy.chunk_examples,
             pass_examples=strategy.pass_examples,
+            n_vectors=strategy.n_vectors,
         )
         return loss, [gradient]
     losses, derivatives = [], []
@@ -184,15 +188,13 @@ def _costs(seen: Layout, once: int, n_vectors: int, token_loss: TokenLoss) -> di
     alone = sum(_site_operations(seen.sites[index]) for index in seen.alone)
     elsewhere = sum(token_loss.parameters[name].numel() for name in seen.elsewhere)
     products = seen.tokens * n_vectors * elsewhere
-    for index, site in enumerate(seen.sites):
-        positions = math.prod(site.shape[:-1])
-        positions = min(positions, seen.tokens) if index in seen.alone else positions
-        # As reverse.signals decides: either way for each number in the weight.
-        products += site.weight.value.numel() * min(positions * n_vectors, seen.tokens * (positions + n_vectors))
+    for site in seen.sites:
+        ways = operations(math.prod(site.shape[:-1]), seen.tokens, n_vectors, len(site.weight.value))
+        products += site.weight.value.numel() * min(ways)
     return {
         # Two backward passes tell which token a position matters to.
         "taylor": (once * (1 + 2 * n_vectors + 4) - alone * n_vectors) / _TAYLOR,
-        "reverse": once * (1 + _BACKWARD * 2 * seen.tokens) + 2 * products,
+        "reverse": once * (1 + _BACKWARD * seen.tokens) + 2 * products,
     }
 
 

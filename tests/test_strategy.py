@@ -18,6 +18,7 @@ from cases import (
 )
 from torch import nn
 
+import polca_lib.reverse as reverse
 from polca_lib.config import ModelConfig
 from polca_lib.memory import peak_bytes
 from polca_lib.models import build_model
@@ -25,7 +26,7 @@ from polca_lib.projection import project
 from polca_lib.sites import layout, signals_alone
 from polca_lib.strategy import choose, differentiate, relative_difference
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss
+from polca_lib.token_loss import TokenLoss, split_examples
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -60,9 +61,9 @@ def test_operations_are_counted_for_one_example_and_all_vectors():
     assert cost["jvp"] == cost["pass"] * (1 + 2 * 5)
     # Of the logits' derivatives half is spared, at the price of two backward passes.
     assert cost["taylor"] == pytest.approx((cost["pass"] * (1 + 2 * 5 + 4) - 5 * logits) / 0.85)
-    # For weights, as many positions as tokens: no gradient is formed. Embedding, positions and biases are elsewhere.
-    products = 3 * 5 * (4 * 12 + 4 * 5) + 3 * 5 * (93 - 4 * 12 - 4 * 5)
-    assert cost["reverse"] == cost["pass"] * (1 + 2 * 2 * 3) + 2 * products
+    # The gradients of weights are formed, of three positions each. Embedding, positions and biases are elsewhere.
+    products = 3 * (3 + 5) * (4 * 12 + 4 * 5) + 3 * 5 * (93 - 4 * 12 - 4 * 5)
+    assert cost["reverse"] == cost["pass"] * (1 + 4 * 3) + 2 * products
     assert choose(*problem("attention"), orthonormal(5, 93), order=2).cost["jvp"] == cost["pass"] * (1 + 4 * 5)
 
 
@@ -77,7 +78,7 @@ def test_where_logits_cost_most_their_derivatives_are_spared():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 300), nn.Linear(300, 5)).double()
     token_loss = TokenLoss(model, next_token_loss)
     theta = token_loss.flatten(token_loss.parameters)
-    assert right(token_loss, theta, batch, n_vectors=20, mode="forward").taylor
+    assert right(token_loss, theta, batch, mode="forward").taylor
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
@@ -104,6 +105,16 @@ def test_settings_that_are_not_allowed_are_refused_with_what_is(settings, messag
         choose(*problem("mlp"), orthonormal(5, 31), **settings)
 
 
+def test_what_is_tried_is_what_runs(monkeypatch):
+    kinds = []
+    real = reverse._factors
+    monkeypatch.setattr(reverse, "_factors", lambda *a: kinds.append(type(found := real(*a))) or found)
+    strategy = choose(*problem("attention"), orthonormal(30, 93), mode="reverse")
+    assert strategy.n_vectors == 30
+    # Of two vectors' products none would be formed.
+    assert set(kinds) == {reverse.Formed}
+
+
 REASONS = {"mixing": "derivatives differ from those of jvp", "ragged": "RuntimeError: .*boolean mask"}
 
 
@@ -124,19 +135,22 @@ def test_models_whose_examples_are_not_apart_go_forward_and_in_reverse_are_refus
 
 def test_models_that_change_tensors_in_place_are_differentiated_by_plain_jvp():
     token_loss, theta, batch = problem("in place")
-    vectors = orthonormal(4, len(theta))
+    vectors = orthonormal(min(30, len(theta)), len(theta))
     for order in (1, 2):
         strategy = choose(token_loss, theta, batch, vectors, order=order, mode="forward")
         assert (strategy.mode, strategy.taylor) == ("forward", False)
-        assert order == 1 or "add_ changes a tensor in place" in strategy.unfit["taylor"]
+        assert "add_ changes a tensor in place" in strategy.unfit["taylor"]
         _, (first, *second) = differentiate(strategy, token_loss, theta, batch, vectors)
         torch.testing.assert_close(first, token_gradients(token_loss, theta, batch) @ vectors.T, **EXACT)
     torch.testing.assert_close(second[0], token_curvatures(token_loss, theta, batch, vectors), **EXACT)
 
 
-def right(token_loss, theta, batch, n_vectors=4, **settings):
-    vectors = orthonormal(n_vectors, len(theta)).to(theta)
-    strategy = choose(token_loss, theta, batch, vectors, **settings)
+def right(token_loss, theta, batch, mode):
+    """With enough vectors for Taylor arithmetic and reverse mode to be tried, and the former forced if asked for."""
+    vectors = orthonormal(min(10, len(theta)), len(theta)).to(theta)
+    strategy = choose(token_loss, theta, batch, vectors, mode="forward" if mode == "taylor" else mode)
+    if mode == "taylor":
+        strategy = replace(strategy, taylor=True, layout=layout(token_loss, theta, next(split_examples(batch, 1))))
     found = differentiate(strategy, token_loss, theta, batch, vectors)[1][0]
     expected = token_gradients(token_loss, theta, batch) @ vectors.T
     assert relative_difference(found, expected) < (1e-10 if theta.dtype == torch.float64 else 1e-3)
@@ -163,14 +177,16 @@ def test_a_model_without_products_goes_forward(mode):
     right(token_loss, torch.ones(4, dtype=torch.float64), batch, mode=mode)
 
 
-@MODES
+@pytest.mark.parametrize("mode", ["taylor", "reverse"])
 def test_arguments_by_keyword_are_understood(mode):
     def loss(model, batch):
         x = torch.matmul(batch[0], other=model.layers[0].weight.T).softmax(dim=-1)
         x = torch.softmax(input=nn.functional.linear(input=x, weight=model.layers[2].weight), dim=-1)
         return -x.log()[..., 0].flatten()
 
-    assert right(TokenLoss(Mlp().double(), loss), *problem("mlp")[1:], mode=mode).unfit == {}
+    strategy = right(TokenLoss(Mlp().double(), loss), *problem("mlp")[1:], mode=mode)
+    assert strategy.unfit == {}
+    assert strategy.taylor or strategy.mode == "reverse"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +200,7 @@ def test_arguments_by_keyword_are_understood(mode):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mode", ["auto", "forward"])
+@pytest.mark.parametrize("mode", ["auto", "taylor"])
 def test_examples_need_not_be_like_the_first_two(name, first, mode):
     token_loss, theta, batch = problem(name, examples=6)
     batch[:2] = torch.tensor(first)
@@ -210,11 +226,13 @@ def test_losses_that_are_zero_to_the_last_bit_have_derivatives_zero(mode):
     token_loss, theta, batch = problem("mlp", dtype=torch.float32)
     parameters = token_loss.unflatten(theta)
     batch[1][2:] = torch.func.functional_call(token_loss.model, parameters, (batch[0],))[2:].argmax(2)
-    strategy = choose(token_loss, theta, batch, orthonormal(4, 31).float(), mode=mode)
+    vectors = orthonormal(10, 31).float()
+    strategy = choose(token_loss, theta, batch, vectors, mode=mode)
+    assert strategy.taylor or strategy.mode == "reverse"
     certain = token_loss.flatten({n: p * 1e4 if n.startswith("layers.2") else p for n, p in parameters.items()})
     one_by_one = replace(strategy, pass_examples=1, chunk_examples=1)
-    found = differentiate(one_by_one, token_loss, certain, batch, orthonormal(4, 31).float())[1][0]
-    assert torch.equal(found[4:], torch.zeros(10, 4))
+    found = differentiate(one_by_one, token_loss, certain, batch, vectors)[1][0]
+    assert torch.equal(found[4:], torch.zeros(10, 10))
 
 
 class Root(nn.Module):

@@ -95,8 +95,10 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_between_layers_go_right_whichever_way_they_are_differentiated(name, order):
     token_loss, theta, batch = head(FUNCTIONS[name])
-    vectors = orthonormal(3, len(theta))
+    vectors = orthonormal(24, len(theta))  # so many that Taylor arithmetic spares enough of the first derivatives
     strategy = choose(token_loss, theta, batch, vectors, order=order, mode="forward")
+    # A softmax over examples leaves no product to spare.
+    assert strategy.taylor or "taylor" in strategy.unfit or name == "softmax without a dimension"
     found = differentiate(strategy, token_loss, theta, batch, vectors)[1]
     torch.testing.assert_close(found[0], token_gradients(token_loss, theta, batch) @ vectors.T, **EXACT)
     if order == 2:
