@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from polca_lib.config import Mode, Precision
 from polca_lib.forward import Derivatives, by_jvp, by_taylor
 from polca_lib.memory import default_budget, fit, peak_bytes
-from polca_lib.reverse import operations, project_reverse, signals, weights_of
+from polca_lib.reverse import project_reverse
+from polca_lib.signals import operations, signals, weights_of
 from polca_lib.sites import Layout, Site, layout
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
@@ -70,7 +71,7 @@ def choose(
     With F operations in a forward pass on an example with m target tokens, d parameters and K vectors, forward mode
     takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to single tokens (see
     :func:`polca_lib.forward.by_taylor`); reverse mode takes (1 + m) F, and for each of its products the less of two
-    ways, see :func:`polca_lib.reverse.operations`. A pass back for a token counts as several, as it takes longer than
+    ways, see :func:`polca_lib.signals.operations`. A pass back for a token counts as several, as it takes longer than
     its operations say. Each way is first tried on two examples and two vectors, against plain ``jvp``; what fails or
     differs is not used. No time is measured: with the same memory, the choice is the same whenever a run is resumed.
 

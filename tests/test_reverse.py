@@ -7,7 +7,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polca_lib.reverse as reverse
-from polca_lib.reverse import project_reverse, signals, weights_of
+import polca_lib.signals as kept_signals
+from polca_lib.reverse import project_reverse
+from polca_lib.signals import signals, weights_of
 from polca_lib.sites import layout
 from polca_lib.token_loss import TokenLoss, split_examples
 
@@ -98,7 +100,7 @@ def test_results_do_not_depend_on_the_chunks(n_vectors, chunk_examples, pass_exa
 @FEW_OR_MANY
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 2), (4, 5), (2, 100), (10, 2)])
 def test_results_do_not_depend_on_the_tiles(monkeypatch, n_vectors, width, height):
-    monkeypatch.setattr(reverse, "_TILE", dict.fromkeys(reverse._TILE, (width, height)))
+    monkeypatch.setattr(kept_signals, "_TILE", dict.fromkeys(kept_signals._TILE, (width, height)))
     vectors = directions(n_vectors, len(SMALL.theta))
     torch.testing.assert_close(project(*SMALL, vectors)[1], GRADIENTS @ vectors.T, **EXACT)
 

@@ -18,7 +18,7 @@ from cases import (
 )
 from torch import nn
 
-import polca_lib.reverse as reverse
+import polca_lib.signals as signals
 from polca_lib.config import ModelConfig
 from polca_lib.memory import peak_bytes
 from polca_lib.models import build_model
@@ -107,12 +107,12 @@ def test_settings_that_are_not_allowed_are_refused_with_what_is(settings, messag
 
 def test_what_is_tried_is_what_runs(monkeypatch):
     kinds = []
-    real = reverse._factors
-    monkeypatch.setattr(reverse, "_factors", lambda *a: kinds.append(type(found := real(*a))) or found)
+    real = signals._factors
+    monkeypatch.setattr(signals, "_factors", lambda *a: kinds.append(type(found := real(*a))) or found)
     strategy = choose(*problem("attention"), orthonormal(30, 93), mode="reverse")
     assert strategy.n_vectors == 30
     # Of two vectors' products none would be formed.
-    assert set(kinds) == {reverse.Formed}
+    assert set(kinds) == {signals.Formed}
 
 
 REASONS = {"mixing": "derivatives differ from those of jvp", "ragged": "RuntimeError: .*boolean mask"}
