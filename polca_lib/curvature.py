@@ -132,19 +132,20 @@ def top_eigenpairs(
         raise ValueError(f"k = {k} eigenvectors were asked for; allowed: 1 to {start.numel()}")
     if max_products < k:
         raise ValueError(f"max_products = {max_products} can't give k = {k} vectors; allowed: at least {k}")
-    if not 0 < _norm(start) < math.inf:
+    length = _norm(start)
+    if not 0 < length < math.inf:
         raise ValueError(
-            f"the start vector is zero or not finite (its length is {_norm(start)}); pass one with a component along "
-            "the wanted eigenvectors"
+            f"the start vector is zero or not finite (its length is {length}); pass one with a component along the "
+            "wanted eigenvectors"
         )
-    krylov, alpha, beta = [start / _norm(start)], [], []
+    krylov, alpha, beta = [start / length], [], []
     for m in range(1, min(max_products, start.numel()) + 1):
         rest = product(krylov[-1]).clone()  # which may be what the operator keeps
         alpha.append(0.0)
         for _ in range(2):  # in floating point, once leaves too much behind
-            for index, known in reversed([*enumerate(krylov)]):
-                component = torch.dot(known, rest).item()
-                rest.sub_(known, alpha=component)
+            for index in reversed(range(m)):
+                component = torch.dot(krylov[index], rest).item()
+                rest.sub_(krylov[index], alpha=component)
                 alpha[-1] += component if index == m - 1 else 0.0
         beta.append(_norm(rest))
         ritz, basis = np.linalg.eigh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
