@@ -27,6 +27,8 @@ _EIGENVECTORS = {"vectors": (("vector", "parameter"), "float32")}
 _STORED = {
     "hessian": _EIGENVECTORS,
     "shuffled": _EIGENVECTORS,
+    "final": _EIGENVECTORS,
+    "trajectory": _EIGENVECTORS,
     "random": {"mixing": (("vector", "gaussian"), "float64")},
     "parameters": {"axis": (("vector",), "int64")},
 }
@@ -42,6 +44,9 @@ def compute_basis(path: Path, config: RunConfig, checkpoints: CheckpointFolder, 
     - ``hessian``: Algorithm 1. For each basis checkpoint in training order, the top k eigenvectors of P H P,
       with H the Hessian of the mean loss of ``hessian_batch`` and P = I - B B^T, are appended to B.
     - ``shuffled``: the same with the checkpoints in an order drawn from the seed (Appendix E).
+    - ``final``: the same with all vectors from the last checkpoint, each orthogonal to those before it.
+    - ``trajectory``: principal directions of the checkpoints themselves, step 0 and the basis checkpoints, by variance:
+      directions of long-term movement, without a Hessian.
     - ``random``: orthonormalised Gaussian vectors (Appendix E).
     - ``parameters``: the coordinate axes of the parameters largest in magnitude at the end of training, so
       that first-order POLCA becomes loss change allocation (LCA) on them (v3, Table 3).
@@ -81,6 +86,11 @@ def compute_basis(path: Path, config: RunConfig, checkpoints: CheckpointFolder, 
         elif kind == "parameters":
             axes = checkpoints.theta(config.training.steps).abs().topk(n_vectors).indices.cpu().numpy()
             pieces = ((row, {"axis": axes[row]}) for row in missing)
+        elif kind == "trajectory":
+            directions = _principal_directions(
+                [checkpoints.theta(step) for step in (0, *config.basis_steps)], n_vectors
+            )
+            pieces = ((row, {"vectors": directions[row].cpu().numpy()}) for row in missing)
         else:
             # Start at the first vector of the block that was cut short.
             missing = range(missing[0] // config.basis.k * config.basis.k, n_vectors)
@@ -163,7 +173,7 @@ def _birth_steps(config: RunConfig) -> np.ndarray:
     steps = np.array(config.basis_steps)
     if config.basis.kind == "random":
         steps = np.zeros_like(steps)
-    if config.basis.kind == "parameters":
+    if config.basis.kind in ("parameters", "trajectory", "final"):
         steps = np.full_like(steps, config.training.steps)
     if config.basis.kind == "shuffled":
         steps = np.random.default_rng(config.seed).permutation(steps)
@@ -241,6 +251,17 @@ def _eigenvectors(
                 record = (value.item(), residual.item(), pairs.products / settings.k)
                 yield len(found), {"vectors": new.cpu().numpy(), **dict(zip(_RECORDS, record, strict=True))}
                 found.append(new)
+
+
+def _principal_directions(points: list[Float[Tensor, " d"]], n: int) -> Float[Tensor, "n d"]:
+    """The first ``n`` principal directions of ``points``, through their Gram matrix."""
+    rows = torch.stack(points)
+    rows -= rows.mean(dim=0)
+    variances, weights = torch.linalg.eigh(inner_products(rows, rows))
+    directions = (weights / variances.clamp_min(1e-300).sqrt()).T.flip(0)[:n].to(rows) @ rows
+    for index in range(n):
+        directions[index] = orthogonalise(directions[index], directions[:index])
+    return directions
 
 
 def _gaussian(seed: int, index: int, n: int, checkpoints: CheckpointFolder) -> Float[Tensor, " d"]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Order = Literal["first", "second", "exact", "trapezoid"]
 Scaling = Literal["raw", "unit", "zscore"]
-BasisKind = Literal["hessian", "shuffled", "random", "parameters"]
+BasisKind = Literal["hessian", "shuffled", "final", "trajectory", "random", "parameters"]
 Mode = Literal["auto", "forward", "reverse"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -92,6 +92,7 @@ class BasisConfig(Section):
     k: int = Field(1, ge=1, description="eigenvectors taken per basis checkpoint")
     n_vectors: int | None = Field(None, ge=1, description="stop after so many vectors; all if not given")
     which: Literal["largest", "magnitude"] = "largest"
+    targets: Literal["answer", "all"] = Field("answer", description="tokens whose mean loss the Hessian is of")
     tolerance: float = Field(0.01, gt=0, lt=1, description="relative residual at which Lanczos stops")
     max_products: int = Field(60, ge=2, description="Hessian-vector products per checkpoint at most")
 
@@ -109,12 +110,15 @@ class ProjectionConfig(Section):
     """What is measured at every checkpoint."""
 
     curvature: bool = Field(True, description="also b^T H(x) b, which orders 'second' and 'exact' need")
+    curvature_examples: int | None = Field(
+        None, ge=1, description="examples it is measured on; all if not given. A sample is enough for 'second'"
+    )
     mode: Mode = Field("auto", description="of differentiation; 'auto' takes the one with fewer operations")
     precision: Precision = Field("float32", description="of the operands of products with the basis")
 
     @model_validator(mode="after")
     def _mode_gives_curvature(self) -> Self:
-        if self.curvature and self.mode == "reverse":
+        if self.curvature and self.curvature_examples is None and self.mode == "reverse":
             raise ValueError(
                 "projection.mode = 'reverse' gives no second derivatives; allowed with projection.curvature: "
                 "'auto', 'forward'"
@@ -221,6 +225,17 @@ class RunConfig(Section):
                 f"basis.n_vectors = {basis.n_vectors} is more than basis checkpoints x k = "
                 f"{available // basis.k} x {basis.k} = {available}; lower it, or raise basis.k, "
                 "or lower basis.every"
+            )
+        if basis.kind == "trajectory" and self.n_vectors > len(self.basis_steps):
+            raise ValueError(
+                f"basis.kind = 'trajectory' finds at most {len(self.basis_steps)} directions in "
+                f"{len(self.basis_steps) + 1} checkpoints; {self.n_vectors} were asked for; lower basis.k, basis.every"
+            )
+        sample = self.projection.curvature_examples
+        if sample is not None and sample > self.data.validation_examples:
+            raise ValueError(
+                f"projection.curvature_examples = {sample} is more than data.validation_examples = "
+                f"{self.data.validation_examples}; allowed: at most that, or none for all"
             )
         tokens = 4 * self.data.validation_examples
         if tokens < 2 * clustering.min_cluster_size:

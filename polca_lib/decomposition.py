@@ -40,7 +40,7 @@ def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
         (step, token, vector), without the last step.
 
     Raises:
-        ValueError: an unknown order, or one that needs a curvature that was not computed.
+        ValueError: an unknown order, or one that needs a curvature that was not computed, or not for all tokens.
     """
     if order not in ORDERS:
         raise ValueError(f"order = {order!r} is unknown; allowed: {', '.join(ORDERS)}")
@@ -49,6 +49,11 @@ def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
             f"order = {order!r} needs the curvature along each vector, which this run did not compute; "
             "allowed here: first, trapezoid. Run it with projection.curvature = True"
         )
+    if order == "exact" and "token" not in projections["curvature"].dims:
+        raise ValueError(
+            "order = 'exact' needs the curvature of every token, but this run measured it on a sample; allowed here: "
+            "first, second, trapezoid. Run it with projection.curvature_examples = None"
+        )
     gradient, movement = projections["gradient"], _intervals(projections["movement"])
     first = _intervals(gradient) * movement
     if order == "first":
@@ -56,12 +61,18 @@ def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
     rise = _difference(gradient)
     if order == "trapezoid":
         return _finish(first + rise * movement / 2, order)
-    curvature = _intervals(projections["curvature"])
     if order == "exact":
-        return _finish(first + curvature * movement**2 / 2, order)
+        return _finish(first + _intervals(projections["curvature"]) * movement**2 / 2, order)
+    curvature = _intervals(mean_curvature(projections))
     mean_rise = rise.mean("token")
     ratio = rise / mean_rise.where(abs(mean_rise) > VANISHING * _spread(rise))
-    return _finish(first + (curvature.mean("token") * movement**2 / 2 * ratio).fillna(0.0), order)
+    return _finish(first + (curvature * movement**2 / 2 * ratio).fillna(0.0), order)
+
+
+def mean_curvature(projections: xr.Dataset) -> xr.DataArray:
+    """lambda_t(X, b) = b^T H_t(X) b, (step, vector): mean over all tokens, or over the sample it was measured on."""
+    curvature = projections["curvature"]
+    return curvature.mean("token" if "token" in curvature.dims else "sample")
 
 
 def second_order_health(projections: xr.Dataset) -> xr.Dataset:
@@ -76,7 +87,7 @@ def second_order_health(projections: xr.Dataset) -> xr.Dataset:
     rise = _difference(projections["gradient"])
     mean_rise, spread = rise.mean("token"), _spread(rise)
     undefined = abs(mean_rise) <= VANISHING * spread
-    predicted = _intervals(projections["curvature"].mean("token") * projections["movement"])
+    predicted = _intervals(mean_curvature(projections) * projections["movement"])
     return xr.Dataset(
         {
             "amplification": predicted / mean_rise.where(~undefined),

@@ -11,7 +11,9 @@ Run ``python -m polca_lib.pipeline --preset laptop`` to compute all stages with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from polca_lib.basis import compute_basis, load_basis
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.config import PRESETS, BasisKind, RunConfig
 from polca_lib.models import build_model
-from polca_lib.projection import project_run
+from polca_lib.projection import project_runs
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
 from polca_lib.training import train
@@ -97,26 +99,20 @@ class Run:
         checkpoints = self.checkpoints
         with self._basis.timed():
             batch = arithmetic.encode(self.samples.hessian).to(self.config.device)
+            if self.config.basis.targets == "all":
+                everything = TokenLoss(checkpoints.token_loss.model, arithmetic.digit_loss)
+                checkpoints = CheckpointFolder(checkpoints.path, everything, self.config.device)
             return compute_basis(path, self.config, checkpoints, batch)
 
     @cached_property
     def projections(self) -> xr.Dataset:
         """Losses and derivatives along the basis, see :func:`polca_lib.projection.project_run`."""
-        basis, path = self.basis, self._projection.path / "projections.zarr"
-        if (stored := PieceStore.load(path)) is not None:
+        if (stored := self._stored_projections()) is not None:
             return stored
-        checkpoints = self.checkpoints
-        with self._projection.timed():
-            return project_run(
-                path,
-                checkpoints,
-                self.config.training.checkpoint_steps,
-                arithmetic.encode(self.samples.validation).to(self.config.device),
-                self.tokens,
-                basis,
-                self.config.projection,
-                self.config.memory,
-            )
+        return project_together([self])[0]
+
+    def _stored_projections(self) -> xr.Dataset | None:
+        return PieceStore.load(self._projection.path / "projections.zarr")
 
     # Each stage is keyed by what its results depend on, and by nothing else.
 
@@ -165,6 +161,37 @@ class Run:
         if done:
             rows |= {k: v for k, v in next(iter(done.values())).software.items() if k != "commit"}
         return pd.DataFrame({"value": {name: str(value) for name, value in rows.items()}})
+
+
+def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:
+    """Projections of one training run on several bases, at the cost of one pass through the model for all.
+
+    Args:
+        runs: that differ in ``basis`` and ``projection`` alone, see :func:`polca_lib.projection.project_runs`.
+
+    Raises:
+        ValueError: they are not of one training run and one validation sample.
+    """
+    first, bases = runs[0], [run.basis for run in runs]
+    for run in runs[1:]:
+        if (run._training.key, run.config.data) != (first._training.key, first.config.data):
+            raise ValueError("runs projected together must share training and data; they may differ in basis")
+    stores = [run._projection.path / "projections.zarr" for run in runs]
+    if any(run._stored_projections() is None for run in runs):
+        with contextlib.ExitStack() as stack:
+            for run in runs:
+                stack.enter_context(run._projection.timed())
+            project_runs(
+                stores,
+                first.checkpoints,
+                first.config.training.checkpoint_steps,
+                arithmetic.encode(first.samples.validation).to(first.config.device),
+                first.tokens,
+                bases,
+                [run.config.projection for run in runs],
+                first.config.memory,
+            )
+    return [PieceStore.load(store) for store in stores]
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.config import ProjectionConfig
 from polca_lib.memory import default_budget
 from polca_lib.strategy import Mode, Precision, Strategy, choose, differentiate, relative_difference
-from polca_lib.token_loss import Batch, TokenLoss, split_examples
+from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
 _SAMPLE = 4, 8  # examples, and vectors, on which the error of products in bfloat16 is measured
 
@@ -124,87 +124,134 @@ def project_run(
         second derivative of the token's loss along the vector; ``movement`` (step, vector): the movement
         theta_{t+1} - theta_t to the next checkpoint, along b; ``distance`` (step): its length; ``inside_loss``
         (step, token): loss at theta_t + B^T B (theta_{t+1} - theta_t), after the part of the movement that lies in the
-        basis. The last three are NaN at the last step. ``product_error`` (step): see :class:`Projected`.
+        basis. The last three are NaN at the last step. ``product_error`` (step): see :class:`Projected`. With
+        ``settings.curvature_examples``, ``curvature`` is (step, sample, vector), of the tokens of the first examples.
 
     Raises:
         NonFiniteProjection: names the step; what was stored before stays.
     """
-    variables = {
-        "loss": (("step", "token"), "float32"),
-        "gradient": (("step", "token", "vector"), "float32"),
-        "movement": (("step", "vector"), "float32"),
-        "distance": (("step",), "float32"),
-        "inside_loss": (("step", "token"), "float32"),
-        "product_error": (("step",), "float32"),
-    }
-    if settings.curvature:
-        variables["curvature"] = variables["gradient"]
-    template = xr.Dataset(
-        coords={
-            "step": steps,
-            "token": np.arange(len(tokens)),
-            **{name: ("token", _storable(column)) for name, column in tokens.items()},
-            **{name: values for name, values in basis.coords.items() if values.dims == ("vector",)},
+    return project_runs([path], checkpoints, steps, batch, tokens, [basis], [settings], memory)[0]
+
+
+def project_runs(
+    paths: Sequence[Path],
+    checkpoints: CheckpointFolder,
+    steps: list[int],
+    batch: Batch,
+    tokens: pd.DataFrame,
+    bases: Sequence[xr.Dataset],
+    settings: Sequence[ProjectionConfig],
+    memory: int | None = None,
+) -> list[xr.Dataset]:
+    """:func:`project_run` for several bases of one run at once.
+
+    What a pass through the model costs is paid once for all vectors. The rest is as if they were done one by one.
+
+    Args:
+        paths, bases, settings: of each basis. ``mode`` and ``precision`` must be the same for all, and none may ask for
+            the curvature of all tokens, if there are several.
+        checkpoints, steps, batch, tokens, memory: see :func:`project_run`.
+
+    Raises:
+        ValueError: the settings do not go together.
+    """
+    together = {(each.mode, each.precision) for each in settings}
+    whole = any(each.curvature and each.curvature_examples is None for each in settings)
+    if len(together) > 1 or (whole and len(bases) > 1):
+        raise ValueError(
+            f"{len(bases)} bases can't be projected together with (projection.mode, projection.precision) = "
+            f"{sorted(together)}{' and the curvature of all tokens' if whole else ''}; allowed: one mode and one "
+            "precision, and curvature on a sample (projection.curvature_examples) or none"
+        )
+    losses_per_example = len(tokens) // n_examples(batch)
+    stores = []
+    for path, basis, own in zip(paths, bases, settings, strict=True):
+        variables = {
+            "loss": (("step", "token"), "float32"),
+            "gradient": (("step", "token", "vector"), "float32"),
+            "movement": (("step", "vector"), "float32"),
+            "distance": (("step",), "float32"),
+            "inside_loss": (("step", "token"), "float32"),
+            "product_error": (("step",), "float32"),
         }
-    )
-    store = PieceStore(path, template, variables, dim="step")
-    if missing := store.missing():
-        blocks = _Blocks(basis, checkpoints, memory)
+        if own.curvature:
+            of = "token" if own.curvature_examples is None else "sample"
+            variables["curvature"] = (("step", of, "vector"), "float32")
+        template = xr.Dataset(
+            coords={
+                "step": steps,
+                "token": np.arange(len(tokens)),
+                **{name: ("token", _storable(column)) for name, column in tokens.items()},
+                **{name: values for name, values in basis.coords.items() if values.dims == ("vector",)},
+            }
+        )
+        sizes = {"sample": losses_per_example * (own.curvature_examples or 0)}
+        stores.append(PieceStore(path, template, variables, dim="step", sizes=sizes))
+    if missing := sorted({index for store in stores for index in store.missing()}):
+        blocks = _Blocks(bases, checkpoints, memory)
         following = dict(itertools.pairwise(steps))
         bar = tqdm(missing, total=len(steps), initial=len(steps) - len(missing), desc="projections", unit="checkpoint")
         for index in bar:
             step = steps[index]
             theta = _finite_theta(checkpoints, step)
             change = _finite_theta(checkpoints, following[step]) - theta if step in following else None
-            piece = _project_checkpoint(checkpoints.token_loss, theta, change, batch, blocks, settings)
-            if not all(np.isfinite(value).all() for value in piece.values()):
+            pieces = _project_checkpoint(checkpoints.token_loss, theta, change, batch, blocks, settings)
+            if not all(np.isfinite(value).all() for piece in pieces for value in piece.values()):
                 raise NonFiniteProjection(
                     f"{checkpoints.file(step)} gives a loss or derivative that is not finite; projections of "
                     "other steps are kept. Look at the checkpoint, or end the run before it"
                 )
-            store.write(index, **piece)
-    return store.dataset()
+            for store, piece in zip(stores, pieces, strict=True):
+                store.write(index, **piece)
+    return [store.dataset() for store in stores]
 
 
 class _Blocks:
-    """The vectors of a basis, in blocks that fit into memory, each with the strategy chosen for it."""
+    """The vectors of all bases, in blocks that fit into memory, each with the strategy chosen for it."""
 
-    def __init__(self, basis: xr.Dataset, checkpoints: CheckpointFolder, memory: int | None):
-        self._basis, self._checkpoints = basis, checkpoints
+    def __init__(self, bases: Sequence[xr.Dataset], checkpoints: CheckpointFolder, memory: int | None):
+        self._bases, self._checkpoints = bases, checkpoints
         budget = default_budget(checkpoints.device) if memory is None else memory
         one = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
-        self._size = max(1, min(basis.sizes["vector"], budget // 2 // one))
+        ends = np.cumsum([0, *(basis.sizes["vector"] for basis in bases)]).tolist()
+        self.rows = [range(start, stop) for start, stop in itertools.pairwise(ends)]  # of each basis, among all
+        self._total = ends[-1]
+        self._size = max(1, min(self._total, budget // 2 // one))
         self.memory = max(1, budget - self._size * one)  # for all else
         self._only: Tensor | None = None
-        self._strategies: dict[int, Strategy] = {}
+        self._strategies: dict[tuple[int, int], Strategy] = {}
 
-    def __iter__(self) -> Iterator[Float[Tensor, "vector d"]]:
-        total = self._basis.sizes["vector"]
-        for start in range(0, total, self._size):
+    def __iter__(self) -> Iterator[tuple[range, Float[Tensor, "vector d"]]]:
+        for start in range(0, self._total, self._size):
+            rows = range(start, min(start + self._size, self._total))
             if self._only is None:
-                block = read_vectors(
-                    self._basis,
-                    start,
-                    min(start + self._size, total),
-                    device=self._checkpoints.device,
-                    dtype=self._checkpoints.token_loss.dtype,
-                )
-                self._only = block if self._size == total else None
-            yield self._only if self._only is not None else block
+                block = self._read(rows)
+                self._only = block if self._size == self._total else None
+            yield rows, self._only if self._only is not None else block
 
-    def strategy(self, theta: Tensor, batch: Batch, vectors: Tensor, settings: ProjectionConfig) -> Strategy:
-        if len(vectors) not in self._strategies:
-            self._strategies[len(vectors)] = choose(
+    def _read(self, rows: range) -> Float[Tensor, "vector d"]:
+        place = {"device": self._checkpoints.device, "dtype": self._checkpoints.token_loss.dtype}
+        parts = []
+        for basis, own in zip(self._bases, self.rows, strict=True):
+            if shared := _overlap(rows, own):
+                parts.append(read_vectors(basis, shared.start - own.start, shared.stop - own.start, **place))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def strategy(
+        self, theta: Tensor, batch: Batch, vectors: Tensor, settings: ProjectionConfig, order: int
+    ) -> Strategy:
+        if (len(vectors), order) not in self._strategies:
+            self._strategies[len(vectors), order] = choose(
                 self._checkpoints.token_loss,
                 theta,
                 batch,
                 vectors,
-                order=2 if settings.curvature else 1,
-                mode=settings.mode,
-                precision=settings.precision,
+                order=order,
+                mode=settings.mode if order == 1 else "forward",
+                precision=settings.precision if order == 1 else "float32",
                 memory=self.memory,
             )
-        return self._strategies[len(vectors)]
+        return self._strategies[len(vectors), order]
 
 
 def _project_checkpoint(
@@ -213,26 +260,55 @@ def _project_checkpoint(
     change: Float[Tensor, " d"] | None,
     batch: Batch,
     blocks: _Blocks,
-    settings: ProjectionConfig,
-) -> dict[str, np.ndarray]:
-    found, movement, inside = [], [], theta.clone()
-    for vectors in blocks:
-        strategy = blocks.strategy(theta, batch, vectors, settings)
-        found.append(project(token_loss, theta, batch, vectors, curvature=settings.curvature, strategy=strategy))
+    settings: Sequence[ProjectionConfig],
+) -> list[dict[str, np.ndarray]]:
+    """What is to be stored of one checkpoint, for each basis."""
+    whole = settings[0].curvature and settings[0].curvature_examples is None
+    found, movement, inside = [], [], [theta.clone() for _ in settings]
+    sampled: list[list[Tensor]] = [[] for _ in settings]
+    for rows, vectors in blocks:
+        strategy = blocks.strategy(theta, batch, vectors, settings[0], 2 if whole else 1)
+        found.append(project(token_loss, theta, batch, vectors, curvature=whole, strategy=strategy))
         if change is not None:
             movement.append(inner_products(vectors, change[None])[:, 0].to(theta))
-            inside += vectors.T @ movement[-1]
-    piece = {
-        "loss": found[0].loss,
-        "gradient": torch.cat([block.gradient for block in found], dim=1),
-        "product_error": torch.tensor(max(block.error for block in found)),
-    }
-    if settings.curvature:
-        piece["curvature"] = torch.cat([block.curvature for block in found], dim=1)
-    if change is not None:
-        losses = [token_loss(inside, part) for part in split_examples(batch, strategy.pass_examples)]
-        piece |= {"movement": torch.cat(movement), "distance": change.double().norm(), "inside_loss": torch.cat(losses)}
-    return {name: value.detach().cpu().numpy() for name, value in piece.items()}
+        for index, (own, setting) in enumerate(zip(blocks.rows, settings, strict=True)):
+            if not (shared := _overlap(rows, own)):
+                continue
+            part = slice(shared.start - rows.start, shared.stop - rows.start)
+            if change is not None:
+                inside[index] += vectors[part].T @ movement[-1][part]
+            if setting.curvature and setting.curvature_examples is not None:
+                sample = next(split_examples(batch, setting.curvature_examples))
+                second = blocks.strategy(theta, sample, vectors[part], setting, 2)
+                some = project(token_loss, theta, sample, vectors[part], curvature=True, strategy=second)
+                sampled[index].append(some.curvature)
+    gradient = torch.cat([block.gradient for block in found], dim=1)
+    pieces = []
+    for own, point, curvature in zip(blocks.rows, inside, sampled, strict=True):
+        columns = slice(own.start, own.stop)
+        piece = {
+            "loss": found[0].loss,
+            "gradient": gradient[:, columns],
+            "product_error": torch.tensor(max(block.error for block in found)),
+        }
+        if whole:
+            piece["curvature"] = torch.cat([block.curvature for block in found], dim=1)
+        elif curvature:
+            piece["curvature"] = torch.cat(curvature, dim=1)
+        if change is not None:
+            losses = [token_loss(point, part) for part in split_examples(batch, strategy.pass_examples)]
+            piece |= {
+                "movement": torch.cat(movement)[columns],
+                "distance": change.double().norm(),
+                "inside_loss": torch.cat(losses),
+            }
+        pieces.append({name: value.detach().cpu().numpy() for name, value in piece.items()})
+    return pieces
+
+
+def _overlap(one: range, other: range) -> range:
+    """The part of ``one`` that lies in ``other``; empty if none does."""
+    return range(max(one.start, other.start), min(one.stop, other.stop))
 
 
 def _finite_theta(checkpoints: CheckpointFolder, step: int) -> Float[Tensor, " d"]:

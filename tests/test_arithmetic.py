@@ -129,3 +129,20 @@ def test_feeding_the_twelfth_token_too_changes_no_loss():
     logits = model(tokens)[:, 7:11]
     expected = -logits.log_softmax(-1).gather(-1, tokens[:, 8:, None]).flatten()
     torch.testing.assert_close(arithmetic.answer_loss(model, tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_digit_loss_covers_every_digit_and_no_symbol():
+    class Uniform(torch.nn.Module):
+        def forward(self, tokens):
+            logits = torch.zeros(*tokens.shape, 10)
+            return logits.scatter(2, tokens[:, :, None].clamp(max=9), 5.0)  # it bets on the token it has just seen
+
+    batch = arithmetic.encode(np.array([[111, 345], [907, 38]]))
+    losses = arithmetic.digit_loss(Uniform(), batch).reshape(2, 9)
+    targets = [(i, batch[:, i]) for i in range(1, 12) if i not in (3, 7)]
+    for column, (position, target) in enumerate(targets):
+        hit = target == batch[:, position - 1].clamp(max=9)
+        logits = torch.where(hit, 5.0, 0.0)
+        expected = torch.log(torch.tensor(9 + np.exp(5.0))) - logits
+        torch.testing.assert_close(losses[:, column], expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[:, -4:].flatten(), arithmetic.answer_loss(Uniform(), batch))

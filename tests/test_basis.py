@@ -21,7 +21,7 @@ from polca_lib.models import build_model
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
 
-KINDS = ("hessian", "shuffled", "random", "parameters")
+KINDS = ("hessian", "shuffled", "final", "random", "parameters")
 BATCH = mlp_batch(7, torch.float32)
 
 
@@ -61,6 +61,7 @@ def algorithm_1(checkpoints, births, k, n, which):
         ("hessian", 2, None, "magnitude"),
         ("shuffled", 1, None, "largest"),
         ("shuffled", 2, None, "largest"),
+        ("final", 1, None, "largest"),
     ],
 )
 def test_basis_is_that_of_algorithm_1_with_dense_matrices(tmp_path, checkpoints, kind, k, n_vectors, which):
@@ -124,6 +125,23 @@ def test_vectors_are_born_in_training_order_k_at_a_time(tmp_path, checkpoints):
     assert basis["vector"].values.tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_trajectory_has_the_principal_directions_of_the_checkpoints(tmp_path, checkpoints):
+    basis = compute(tmp_path, checkpoints, basis__kind="trajectory")
+    points = np.stack([checkpoints.theta(step).double().numpy() for step in (0, 20, 40, 60, 80)])
+    expected = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)[2][:4]
+    vectors = read_vectors(basis).double().numpy()
+    np.testing.assert_allclose(abs(vectors @ expected.T), np.eye(4), atol=1e-4)
+    assert basis["birth_step"].values.tolist() == [80] * 4
+    # All of the movement from one of the checkpoints to another lies in it.
+    change = points[1:] - points[:-1]
+    np.testing.assert_allclose(change @ vectors.T @ vectors, change, rtol=1e-4, atol=1e-6)
+
+
+def test_trajectory_refuses_more_directions_than_checkpoints_have():
+    with pytest.raises(ValueError, match=r"at most 4 directions in 5 checkpoints; 8 were asked for"):
+        tiny_config(**{"basis.kind": "trajectory", "basis.k": 2})
+
+
 def test_fewer_vectors_are_the_first_of_more(tmp_path, checkpoints):
     few = compute(tmp_path / "few", checkpoints, basis__k=2, basis__n_vectors=3)
     all_of_them = compute(tmp_path / "all", checkpoints, basis__k=2)
@@ -163,7 +181,7 @@ def test_parameter_basis_is_the_axes_of_the_largest_weights_at_the_end(tmp_path,
 def test_eigenvalues_are_recorded_where_they_have_a_meaning(tmp_path, checkpoints, kind):
     basis = compute(tmp_path, checkpoints, basis__kind=kind)
     for name in ("eigenvalue", "residual", "products"):
-        assert np.isfinite(basis[name]).all() == (kind in ("hessian", "shuffled"))
+        assert np.isfinite(basis[name]).all() == (kind in ("hessian", "shuffled", "final"))
 
 
 def test_recorded_products_are_those_that_were_made(tmp_path, checkpoints, monkeypatch):

@@ -315,3 +315,14 @@ def test_trajectories_are_compared_by_mean_cosine_and_mean_distance():
     # The third token's first trajectory is zero: it has no direction, but it has a distance.
     assert result["cosine"] == pytest.approx((1 + 0) / 2)
     assert result["l2"] == pytest.approx((0 + np.sqrt(5) + 1) / 3)
+
+
+def test_second_order_takes_its_mean_curvature_from_a_sample_if_that_is_what_there_is():
+    token_loss, theta, batch = problem("mlp")
+    whole = projections(token_loss, walk(theta), batch, orthonormal(3, len(theta)))
+    sampled = whole.assign(curvature=whole["curvature"][:, :2].rename(token="sample").drop_vars("sample"))
+    first, curved = polca(whole, "first"), polca(whole, "second") - polca(whole, "first")
+    ratio = whole["curvature"][:-1, :2].mean("token") / whole["curvature"][:-1].mean("token")
+    np.testing.assert_allclose(polca(sampled, "second"), first + curved * ratio, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="measured it on a sample; allowed here: first, second, trapezoid"):
+        polca(sampled, "exact")

@@ -25,7 +25,7 @@ from polca_lib.artefacts import PieceStore
 from polca_lib.basis import compute_basis, read_vectors
 from polca_lib.config import ModelConfig, ProjectionConfig
 from polca_lib.models import build_model
-from polca_lib.projection import NonFiniteProjection, project, project_run
+from polca_lib.projection import NonFiniteProjection, project, project_run, project_runs
 from polca_lib.strategy import choose
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
@@ -297,3 +297,38 @@ def test_settings_say_how_to_differentiate_and_what_error_that_has(tmp_path, mad
 def test_memory_too_small_for_one_example_is_refused_with_what_to_do(tmp_path, made):
     with pytest.raises(ValueError, match=r"one example takes .* raise memory"):
         project_all(tmp_path / "run", made, memory=500)
+
+
+def test_bases_projected_together_have_the_results_of_each_alone(tmp_path):
+    made = [make(tmp_path / kind, basis__kind=kind) for kind in ("hessian", "random", "trajectory")]
+    settings = [ProjectionConfig(curvature=kind < 2, curvature_examples=2, mode="reverse") for kind in range(3)]
+    checkpoints, bases = made[0][0], [basis for _, basis in made]
+    paths = [tmp_path / f"together-{index}.zarr" for index in range(3)]
+    # The second is there already: what is missing of the others is computed all the same.
+    project_run(paths[1], checkpoints, STEPS, BATCH, TOKENS, bases[1], settings[1])
+    together = project_runs(paths, checkpoints, STEPS, BATCH, TOKENS, bases, settings)
+    for found, (_, basis), own, name in zip(together, made, settings, "abc", strict=True):
+        alone = project_run(tmp_path / f"{name}.zarr", checkpoints, STEPS, BATCH, TOKENS, basis, own)
+        assert set(found) == set(alone)
+        for variable in alone:
+            np.testing.assert_allclose(found[variable], alone[variable], rtol=1e-4, atol=1e-5, err_msg=variable)
+    assert "curvature" not in together[2]
+
+
+def test_curvature_of_a_sample_is_that_of_its_tokens(tmp_path, made):
+    whole = project_all(tmp_path / "whole", made)
+    sampled = project_all(tmp_path / "sampled", made, curvature_examples=2)
+    tokens = sampled.sizes["sample"]
+    assert tokens == 4  # two tokens an example
+    np.testing.assert_allclose(sampled["curvature"], whole["curvature"][:, :tokens], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sampled["gradient"], whole["gradient"], rtol=1e-4, atol=1e-5)
+
+
+def test_bases_that_do_not_go_together_are_refused(tmp_path, made):
+    checkpoints, basis = made
+    for settings in ([{"mode": "reverse", "curvature": False}, {"curvature": False}], [{}, {}]):
+        with pytest.raises(ValueError, match="can't be projected together"):
+            project_runs(
+                [tmp_path / "1", tmp_path / "2"], checkpoints, STEPS, BATCH, TOKENS, [basis, basis],
+                [ProjectionConfig(**each) for each in settings],
+            )  # fmt: skip

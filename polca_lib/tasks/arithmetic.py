@@ -68,6 +68,16 @@ def answer_loss(model: nn.Module, tokens: Int[Tensor, "n 12"]) -> Float[Tensor, 
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -N_ANSWER:].flatten(), reduction="none")
 
 
+def digit_loss(model: nn.Module, tokens: Int[Tensor, "n 12"]) -> Float[Tensor, " n*9"]:
+    """Cross-entropy, in nats, of every digit that has tokens before it, operands too; example-major.
+
+    The model has no output for plus and equals, so these are no targets. It is trained on :func:`answer_loss` alone.
+    """
+    logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
+    digits = [position for position in range(targets.shape[1]) if position not in (2, 6)]
+    return nn.functional.cross_entropy(logits[:, digits].flatten(0, 1), targets[:, digits].flatten(), reduction="none")
+
+
 def token_table(pairs: Int[np.ndarray, "n 2"]) -> pd.DataFrame:
     """One row per answer token, in the order of :func:`answer_loss`.
 
