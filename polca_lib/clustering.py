@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Literal
 
 import hdbscan
+import joblib
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from polca_lib.config import ClusteringConfig, Scaling
 
@@ -16,8 +18,10 @@ DROPPED, OUTLIER = -2, -1
 """Labels of tokens that were filtered out before HDBSCAN, and of those it calls noise. Clusters count from 1."""
 
 
-def falls(trajectories: xr.DataArray) -> xr.DataArray:
-    """Whether a trajectory ends below where it began."""
+def falls(trajectories: xr.DataArray, by: Literal["final", "trend"] = "final") -> xr.DataArray:
+    """Whether a trajectory falls: ends below where it began, or has a least-squares line with a negative slope."""
+    if by == "trend":
+        return trajectories.polyfit("step", 1)["polyfit_coefficients"].sel(degree=1, drop=True) < 0
     return trajectories.isel(step=-1, drop=True) < trajectories.isel(step=0, drop=True)
 
 
@@ -43,7 +47,13 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     return trajectories / np.where(size > 0, size, 1.0)
 
 
-def cluster_tokens(trajectories: xr.DataArray, config: ClusteringConfig, *, only_falling: bool = True) -> xr.DataArray:
+def cluster_tokens(
+    trajectories: xr.DataArray,
+    config: ClusteringConfig,
+    *,
+    only_falling: bool = True,
+    cache: joblib.Memory | None = None,
+) -> xr.DataArray:
     """Cluster the trajectories of all tokens, for each vector by itself (PAPER section 3.3, 4.1).
 
     A vector is kept if its mean trajectory falls, a token if its own does; HDBSCAN groups the rest.
@@ -53,6 +63,7 @@ def cluster_tokens(trajectories: xr.DataArray, config: ClusteringConfig, *, only
         config: parameters of HDBSCAN and the scaling.
         only_falling: apply the two filters. Switch it off for rates, such as Fisher information or change in loss,
             whose fall means nothing.
+        cache: where trees are kept, to cut the same one at another ``min_cluster_size`` or ``selection`` for little.
 
     Returns:
         Integer labels (vector, token): ``DROPPED``, ``OUTLIER`` or the cluster's number, from 1 in order of falling
@@ -60,27 +71,40 @@ def cluster_tokens(trajectories: xr.DataArray, config: ClusteringConfig, *, only
         no cluster at all is a result, too.
     """
     if "vector" not in trajectories.dims:
-        return _cluster(trajectories, config, only_falling)
-    labels = [_cluster(trajectories.sel(vector=v), config, only_falling) for v in trajectories["vector"]]
+        return _cluster(trajectories, config, only_falling, cache)
+    labels = [_cluster(trajectories.sel(vector=v), config, only_falling, cache) for v in trajectories["vector"]]
     return xr.concat(labels, dim="vector", coords="different", compat="equals")
 
 
-def _cluster(trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool) -> xr.DataArray:
+def _cluster(
+    trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool, cache: joblib.Memory | None
+) -> xr.DataArray:
     labels = xr.full_like(trajectories.isel(step=0, drop=True), DROPPED, dtype=int).rename("cluster")
     labels.attrs = {}
-    keep = np.ones(labels.sizes["token"], dtype=bool)
-    if only_falling:
-        keep = falls(trajectories).values & bool(falls(trajectories.mean("token")))
+    keep, values, min_samples = candidates(trajectories, config, only_falling)
     labels[keep] = OUTLIER
-    kept = int(keep.sum())
-    min_samples = max(1, (kept if config.min_samples_from == "kept" else keep.size) // config.min_samples_divisor)
-    if kept >= max(config.min_cluster_size, min_samples + 1):
-        values = scale(trajectories.transpose("token", "step").values[keep].astype(np.float64), config.scaling)
-        labels[keep] = _by_size(_hdbscan(values, config, min_samples))
+    if len(values) >= max(config.min_cluster_size, min_samples + 1):
+        found = fit_hdbscan(values, config, min_samples, memory=cache or joblib.Memory(None, verbose=0))
+        labels[keep] = _by_size(found.labels_)
     return labels
 
 
-def _hdbscan(values: Float[np.ndarray, "token step"], config: ClusteringConfig, min_samples: int) -> np.ndarray:
+def candidates(
+    trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool = True
+) -> tuple[Bool[np.ndarray, " token"], Float[np.ndarray, "kept step"], int]:
+    """Which tokens of one vector HDBSCAN is given, their scaled trajectories, and ``min_samples``."""
+    keep = np.ones(trajectories.sizes["token"], dtype=bool)
+    if only_falling:
+        keep = falls(trajectories, config.falls_by).values & bool(falls(trajectories.mean("token"), config.falls_by))
+    values = trajectories.transpose("token", "step").values[keep].astype(np.float64)
+    tokens = int(keep.sum()) if config.min_samples_from == "kept" else keep.size
+    return keep, scale(values, config.scaling), max(1, tokens // config.min_samples_divisor)
+
+
+def fit_hdbscan(
+    values: Float[np.ndarray, "token step"], config: ClusteringConfig, min_samples: int, **options: object
+) -> hdbscan.HDBSCAN:
+    """HDBSCAN, fitted to scaled trajectories; ``options`` go to :class:`hdbscan.HDBSCAN`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return hdbscan.HDBSCAN(
@@ -88,7 +112,8 @@ def _hdbscan(values: Float[np.ndarray, "token step"], config: ClusteringConfig, 
             min_samples=min_samples,
             cluster_selection_method=config.selection,
             core_dist_n_jobs=1,
-        ).fit_predict(values)
+            **options,
+        ).fit(values)
 
 
 def _by_size(labels: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
@@ -117,6 +142,47 @@ def composition(labels: xr.DataArray, by: str = "skill") -> pd.DataFrame:
     """Number of tokens of each value of coordinate ``by`` (columns) in each cluster (rows) of one vector."""
     inside = labels[labels >= 1]
     return pd.crosstab(pd.Series(inside.values, name="cluster"), pd.Series(inside[by].values.astype(object), name=by))
+
+
+def summarise_clusters(
+    curves: xr.DataArray, loss: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw"
+) -> xr.Dataset:
+    """What the figures of clusters show, without the single tokens.
+
+    Args:
+        curves: what was clustered, (step, token) or (step, token, vector).
+        loss: exact loss, (step, token).
+        labels: from :func:`cluster_tokens`.
+        scaling: as the clustering saw the curves, for the medoid.
+
+    Returns:
+        ``medoid``, ``low`` and ``high`` (quartiles) of the curves and ``loss``, the median exact loss of the same
+        tokens, each (vector, cluster, step); ``tokens`` (vector, cluster, skill): how many there are of each skill.
+        Clusters count from 1 to the largest number of any vector, with NaN and 0 where a vector has fewer.
+    """
+    curves, labels = by_vector(curves), by_vector(labels)
+    numbers = np.arange(1, max(1, int(labels.max())) + 1)
+    skills = np.unique(labels["skill"].values)
+    shape = (labels.sizes["vector"], len(numbers), curves.sizes["step"])
+    found = {name: np.full(shape, np.nan, np.float32) for name in ("medoid", "low", "high", "loss")}
+    tokens = np.zeros((*shape[:2], len(skills)), np.int32)
+    for row, vector in enumerate(labels["vector"].values):
+        label = labels.sel(vector=vector).values
+        for column in range(label.max()):
+            inside = label == column + 1
+            own = curves.sel(vector=vector)[:, inside]
+            found["low"][row, column], found["high"][row, column] = np.quantile(own.values, [0.25, 0.75], axis=1)
+            found["medoid"][row, column] = own.isel(token=medoid(own, scaling)).values
+            found["loss"][row, column] = np.median(loss.values[:, inside], axis=1)
+            tokens[row, column] = [(labels["skill"].values[inside] == skill).sum() for skill in skills]
+    about = {name: values for name, values in labels.coords.items() if values.dims == ("vector",)}
+    return xr.Dataset(
+        {
+            **{name: (("vector", "cluster", "step"), values) for name, values in found.items()},
+            "tokens": (("vector", "cluster", "skill"), tokens),
+        },
+        coords={**about, "cluster": numbers, "step": curves["step"].values, "skill": skills},
+    )
 
 
 def homogeneity_table(

@@ -131,6 +131,7 @@ class ClusteringConfig(Section):
 
     order: Order = "second"
     scaling: Scaling = "raw"
+    falls_by: Literal["final", "trend"] = Field("final", description="what says that a trajectory falls")
     min_cluster_size: int = Field(150, ge=2)
     min_samples_divisor: int = Field(15, ge=1, description="min_samples = tokens / this")
     min_samples_from: Literal["kept", "all"] = "kept"
