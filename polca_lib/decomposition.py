@@ -114,6 +114,27 @@ def projected_loss(projections: xr.Dataset, order: Order = "second") -> xr.DataA
     return accumulate(polca(projections, order), projections["step"]).rename("projected_loss")
 
 
+def coarsen(projections: xr.Dataset, factor: int) -> xr.Dataset:
+    """The projections that a run with every ``factor``-th checkpoint alone would have had.
+
+    What can't be had from them, ``distance`` and ``inside_loss``, is left out for factors over 1.
+
+    Raises:
+        ValueError: the number of intervals is not a multiple of ``factor``.
+    """
+    intervals = projections.sizes["step"] - 1
+    if factor < 1 or intervals % factor:
+        raise ValueError(f"factor = {factor} does not divide the {intervals} intervals between checkpoints")
+    if factor == 1:
+        return projections
+    kept = projections.drop_vars(["distance", "inside_loss", "movement"], errors="ignore").isel(
+        step=slice(None, None, factor)
+    )
+    summed = projections["movement"][:-1].values.reshape(intervals // factor, factor, -1).sum(axis=1)
+    movement = np.concatenate([summed, np.full((1, summed.shape[1]), np.nan, summed.dtype)])
+    return kept.assign(movement=(("step", "vector"), movement))
+
+
 def loss_change(projections: xr.Dataset) -> xr.DataArray:
     """Change in exact loss from each checkpoint to the next, (step, token): a baseline of v3's Table 3."""
     return _difference(projections["loss"]).rename("loss_change")
