@@ -52,10 +52,11 @@ class Run:
         """A run by preset and single settings; see :meth:`polca_lib.config.RunConfig.from_preset`."""
         return cls(RunConfig.from_preset(preset, **overrides))
 
-    def on_basis(self, kind: BasisKind, *, curvature: bool) -> Run:
-        """The same training run on another basis, with or without curvature along its vectors."""
+    def on_basis(self, kind: BasisKind, *, curvature: bool, curvature_examples: int | None = None) -> Run:
+        """The same training run on another basis, with or without curvature along its vectors, of all or of some."""
         settings = self.config.model_dump()
-        settings["basis"]["kind"], settings["projection"]["curvature"] = kind, curvature
+        settings["basis"]["kind"] = kind
+        settings["projection"] |= {"curvature": curvature, "curvature_examples": curvature_examples}
         return Run(RunConfig.model_validate(settings), self.folder)
 
     @cached_property
