@@ -154,27 +154,24 @@ def closure(projections: xr.Dataset, order: Order) -> xr.Dataset:
         L(x; theta_t + B^T B Delta_t) - L(x; theta_t). Attributes, all at the end of training: ``share`` and
         ``share_inside``: means of claimed and of inside over that of true; ``correlation`` and ``correlation_inside``:
         of claimed with true and with inside over tokens; ``largest`` and ``largest_true``: largest magnitudes for a
-        token, in nats.
+        token, in nats. What says inside is left out for projections without ``inside_loss``, see :func:`coarsen`.
     """
     claimed = projected_loss(projections, order).sum("vector")
-    true = projections["loss"] - projections["loss"].isel(step=0, drop=True)
-    inside = accumulate(_intervals(projections["inside_loss"] - projections["loss"]), projections["step"])
-    at_end = {name: values.isel(step=-1) for name, values in (("claimed", claimed), ("true", true), ("inside", inside))}
+    parts = {"claimed": claimed, "true": projections["loss"] - projections["loss"].isel(step=0, drop=True)}
+    if "inside_loss" in projections:
+        delivered = _intervals(projections["inside_loss"] - projections["loss"])
+        parts["inside"] = accumulate(delivered, projections["step"])
+    end = {name: values.isel(step=-1) for name, values in parts.items()}
 
-    def correlation(one: str, other: str) -> float:
-        return float(np.corrcoef(at_end[one].values, at_end[other].values)[0, 1])
+    def correlation(other: str) -> float:
+        return float(np.corrcoef(end["claimed"].values, end[other].values)[0, 1])
 
-    return xr.Dataset(
-        {"claimed": claimed, "true": true, "inside": inside},
-        attrs={
-            "share": float(at_end["claimed"].mean() / at_end["true"].mean()),
-            "share_inside": float(at_end["inside"].mean() / at_end["true"].mean()),
-            "correlation": correlation("claimed", "true"),
-            "correlation_inside": correlation("claimed", "inside"),
-            "largest": float(abs(at_end["claimed"]).max()),
-            "largest_true": float(abs(at_end["true"]).max()),
-        },
-    )
+    attrs = {"share": float(end["claimed"].mean() / end["true"].mean()), "correlation": correlation("true")}
+    if "inside" in end:
+        attrs |= {"share_inside": float(end["inside"].mean() / end["true"].mean())}
+        attrs |= {"correlation_inside": correlation("inside")}
+    attrs |= {"largest": float(abs(end["claimed"]).max()), "largest_true": float(abs(end["true"]).max())}
+    return xr.Dataset(parts, attrs=attrs)
 
 
 def movement_share(projections: xr.Dataset) -> xr.DataArray:

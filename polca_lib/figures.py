@@ -16,8 +16,6 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from polca_lib.clustering import composition, medoid
-from polca_lib.config import Scaling
 from polca_lib.tasks.arithmetic import PLACES, SKILLS, token_table
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E", "#000000")
@@ -92,59 +90,66 @@ def addition_example(a: int = 284, b: int = 457) -> Figure:
     return figure
 
 
-def loss_by_place(loss: xr.DataArray) -> Figure:
-    """Figure 7: median and quartiles of the exact loss for each place of the answer."""
+def loss_by_place(quantiles: pd.DataFrame) -> Figure:
+    """Figure 7: median and quartiles of the exact loss for each place of the answer.
+
+    Args:
+        quantiles: from :func:`polca_lib.tables.loss_quantiles`.
+    """
     figure, axes = plt.subplots(figsize=(6.5, 3.4))
     for place in PLACES:
-        _band(axes, loss[:, loss["place"].values == place], PLACE_COLOURS[place], place)
+        _band(axes, quantiles, "place", place, PLACE_COLOURS[place], place)
     axes.set(xlabel="training step", ylabel="loss (nats)")
     axes.legend(title="place")
     return figure
 
 
-def loss_by_skill(loss: xr.DataArray) -> Figure:
+def loss_by_skill(quantiles: pd.DataFrame) -> Figure:
     """Figure 8: median and quartiles of the exact loss for each place, with and without a carry into it."""
     figure, panels = plt.subplots(1, 4, figsize=(10, 2.8), sharey=True)
     for place, axes in zip(PLACES, panels, strict=True):
         for skill in (s for s in SKILLS if s.split(",")[0] == place):
             label = skill.partition(", ")[2] or "never a carry"
             style = "--" if "no carry" in skill else "-"
-            _band(axes, loss[:, loss["skill"].values == skill], SKILL_COLOURS[skill], label, style)
+            _band(axes, quantiles, "skill", skill, SKILL_COLOURS[skill], label, style)
         axes.set(xlabel="training step", title=place)
         axes.legend()
     panels[0].set_ylabel("loss (nats)")
     return figure
 
 
-def exact_loss_clusters(loss: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw") -> Figure:
-    """Figure 3: clusters of the exact loss curves, and what they are made of."""
+def exact_loss_clusters(summary: xr.Dataset) -> Figure:
+    """Figure 3: clusters of the exact loss curves, and what they are made of.
+
+    Args:
+        summary: of clusters without vectors, from :func:`polca_lib.clustering.summarise_clusters`.
+    """
+    own = summary.isel(vector=0)
     figure, (curves, parts) = plt.subplots(1, 2, figsize=(9, 3.4))
-    _cluster_curves(curves, loss, labels, scaling)
+    _cluster_curves(curves, own)
     curves.set(ylabel="loss (nats)", title="Exact loss")
-    draw_composition(parts, labels)
+    draw_composition(parts, own["tokens"])
     return figure
 
 
-def polca_clusters(
-    projected: xr.DataArray,
-    loss: xr.DataArray,
-    labels: xr.DataArray,
-    vectors: Iterable[int],
-    hidden_after: int,
-    scaling: Scaling = "raw",
-) -> Figure:
+def polca_clusters(summary: xr.Dataset, vectors: Iterable[int], hidden_after: int) -> Figure:
     """Figures 4 and 9: clusters of the projected loss along each of ``vectors``, one row each.
 
     Left the medoid and quartiles of the projected loss, in the middle the median exact loss of the same tokens,
     right their composition. The dotted line marks the step at which the vector was found, the grey one
     ``hidden_after``.
 
+    Args:
+        summary: from :func:`polca_lib.clustering.summarise_clusters`.
+        vectors: to show.
+        hidden_after: tau, in steps.
+
     Raises:
         ValueError: a vector that is not in the basis.
     """
     vectors = list(vectors)
-    if unknown := set(vectors) - set(projected["vector"].values.tolist()):
-        raise ValueError(f"vectors = {sorted(unknown)} are not in the basis; allowed: 1 to {projected.sizes['vector']}")
+    if unknown := set(vectors) - set(summary["vector"].values.tolist()):
+        raise ValueError(f"vectors = {sorted(unknown)} are not in the basis; allowed: 1 to {summary.sizes['vector']}")
     if not vectors:
         figure, axes = plt.subplots(figsize=(6, 1.5))
         axes.axis("off")
@@ -152,18 +157,17 @@ def polca_clusters(
         return figure
     figure, grid = plt.subplots(len(vectors), 3, figsize=(10, 2.9 * len(vectors)), squeeze=False)
     for row, vector in zip(grid, vectors, strict=True):
-        own, label = projected.sel(vector=vector), labels.sel(vector=vector)
-        _cluster_curves(row[0], own, label, scaling)
-        for number in range(1, int(label.max()) + 1):
-            median = loss[:, label.values == number].median("token")
-            row[1].plot(loss["step"], median, color=cluster_colour(number), label=f"{number}")
+        own = summary.sel(vector=vector)
+        _cluster_curves(row[0], own)
+        for number in _numbers(own["tokens"]):
+            row[1].plot(own["step"], own["loss"].sel(cluster=number), color=cluster_colour(number), label=f"{number}")
         for axes in row[:2]:
             axes.axvline(float(own["birth_step"]), color="black", linestyle=":", linewidth=1)
             axes.axvline(hidden_after, color="0.6", linewidth=1)
             axes.set_xlabel("training step")
         row[0].set(ylabel="projected loss (nats)", title=f"Vector {vector}: projected loss")
         row[1].set(ylabel="loss (nats)", title="exact loss, same tokens")
-        draw_composition(row[2], label)
+        draw_composition(row[2], own["tokens"])
     return figure
 
 
@@ -181,13 +185,15 @@ def token_curves(curves: xr.DataArray) -> Figure:
     return figure
 
 
-def draw_composition(axes: Axes, labels: xr.DataArray) -> None:
-    """Stacked bars: the share of each skill in each cluster of one vector."""
+def draw_composition(axes: Axes, tokens: xr.DataArray) -> None:
+    """Stacked bars: the share of each skill in each cluster of one vector; ``tokens`` (cluster, skill) counts them."""
     axes.set_title("composition")
-    if not (labels >= 1).any():
+    numbers = _numbers(tokens)
+    if not numbers:
         _say_empty(axes)
         return
-    counts = composition(labels).reindex(columns=[s for s in SKILLS if s in np.unique(labels["skill"])], fill_value=0)
+    counts = tokens.sel(cluster=numbers).to_pandas()
+    counts = counts[[skill for skill in SKILLS if skill in counts]]
     shares = counts.div(counts.sum(axis=1), axis=0)
     left = np.zeros(len(shares))
     for skill in shares:
@@ -259,23 +265,29 @@ def homogeneity_bars(rows: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     return figure
 
 
-def _band(axes: Axes, curves: xr.DataArray, colour: object, label: str, style: str = "-") -> None:
-    """Median and quartiles over tokens."""
-    low, middle, high = curves.quantile([0.25, 0.5, 0.75], dim="token")
-    axes.plot(curves["step"], middle, color=colour, label=label, linestyle=style)
-    axes.fill_between(curves["step"], low, high, color=colour, alpha=0.2, linewidth=0)
+def _band(
+    axes: Axes, quantiles: pd.DataFrame, by: str, value: str, colour: object, label: str, style: str = "-"
+) -> None:
+    """Median and quartiles over the tokens of one kind, if there are any."""
+    own = quantiles[(quantiles["by"] == by) & (quantiles["value"] == value)]
+    axes.plot(own["step"], own["median"], color=colour, label=label, linestyle=style)
+    axes.fill_between(own["step"], own["low"], own["high"], color=colour, alpha=0.2, linewidth=0)
 
 
-def _cluster_curves(axes: Axes, curves: xr.DataArray, labels: xr.DataArray, scaling: Scaling) -> None:
-    """Medoid and quartiles of each cluster."""
-    for number in range(1, int(labels.max()) + 1):
-        own = curves[:, labels.values == number]
-        colour = cluster_colour(number)
-        low, high = own.quantile([0.25, 0.75], dim="token")
-        axes.fill_between(curves["step"], low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(curves["step"], own.isel(token=medoid(own, scaling)), color=colour, label=f"{number}")
+def _numbers(tokens: xr.DataArray) -> list[int]:
+    """Clusters that there are, of ``tokens`` (cluster, skill)."""
+    return tokens["cluster"].values[tokens.sum("skill").values > 0].tolist()
+
+
+def _cluster_curves(axes: Axes, own: xr.Dataset) -> None:
+    """Medoid and quartiles of each cluster of one vector."""
+    numbers = _numbers(own["tokens"])
+    for number in numbers:
+        one, colour = own.sel(cluster=number), cluster_colour(number)
+        axes.fill_between(own["step"], one["low"], one["high"], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(own["step"], one["medoid"], color=colour, label=f"{number}")
     axes.set_xlabel("training step")
-    if int(labels.max()) >= 1:
+    if numbers:
         axes.legend(title="cluster")
     else:
         _say_empty(axes)

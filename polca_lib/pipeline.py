@@ -115,6 +115,12 @@ class Run:
     def _stored_projections(self) -> xr.Dataset | None:
         return PieceStore.load(self._projection.path / "projections.zarr")
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Name of the folder of each stage."""
+        stages = {"training": self._training, "basis": self._basis, "projection": self._projection}
+        return {stage: artefact.path.name for stage, artefact in stages.items()}
+
     # Each stage is keyed by what its results depend on, and by nothing else.
 
     @cached_property

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
+import joblib
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -18,6 +19,22 @@ from polca_lib.config import ClusteringConfig, RunConfig, Scaling
 from polca_lib.tasks.arithmetic import SKILLS
 
 PAPER = Path(__file__).parents[1] / "data" / "paper"
+
+
+def loss_quantiles(loss: xr.DataArray) -> pd.DataFrame:
+    """Quartiles and mean of the loss (step, token) over the tokens of each skill and of each place (Figures 7 and 8).
+
+    Returns:
+        Rows ``by`` (skill or place), ``value``, ``step``, with ``low``, ``median``, ``high`` and ``mean``, in nats.
+    """
+    parts = []
+    for by in ("skill", "place"):
+        for value in np.unique(loss[by].values):
+            own = loss[:, loss[by].values == value]
+            low, median, high = own.quantile([0.25, 0.5, 0.75], dim="token").values
+            row = {"low": low, "median": median, "high": high, "mean": own.mean("token").values}
+            parts.append(pd.DataFrame({"by": by, "value": value, "step": loss["step"].values, **row}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
@@ -51,7 +68,11 @@ def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
 
 
 def compare_strategies(
-    levels: Mapping[str, xr.DataArray], rates: Mapping[str, xr.DataArray], config: ClusteringConfig, hidden_after: int
+    levels: Mapping[str, xr.DataArray],
+    rates: Mapping[str, xr.DataArray],
+    config: ClusteringConfig,
+    hidden_after: int,
+    n_jobs: int = 1,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cluster every kind of trajectory with every scaling (Table 3, and the scaling that the paper leaves open).
 
@@ -60,21 +81,26 @@ def compare_strategies(
         rates: the others, by name. Nothing is dropped before HDBSCAN, and there is no total change to scale by.
         config: of the clustering; its scaling is not used.
         hidden_after: tau, in steps.
+        n_jobs: processes.
 
     Returns:
         :func:`strategy_row` by scaling and name; and the number of tokens of each skill in the purest cluster, by rule,
         scaling and name.
     """
     rows, purest = {}, {}
-    for scaling in get_args(Scaling):
-        settings = config.model_copy(update={"scaling": scaling})
-        for name, curves in (levels if scaling == "unit" else {**levels, **rates}).items():
-            labels, table = cluster_breakthroughs(curves, settings, hidden_after, only_falling=name in levels)
-            rows[scaling, name] = strategy_row(labels, table)
-            for rule in ("v1", "v3"):
-                for best in most_homogeneous(table, 1, rule=rule).itertuples():
-                    own = by_vector(labels).sel(vector=best.vector)
-                    purest[rule, scaling, name] = composition(own).loc[best.cluster]
+    everything = {**levels, **rates}
+    keys = [(s, name) for s in get_args(Scaling) for name in (levels if s == "unit" else everything)]
+    cluster = joblib.delayed(cluster_breakthroughs)
+    jobs = (
+        cluster(everything[name], config.model_copy(update={"scaling": s}), hidden_after, only_falling=name in levels)
+        for s, name in keys
+    )
+    for (scaling, name), (labels, table) in zip(keys, joblib.Parallel(n_jobs=n_jobs)(jobs), strict=True):
+        rows[scaling, name] = strategy_row(labels, table)
+        for rule in ("v1", "v3"):
+            for best in most_homogeneous(table, 1, rule=rule).itertuples():
+                own = by_vector(labels).sel(vector=best.vector)
+                purest[rule, scaling, name] = composition(own).loc[best.cluster]
     index = ["scaling", "trajectory"]
     made_of = pd.DataFrame(purest).T.reindex(columns=list(SKILLS)).fillna(0).astype(int)
     return pd.DataFrame(rows).T.rename_axis(index), made_of.rename_axis(["rule", *index])

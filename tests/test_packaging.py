@@ -18,8 +18,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Data flows from left to right: a module may import from its left alone.
 ROOMS = (
     "config", "tasks.arithmetic", "models", "memory", "token_loss", "artefacts", "checkpoints", "training", "curvature",
-    "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "projection", "decomposition",
-    "clustering", "breakthroughs", "figures", "tables", "pipeline",
+    "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "projection", "interventions",
+    "decomposition", "clustering", "breakthroughs", "significance", "specification", "figures", "tables", "pipeline",
+    "study", "evidence", "reproduce",
 )  # fmt: skip
 
 

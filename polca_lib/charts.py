@@ -1,0 +1,232 @@
+"""Figures of what studies keep: closure, chance, choices, interventions, verdicts; in the style of :mod:`figures`."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from polca_lib.figures import OKABE_ITO
+from polca_lib.tasks.arithmetic import SKILLS
+
+ORDER_COLOURS = dict(zip(("first", "second", "exact", "trapezoid"), OKABE_ITO, strict=False))
+VERDICT_COLOURS = {
+    "reproduced": OKABE_ITO[2],
+    "stronger here": OKABE_ITO[0],
+    "partly": OKABE_ITO[4],
+    "not reproduced": OKABE_ITO[1],
+}
+
+
+def closure_means(curves: pd.DataFrame) -> Figure:
+    """Mean loss change that the sum over vectors claims, by order, beside the true one and that inside the basis.
+
+    Args:
+        curves: table ``closure_curves`` of a study.
+    """
+    figure, (whole, near) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for axes in (whole, near):
+        axes.plot(curves["step"], curves["true"], color="black", linewidth=2.5, label="true change")
+        axes.plot(curves["step"], curves["inside"], color="0.55", linewidth=2.5, label="delivered inside the basis")
+        for order in (name for name in ORDER_COLOURS if name in curves):
+            axes.plot(curves["step"], curves[order], color=ORDER_COLOURS[order], label=order)
+        axes.axhline(0, color="black", linewidth=0.5)
+        axes.set_xlabel("training step")
+    span = abs(curves[[name for name in ("inside", "trapezoid") if name in curves]]).to_numpy().max()
+    near.set(ylim=(-3 * span, 3 * span), title="Around zero")
+    whole.set(ylabel="change since step 0 (nats)", title="Mean over tokens")
+    whole.legend()
+    return figure
+
+
+def by_cadence(table: pd.DataFrame) -> Figure:
+    """Share of the true loss change that the sum over vectors claims, by cadence, for each order and study.
+
+    Args:
+        table: rows with ``study``, ``order``, ``cadence`` and ``share``.
+    """
+    studies = list(dict.fromkeys(table["study"]))
+    figure, panels = plt.subplots(1, len(studies), figsize=(4.2 * len(studies), 3.2), squeeze=False)
+    for study, axes in zip(studies, panels[0], strict=True):
+        for order, own in table[table["study"] == study].groupby("order", sort=False):
+            axes.plot(own["cadence"], own["share"], "o-", color=ORDER_COLOURS[order], label=order, markersize=4)
+        axes.axhline(0, color="black", linewidth=0.5)
+        axes.set(xscale="log", xlabel="steps between checkpoints", title=study, yscale="symlog")
+        ticks = sorted(table.loc[table["study"] == study, "cadence"].unique())
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+    panels[0, 0].set_ylabel("claimed / true change")
+    panels[0, -1].legend(bbox_to_anchor=(1, 1), loc="upper left")
+    return figure
+
+
+def against_truth(along: pd.DataFrame) -> Figure:
+    """What each order claims along each vector beside what moving along it alone delivers.
+
+    Args:
+        along: table ``along`` of a study.
+    """
+    own = along[along["vector"] > 0]
+    orders = list(dict.fromkeys(own["order"]))
+    figure, axes = plt.subplots(figsize=(9, 3.4))
+    width = 0.8 / (len(orders) + 1)
+    first = own[own["order"] == orders[0]]
+    axes.bar(first["vector"] - 0.4, first["delivered"], width, color="0.3", label="delivered", align="edge")
+    for index, order in enumerate(orders, start=1):
+        part = own[own["order"] == order]
+        offset = index * width - 0.4
+        axes.bar(part["vector"] + offset, part["claimed"], width, color=ORDER_COLOURS[order], label=order, align="edge")
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set(xlabel="vector", ylabel="loss change over training (nats)", yscale="symlog")
+    axes.set_yscale("symlog", linthresh=max(1e-3, float(abs(first["delivered"]).median())))
+    axes.set_xticks(first["vector"])
+    axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
+    return figure
+
+
+def null_intervals(table: pd.DataFrame) -> Figure:
+    """The largest homogeneity of each kind of trajectory, beside what shuffled carries give.
+
+    Args:
+        table: rows of table ``null`` of one rule and one ``within``.
+    """
+    names = table["order"] + ", " + table["scaling"]
+    place = np.arange(len(table))
+    figure, axes = plt.subplots(figsize=(7.5, 0.32 * len(table) + 1))
+    axes.hlines(place, table["null_05"], table["null_95"], color="0.6", linewidth=6, label="shuffled, 5 to 95%")
+    axes.plot(table["null_median"], place, "|", color="black", markersize=10, label="shuffled, median")
+    significant = table["p"] <= 0.05
+    for chosen, face, label in (
+        (significant, OKABE_ITO[0], "real, p ≤ 0.05"),
+        (~significant, "white", "real, p > 0.05"),
+    ):
+        axes.plot(table["observed"][chosen], place[chosen], "o", color=OKABE_ITO[0], mfc=face, label=label)
+    axes.set_yticks(place, names)
+    axes.invert_yaxis()
+    axes.set(xlim=(-0.02, 1.03), xlabel="largest share of carry tokens in a cluster")
+    axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
+    return figure
+
+
+def grid_maps(grid: pd.DataFrame, rule: str = "v3") -> Figure:
+    """Heat maps of the largest homogeneity over ``min_cluster_size`` and ``min_samples``.
+
+    Args:
+        grid: table ``grid`` of a study.
+        rule: v1 or v3. Where no cluster counts the field is empty.
+    """
+    keys = list(dict.fromkeys(zip(grid["scaling"], grid["order"], strict=True)))
+    columns = len(dict.fromkeys(order for _, order in keys))
+    rows = -(-len(keys) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.7 * rows), squeeze=False, sharex=True)
+    for (scaling, order), axes in zip(sorted(keys), panels.flat, strict=False):
+        own = grid[(grid["scaling"] == scaling) & (grid["order"] == order)]
+        values = own.pivot(index="min_samples_divisor", columns="min_cluster_size", values=rule)
+        sns.heatmap(
+            values, ax=axes, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="crest", cbar=False, annot_kws={"size": 7}
+        )
+        axes.set(title=f"{order}, {scaling}", ylabel="min_samples = tokens / ", xlabel="min_cluster_size")
+    return figure
+
+
+def specification_plot(curve: pd.DataFrame, rule: str = "v3") -> Figure:
+    """All specifications sorted by the largest homogeneity, with their choices marked beneath.
+
+    Args:
+        curve: table ``specification`` of a study.
+        rule: v1 or v3.
+    """
+    own = curve[curve["rule"] == rule].sort_values("homogeneity", kind="stable").reset_index(drop=True)
+    measured = {"rule", "homogeneity", "null_median", "null_95", "p", "vectors_over", "study"}
+    choices = [name for name in own if name not in measured and own[name].nunique() > 1]
+    values = [(choice, value) for choice in choices for value in dict.fromkeys(curve[choice])]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(10, 3 + 0.2 * len(values)), sharex=True, height_ratios=[3, 0.2 * len(values)]
+    )
+    x = np.arange(len(own))
+    top.plot(x, own["null_95"], ".", color="0.75", markersize=2, label="95% of shuffled")
+    for chosen, colour, label in (
+        (own["p"] > 0.05, OKABE_ITO[5], "real, p > 0.05"),
+        (own["p"] <= 0.05, OKABE_ITO[0], "real, p ≤ 0.05"),
+    ):
+        top.plot(x[chosen], own["homogeneity"][chosen], ".", color=colour, markersize=4, label=label)
+    top.axhline(0.9, color="black", linewidth=0.7, linestyle=":")
+    top.set(ylabel="largest homogeneity", ylim=(-0.02, 1.03))
+    top.legend(loc="upper left", fontsize=8)
+    for height, (choice, value) in enumerate(values):
+        where = x[(own[choice] == value).to_numpy()]
+        colour = OKABE_ITO[choices.index(choice) % len(OKABE_ITO)]
+        bottom.plot(where, np.full(len(where), height), "|", color=colour, markersize=6, markeredgewidth=0.6)
+    bottom.set_yticks(range(len(values)), [f"{choice}: {value}" for choice, value in values], fontsize=8)
+    bottom.set(xlabel="specification, sorted", ylim=(len(values) - 0.5, -0.5))
+    return figure
+
+
+def undone(causal: pd.DataFrame) -> Figure:
+    """Loss change by skill when the movement along each vector is taken back, beside random directions.
+
+    Args:
+        causal: table ``causal`` of a study.
+    """
+    skills = [skill for skill in SKILLS if skill in causal]
+    parts = {
+        "taken back along the vector": causal[causal["kind"] == "own"],
+        "along a random direction, same length": causal[causal["kind"] == "random"],
+    }
+    figure, panels = plt.subplots(
+        1, 2, figsize=(10, 0.25 * len(parts["taken back along the vector"]) + 1.6), sharey=True
+    )
+    for (title, own), axes in zip(parts.items(), panels, strict=True):
+        values = own.set_index("vector")[skills]
+        shown = np.sign(values) * np.log10(1 + abs(values) / 1e-3)
+        sns.heatmap(
+            shown, ax=axes, cmap="vlag", center=0, vmin=-3.5, vmax=3.5, annot=values, fmt=".2g", cbar=False,
+            annot_kws={"size": 7},
+        )  # fmt: skip
+        axes.set(title=title, ylabel="vector" if axes is panels[0] else "")
+        axes.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def selectivity(clusters: pd.DataFrame) -> Figure:
+    """Loss change of a cluster's tokens against that of all others, when its vector's movement is taken back.
+
+    Args:
+        clusters: table ``causal_clusters`` of a study.
+    """
+    figure, axes = plt.subplots(figsize=(6, 4))
+    kinds = {
+        "carry (over 0.9 of its tokens, v3)": clusters["counts_v3"] & (clusters["homogeneity"] > 0.9),
+        "one place (over 0.9)": clusters["place_share"] > 0.9,
+    }
+    rest = ~np.logical_or.reduce(list(kinds.values()))
+    for (label, chosen), colour in zip({**kinds, "other": rest}.items(), OKABE_ITO, strict=False):
+        own = clusters[chosen]
+        axes.plot(
+            own["outside"], own["inside"], "o", color=colour, markersize=4, alpha=0.7, label=f"{label}: {len(own)}"
+        )
+    limit = max(1e-3, float(abs(clusters[["inside", "outside"]]).to_numpy().max()))
+    axes.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.7)
+    axes.set_xscale("symlog", linthresh=1e-3)
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set(xlabel="change of all other tokens (nats)", ylabel="change of the cluster's tokens (nats)")
+    axes.legend(title="clusters", fontsize=8)
+    return figure
+
+
+def verdict_counts(verdicts: pd.DataFrame) -> Figure:
+    """How many claims there are of each verdict, by section of the paper."""
+    counts = verdicts.groupby(["section", "verdict"], sort=False).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=[name for name in VERDICT_COLOURS if name in counts])
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(counts) + 1))
+    left = np.zeros(len(counts))
+    for name in counts:
+        axes.barh(range(len(counts)), counts[name], left=left, color=VERDICT_COLOURS[name], label=name)
+        left += counts[name].to_numpy()
+    axes.set_yticks(range(len(counts)), counts.index)
+    axes.invert_yaxis()
+    axes.set_xlabel("claims")
+    axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
+    return figure

@@ -1,0 +1,400 @@
+"""The tables that the book says its say with, each a function of a :class:`polca_lib.study.Study`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import get_args
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+
+from polca_lib import decomposition, significance, specification, tables
+from polca_lib.basis import read_vectors
+from polca_lib.breakthroughs import cluster_breakthroughs
+from polca_lib.clustering import cluster_tokens, summarise_clusters
+from polca_lib.config import PRESETS, ClusteringConfig, Scaling
+from polca_lib.curvature import HessianOperator, top_eigenpairs
+from polca_lib.pipeline import Run
+from polca_lib.projection import project
+from polca_lib.study import Study
+from polca_lib.tasks import arithmetic
+
+_PAPER_TERM = {"steps": 10, "vectors": 5, "examples": 100}  # of v3's Appendix C: 400 tokens
+
+
+def _factors(study: Study) -> tuple[int, ...]:
+    """Multiples of the cadence that divide the run."""
+    return tuple(factor for factor in (1, 2, 5, 10) if (study.main.sizes["step"] - 1) % factor == 0)
+
+
+def cadence(projections: xr.Dataset) -> int:
+    """Steps from one checkpoint to the next."""
+    return int(projections["step"][1] - projections["step"][0])
+
+
+def losses(study: Study) -> pd.DataFrame:
+    """Quartiles and means of the exact loss by skill and place."""
+    return tables.loss_quantiles(study.main["loss"])
+
+
+def strategies(study: Study) -> pd.DataFrame:
+    """Every kind of trajectory with every scaling (Table 3)."""
+    return study.compared[0].reset_index()
+
+
+def purest(study: Study) -> pd.DataFrame:
+    """What the purest clusters are made of."""
+    return study.compared[1].reset_index()
+
+
+def compared_bases(study: Study) -> pd.DataFrame:
+    """Every basis, order and scaling (Table 4), with movement, closure and tokens dropped."""
+    keys, jobs, closed = [], [], {}
+    for kind in study.bases:
+        for order in specification.available_orders(study.projections[kind]):
+            if order != specification.SUMMED:
+                curves = decomposition.projected_loss(study.projections[kind], order)
+                closed[kind, order] = decomposition.closure(study.projections[kind], order).attrs
+                for scaling in ("raw", "unit"):
+                    keys.append((kind, order, scaling))
+                    jobs.append(
+                        joblib.delayed(cluster_breakthroughs)(curves, study.settings(scaling), study.hidden_after)
+                    )
+    rows = []
+    for (kind, order, scaling), (labels, clusters) in zip(keys, joblib.Parallel(n_jobs=-1)(jobs), strict=True):
+        null = significance.permutation_null(labels, 1000, study.run.config.seed)
+        row = {"basis": kind, "order": order, "scaling": scaling}
+        row["movement_share"] = float(decomposition.movement_share(study.projections[kind]).mean())
+        row["reversals"] = float(decomposition.reversals(study.projections[kind]).median())
+        row |= {name: closed[kind, order][name] for name in ("share", "share_inside", "correlation_inside")}
+        row |= {f"p_{rule}": float(null["p"].sel(rule=rule)) for rule in ("v1", "v3")}
+        row |= {f"vectors_over_{rule}": int(null["vectors_over"].sel(rule=rule)) for rule in ("v1", "v3")}
+        rows.append({**row, **tables.strategy_row(labels, clusters)})
+    return pd.DataFrame(rows)
+
+
+def vectors(study: Study) -> pd.DataFrame:
+    """One row per vector, order and scaling: birth, curvature, whether it falls, its clusters."""
+    rows = []
+    for (order, scaling), labels in study.labels.items():
+        own = tables.vector_table(
+            study.main, study.curves[order], labels, significance.homogeneity_table(labels)
+        ).reset_index()
+        own["reversals"] = decomposition.reversals(study.main).values
+        rows.append(own.assign(order=order, scaling=scaling))
+    return pd.concat(rows)
+
+
+def agreement(study: Study) -> pd.DataFrame:
+    """First order against the others (Table 5), at several cadences."""
+    rows = []
+    for factor in _factors(study):
+        projections = decomposition.coarsen(study.main, factor)
+        first = decomposition.projected_loss(projections, "first")
+        for order in specification.available_orders(projections):
+            if order != "first":
+                other = specification.trajectories(projections, order)
+                fit = decomposition.compare_trajectories(first, other)
+                rows.append({"order": order, "cadence": cadence(projections), **fit})
+    return pd.DataFrame(rows)
+
+
+def closure(study: Study) -> pd.DataFrame:
+    """How much of the loss change the sums over vectors account for, by basis, order and cadence."""
+    rows = []
+    for kind, projections in study.projections.items():
+        movement = float(decomposition.movement_share(projections).mean())
+        for factor in _factors(study):
+            coarse = decomposition.coarsen(projections, factor)
+            for order in specification.available_orders(coarse):
+                if order == specification.SUMMED:
+                    continue
+                row = {"basis": kind, "order": order, "cadence": cadence(coarse), "movement_share": movement}
+                rows.append({**row, **decomposition.closure(coarse, order).attrs})
+    return pd.DataFrame(rows)
+
+
+def closure_curves(study: Study) -> pd.DataFrame:
+    """Mean over tokens of the claimed, true and delivered loss change at each step, on the run's own basis."""
+    closed = {order: decomposition.closure(study.main, order) for order in study.curves}
+    true = next(iter(closed.values()))
+    means = {"step": true["step"].values}
+    means |= {name: true[name].mean("token").values for name in ("true", "inside")}
+    return pd.DataFrame({**means, **{order: own["claimed"].mean("token").values for order, own in closed.items()}})
+
+
+def second_order_term(study: Study) -> pd.DataFrame:
+    """The paper's second-order term against the true one (v3, Appendix C), and against the trapezoid's.
+
+    400 tokens, the first 10 checkpoints and 5 vectors, as in the paper, if there are as many.
+    """
+    own = _PAPER_TERM
+    batch = study.batch[: own["examples"]]
+    tokens = slice(0, 4 * len(batch))
+    checkpoints, vectors = study.run.checkpoints, read_vectors(study.run.basis, 0, own["vectors"])
+    vectors = vectors.to(study.run.config.device)
+    some = study.main.isel(step=slice(0, own["steps"] + 1), vector=slice(0, own["vectors"]))
+    second = decomposition.polca(some, "second") - decomposition.polca(some, "first")
+    trapezoid = decomposition.polca(some, "trapezoid") - decomposition.polca(some, "first")
+    true = []
+    for index, step in enumerate(some["step"].values[:-1]):
+        theta = checkpoints.theta(int(step))
+        found = project(checkpoints.token_loss, theta, batch, vectors, curvature=True).curvature.cpu().numpy()
+        true.append(found * some["movement"].values[index] ** 2 / 2)
+    true = np.stack(true)
+    rows = []
+    for name, term in (("second", second), ("trapezoid", trapezoid)):
+        values = term.values[:, tokens]
+        rows.append(
+            {
+                "term": name,
+                "rmse": np.sqrt(np.mean((values - true) ** 2)),
+                "median_error": np.median(abs(values - true)),
+                "rms_true": np.sqrt(np.mean(true**2)),
+                "correlation": np.corrcoef(values.ravel(), true.ravel())[0, 1],
+                "tokens": values.shape[1],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def along(study: Study) -> pd.DataFrame:
+    """POLCA against the true loss change of moving along each vector alone, by order and vector.
+
+    ``share``: of the sum of POLCA over the sum of true changes; ``slope`` and ``correlation`` over intervals and
+    tokens; ``error``: root mean square of the difference over that of the true changes. Vector 0 stands for all.
+    """
+    true = study.along_each.values
+    rows = []
+    for order in study.curves:
+        value = decomposition.polca(study.main, order).values[:, : true.shape[1]]
+        for vector in range(true.shape[2] + 1):
+            part = slice(None) if vector == 0 else slice(vector - 1, vector)
+            ours, theirs = value[..., part].ravel().astype(float), true[..., part].ravel().astype(float)
+            rows.append(
+                {
+                    "order": order,
+                    "vector": vector,
+                    "share": ours.sum() / theirs.sum(),
+                    "slope": (ours @ theirs) / (theirs @ theirs),
+                    "correlation": np.corrcoef(ours, theirs)[0, 1],
+                    "error": np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)),
+                    "claimed": ours.sum() / true.shape[1],
+                    "delivered": theirs.sum() / true.shape[1],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def null(study: Study) -> pd.DataFrame:
+    """Permutation null of the largest homogeneity, for every order and scaling, and for the exact loss."""
+    found = {**study.labels}
+    for scaling in get_args(Scaling):
+        found["exact loss", scaling] = cluster_tokens(study.main["loss"], study.settings(scaling))
+    rows = []
+    for (order, scaling), labels in found.items():
+        for within in (("place",), ("place", "digit")):
+            null = significance.permutation_null(labels, 1000, study.run.config.seed, within=within)
+            for rule in null["rule"].values:
+                own = null.sel(rule=rule)
+                low, middle, high = np.quantile(own["maximum"], [0.05, 0.5, 0.95])
+                row = {"order": order, "scaling": scaling, "within": ", ".join(within), "rule": rule}
+                row |= {"observed": float(own["observed"]), "p": float(own["p"])}
+                row |= {"null_05": low, "null_median": middle, "null_95": high}
+                row |= {"vectors_over": int(own["vectors_over"])}
+                rows.append({**row, "vectors_over_null_95": np.quantile(own["vectors_over_null"], 0.95)})
+    return pd.DataFrame(rows)
+
+
+def rand(study: Study) -> pd.DataFrame:
+    """Adjusted Rand indices by order, scaling and vector."""
+    parts = [
+        significance.rand_indices(labels).reset_index().assign(order=order, scaling=scaling)
+        for (order, scaling), labels in study.labels.items()
+    ]
+    return pd.concat(parts)
+
+
+def halves(study: Study) -> pd.DataFrame:
+    """Clusters of one half of the examples, checked on the other."""
+    keys = [(order, scaling) for order in study.curves for scaling in ("raw", "unit")]
+    check, seed = joblib.delayed(significance.check_on_other_half), study.run.config.seed
+    found = joblib.Parallel(n_jobs=-1)(check(study.curves[o], study.settings(s), seed) for o, s in keys)
+    return pd.concat([part.assign(order=o, scaling=s) for (o, s), part in zip(keys, found, strict=True)])
+
+
+def grid(study: Study) -> pd.DataFrame:
+    """The largest homogeneity over ``min_cluster_size`` and ``min_samples``, for all orders and two scalings."""
+    own = study.run.config.clustering.min_cluster_size
+    sizes = sorted({max(2, round(own * factor)) for factor in (1 / 3, 1 / 2, 2 / 3, 1, 4 / 3, 2)})
+    keys = [(order, scaling) for order in study.curves for scaling in ("raw", "unit")]
+    jobs = (joblib.delayed(_grid)(study.curves[order], study.settings(scaling), sizes) for order, scaling in keys)
+    found = joblib.Parallel(n_jobs=-1)(jobs)
+    return pd.concat([part.assign(order=o, scaling=s) for (o, s), part in zip(keys, found, strict=True)])
+
+
+def _grid(curves: xr.DataArray, settings: ClusteringConfig, sizes: list[int]) -> pd.DataFrame:
+    with tempfile.TemporaryDirectory() as place:
+        cache = joblib.Memory(place, verbose=0)
+        return significance.settings_grid(curves, settings, sizes, (5, 10, 15, 30, 60), cache)
+
+
+def causal(study: Study) -> pd.DataFrame:
+    """Mean loss change by skill when movement along a direction is taken back at the end of training.
+
+    ``kind``: own (vectors of the basis); random (directions of the same length orthogonal to it); whole (the whole
+    basis at once) and only (all movement but that in the basis, from the start; against the loss there).
+    """
+    undone, tokens = study.undone, study.run.tokens
+    skill = tokens["skill"].values[: undone["own"].shape[1]]
+    rows = []
+    for kind in ("own", "random", "whole", "only"):
+        for index, change in enumerate(np.atleast_2d(undone[kind])):
+            length = undone["lengths"][index] if kind in ("own", "random") else np.linalg.norm(undone["lengths"])
+            row = {"kind": kind, "vector": index + 1, "length": length, "distance": undone["distance"][0]}
+            row |= {name: change[skill == name].mean() for name in arithmetic.SKILLS if (skill == name).any()}
+            rows.append({**row, "mean": change.mean(), "rms": np.sqrt(np.mean(change**2))})
+    return pd.DataFrame(rows)
+
+
+def causal_clusters(study: Study) -> pd.DataFrame:
+    """Does taking back a vector's movement hurt just the tokens of its clusters?
+
+    For each cluster: mean loss change of its tokens and of all others when its own vector's movement is taken back
+    (``inside``, ``outside``); the mean over the other vectors, by the same length, of the change inside
+    (``others``); the change by a random direction (``random``); and the rank of its own vector among all by the
+    difference inside minus outside, at the same length (1: it hurts this cluster most selectively).
+    """
+    undone, rows = study.undone, []
+    n = undone["own"].shape[1]
+    for (order, scaling), labels in study.labels.items():
+        if scaling == "zscore":
+            continue
+        table = significance.homogeneity_table(labels)
+        for row in table.itertuples():
+            index = row.vector - 1
+            inside = (labels.sel(vector=row.vector).values == row.cluster)[:n]
+            if not inside.any() or inside.all():
+                continue
+            same = undone["same"][index]
+            selective = same[:, inside].mean(axis=1) - same[:, ~inside].mean(axis=1)
+            others = np.delete(same[:, inside].mean(axis=1), index)
+            rows.append(
+                {
+                    "order": order,
+                    "scaling": scaling,
+                    "vector": row.vector,
+                    "cluster": row.cluster,
+                    "tokens": row.tokens,
+                    "homogeneity": row.homogeneity,
+                    "counts_v3": row.counts_v3,
+                    "place_share": _place_share(labels, row.vector, row.cluster),
+                    "length": undone["lengths"][index],
+                    "inside": undone["own"][index, inside].mean(),
+                    "outside": undone["own"][index, ~inside].mean(),
+                    "others": others.mean() if len(others) else np.nan,
+                    "random": undone["random"][index, inside].mean(),
+                    "rank": 1 + int((selective > selective[index]).sum()),
+                    "of": len(selective),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _place_share(labels: xr.DataArray, vector: int, cluster: int) -> float:
+    inside = labels["place"].values[labels.sel(vector=vector).values == cluster]
+    return float(np.unique(inside, return_counts=True)[1].max() / len(inside))
+
+
+def hessian_sample(study: Study) -> pd.DataFrame:
+    """The top eigenvector at a few checkpoints from samples of several sizes, against the largest of them."""
+    run = study.run
+    checkpoints, settings = run.checkpoints, run.config.basis
+    largest = max(run.config.data.hessian_examples, PRESETS["paper"]["data"]["hessian_examples"] // 2)
+    config = run.config.model_copy(
+        update={"data": run.config.data.model_copy(update={"hessian_examples": 2 * largest})}
+    )
+    batch = arithmetic.encode(Run(config, run.folder).samples.hessian).to(run.config.device)
+    samples = {"reference": batch[largest:]}
+    samples |= {n: batch[:n] for n in sorted({largest // 25, largest // 5, run.config.data.hessian_examples, largest})}
+    steps = [run.config.basis_steps[i] for i in np.linspace(0, len(run.config.basis_steps) - 1, 3).astype(int)]
+    rows = []
+    for step in dict.fromkeys(steps):
+        theta = checkpoints.theta(step)
+        found = {}
+        for name, sample in samples.items():
+            generator = torch.Generator().manual_seed(run.config.seed)
+            start = torch.randn(theta.numel(), generator=generator).to(theta)
+            operator = HessianOperator(checkpoints.token_loss, theta, sample, run.config.memory)
+            found[name] = top_eigenpairs(
+                operator, start, 1, tolerance=settings.tolerance, max_products=settings.max_products
+            )
+        reference = found.pop("reference")
+        for n, pairs in found.items():
+            cosine = abs(torch.dot(pairs.vectors[0].double(), reference.vectors[0].double())).item()
+            row = {"step": step, "examples": n, "reference_examples": len(samples["reference"])}
+            row |= {"cosine": cosine, "eigenvalue": pairs.values[0].item(), "products": pairs.products}
+            rows.append({**row, "reference_eigenvalue": reference.values[0].item()})
+    return pd.DataFrame(rows)
+
+
+def specification_curve(study: Study) -> pd.DataFrame:
+    """Every combination of the choices that the paper leaves open."""
+    found = {("largest", "answer"): study.main}
+    if study.variants:
+        for choices in (("magnitude", "answer"), ("largest", "all"), ("magnitude", "all")):
+            found[choices] = study.variant(*choices).projections.load()
+    factors = [factor for factor in (1, 5) if (study.main.sizes["step"] - 1) % factor == 0]
+    return specification.specification_curve(found, ("which", "targets"), study.run.config.clustering, factors=factors)
+
+
+def cluster_summary(study: Study) -> xr.Dataset:
+    """Medoids, quartiles and composition of all clusters, by order and scaling, and of the exact loss."""
+    parts = {}
+    for (order, scaling), labels in study.labels.items():
+        if scaling != "zscore":
+            parts[f"{order}, {scaling}"] = summarise_clusters(
+                study.curves[order], study.main["loss"], labels, scaling
+            ).drop_vars(["birth_step", "eigenvalue", "residual", "products"])
+    loss = study.main["loss"]
+    labels = cluster_tokens(loss, study.settings("raw"))
+    exact = summarise_clusters(loss, loss, labels)
+    whole = xr.concat(parts.values(), dim=pd.Index(list(parts), name="kind"), join="outer", fill_value={"tokens": 0})
+    whole = xr.merge(
+        [
+            whole,
+            exact.isel(vector=0, drop=True)
+            .rename({n: f"exact_{n}" for n in exact.data_vars})
+            .rename(cluster="exact_cluster"),
+        ]
+    )
+    whole["birth_step"] = ("vector", study.main["birth_step"].values)
+    whole.attrs["hidden_after"] = study.hidden_after
+    return whole.map(lambda values: values.astype(np.float16) if values.dtype == np.float32 else values)
+
+
+TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
+    "losses": losses,
+    "strategies": strategies,
+    "purest": purest,
+    "bases": compared_bases,
+    "vectors": vectors,
+    "agreement": agreement,
+    "closure": closure,
+    "closure_curves": closure_curves,
+    "second_order_term": second_order_term,
+    "along": along,
+    "null": null,
+    "rand": rand,
+    "halves": halves,
+    "grid": grid,
+    "causal": causal,
+    "causal_clusters": causal_clusters,
+    "hessian_sample": hessian_sample,
+    "specification": specification_curve,
+}
+"""What is kept of a study, in the order in which it is made."""

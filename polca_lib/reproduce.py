@@ -1,0 +1,165 @@
+"""Make, and keep, everything the book says about one addition run: the one command behind the pages of a study.
+
+    python -m polca_lib.reproduce --preset paper --seed 0
+
+Each table is a CSV file in ``data/addition/<preset>-<seed>``, written as soon as it is there, so that a study that is
+stopped goes on where it was; ``provenance.json`` says what made them. Pages read these files, wherever they are built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+import zarr
+
+from polca_lib.artefacts import software, write_atomically
+from polca_lib.config import PRESETS
+from polca_lib.evidence import TABLES, cluster_summary
+from polca_lib.pipeline import ROOT, Run
+from polca_lib.study import BASES, Study
+
+
+def folder(name: str) -> Path:
+    """Where a study is kept: in ``data/addition`` of the checkout, or in ``POLCA_STUDIES``."""
+    return Path(os.environ.get("POLCA_STUDIES") or ROOT / "data" / "addition") / name
+
+
+class Kept:
+    """A study as it lies on disk.
+
+    Args:
+        name: of its folder.
+
+    Raises:
+        FileNotFoundError: there is no such study.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.path = name, folder(name)
+        if not (self.path / "provenance.json").exists():
+            known = sorted(path.parent.name for path in self.path.parent.glob("*/provenance.json"))
+            raise FileNotFoundError(
+                f"{self.path} holds no study; there are {', '.join(known) or 'none'}. "
+                "python -m polca_lib.reproduce makes one"
+            )
+        self.provenance = json.loads((self.path / "provenance.json").read_text())
+
+    def table(self, name: str) -> pd.DataFrame:
+        """One of ``TABLES``, with the name of the study in column ``study``."""
+        return pd.read_csv(self.path / f"{name}.csv").assign(study=self.name)
+
+    @property
+    def clusters(self) -> xr.Dataset:
+        """See :func:`polca_lib.evidence.cluster_summary`."""
+        store = zarr.storage.ZipStore(self.path / "clusters.zarr.zip", mode="r")
+        with xr.open_zarr(store, chunks=None, zarr_format=2, consolidated=False) as summary:
+            return summary.load().map(lambda v: v.astype(np.float32) if v.dtype == np.float16 else v)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Of the run, by dotted name."""
+        return pd.json_normalize(self.provenance["settings"]).iloc[0].to_dict()
+
+
+def gather(names: Iterable[str], table: str) -> pd.DataFrame:
+    """The same table of several studies, one below the other."""
+    return pd.concat([Kept(name).table(table) for name in names], ignore_index=True)
+
+
+def complete(study: Study, name: str, only: Iterable[str] = ()) -> None:
+    """Make and keep what is missing of a study.
+
+    Args:
+        study: what to make tables of.
+        name: of the folder.
+        only: tables; all if empty.
+
+    Raises:
+        ValueError: the folder holds a study of other settings, or a table is unknown.
+    """
+    if unknown := set(only) - set(TABLES):
+        raise ValueError(f"tables {sorted(unknown)} are unknown; allowed: {', '.join(TABLES)}")
+    path = folder(name)
+    record = path / "provenance.json"
+    settings = study.run.config.model_dump(mode="json")
+    if not record.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        _write(record, {"settings": settings, "bases": list(study.bases), "tables": {}, "software": software()})
+    elif json.loads(record.read_text())["settings"] != settings:
+        raise ValueError(f"{path} holds a study of other settings; give this one another name, or delete the folder")
+    for table in only or TABLES:
+        if not (path / f"{table}.csv").exists():
+            start = time.perf_counter()
+            found = TABLES[table](study)
+            write_atomically(path / f"{table}.csv", found.to_csv(index=False, float_format="%.6g").encode())
+            _note(record, study, table, time.perf_counter() - start)
+    if not (path / "clusters.zarr.zip").exists():
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=path) as place:
+            cluster_summary(study).to_zarr(f"{place}/clusters.zarr", zarr_format=2, consolidated=False)
+            archive = Path(shutil.make_archive(f"{place}/clusters", "zip", f"{place}/clusters.zarr"))
+            archive.replace(path / "clusters.zarr.zip")
+        _note(record, study, "clusters", time.perf_counter() - start)
+
+
+def _note(file: Path, study: Study, table: str, seconds: float) -> None:
+    """Keep what made a table: its commit and wall time, and those of the stages before it."""
+    record = json.loads(file.read_text())
+    record["tables"][table] = {"commit": software()["commit"], "seconds": round(seconds, 1)}
+    record["stages"] = study.run.provenance()["value"].to_dict()
+    _write(file, record)
+    print(f"{file.parent.name}: {table}, {seconds:.0f} s", flush=True)
+
+
+def _write(file: Path, record: dict) -> None:
+    write_atomically(file, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def main() -> None:
+    """Run a study: the pipeline on all bases, then every table; or finish one that was stopped."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="laptop")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the run")
+    parser.add_argument("--name", help="of the study; preset and seed if not given")
+    parser.add_argument("--bases", default=",".join(BASES), help="that are compared; default: %(default)s")
+    parser.add_argument(
+        "--ablation-curvature",
+        type=int,
+        default=16,
+        metavar="N",
+        help="examples on which curvature along the bases beside the first is measured; 0 for none",
+    )
+    parser.add_argument("--no-variants", action="store_true", help="specification curve on one Hessian basis alone")
+    parser.add_argument("--tables", default="", help=f"only these of {', '.join(TABLES)}")
+    arguments = parser.parse_args()
+    overrides = {}
+    for assignment in arguments.set:
+        name, _, value = assignment.partition("=")
+        try:
+            overrides[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            overrides[name] = value
+    try:
+        run = Run.from_preset(arguments.preset, seed=arguments.seed, device=arguments.device, **overrides)
+        study = Study(run, tuple(arguments.bases.split(",")), arguments.ablation_curvature, not arguments.no_variants)
+        name = arguments.name or f"{arguments.preset}-{arguments.seed}"
+        complete(study, name, [table for table in arguments.tables.split(",") if table])
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
