@@ -23,7 +23,7 @@ from polca_lib.projection import project
 from polca_lib.study import Study
 from polca_lib.tasks import arithmetic
 
-_PAPER_TERM = {"steps": 10, "vectors": 5, "examples": 100}  # of v3's Appendix C: 400 tokens
+PAPER_TERM = {"steps": 10, "vectors": 5, "examples": 100}  # of v3's Appendix C: 400 tokens
 
 
 def _factors(study: Study) -> tuple[int, ...]:
@@ -132,7 +132,7 @@ def second_order_term(study: Study) -> pd.DataFrame:
 
     400 tokens, the first 10 checkpoints and 5 vectors, as in the paper, if there are as many.
     """
-    own = _PAPER_TERM
+    own = PAPER_TERM
     batch = study.batch[: own["examples"]]
     tokens = slice(0, 4 * len(batch))
     checkpoints, vectors = study.run.checkpoints, read_vectors(study.run.basis, 0, own["vectors"])

@@ -119,6 +119,17 @@ def vector_table(basis: xr.Dataset, projected: xr.DataArray, labels: xr.DataArra
     return rows
 
 
+def spread(rows: pd.DataFrame, index: str, columns: str, values: str) -> pd.DataFrame:
+    """Median and range of ``values`` over the studies in ``rows``, as text; empty where no study has a number."""
+
+    def text(own: pd.Series) -> str:
+        own = own.dropna()
+        return f"{own.median():.3f} [{own.min():.3f}, {own.max():.3f}]" if len(own) else ""
+
+    groups = rows.groupby([index, columns], sort=False)[values]
+    return groups.agg(text).unstack(columns).fillna("")
+
+
 def settings_table(config: RunConfig) -> pd.DataFrame:
     """Every setting of a run beside that of the preset ``paper``, a row each."""
     paper = RunConfig.from_preset("paper")

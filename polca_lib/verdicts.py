@@ -353,6 +353,9 @@ def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataF
     return pd.DataFrame(rows)
 
 
+JUDGED = ("paper-0", "laptop-0", "laptop-1", "laptop-2")
+"""Studies that the verdicts of the repository are on."""
+
 COLUMNS = ["claim", "section", "paper", "ours", "low", "high", "seeds", "preset", "device", "verdict"]
 """Of ``data/paper/verdicts.csv``."""
 
@@ -360,7 +363,7 @@ COLUMNS = ["claim", "section", "paper", "ours", "low", "high", "seeds", "preset"
 def main() -> None:
     """Judge every claim by the studies named, and write ``data/paper/verdicts.csv``."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("studies", nargs="+", help="folders in data/addition")
+    parser.add_argument("studies", nargs="*", default=JUDGED, help="folders in data/addition; default: %(default)s")
     parser.add_argument("--output", type=Path, default=PAPER / "verdicts.csv")
     arguments = parser.parse_args()
     try:
