@@ -96,9 +96,17 @@ def _term(column: str) -> Measure:
     return lambda kept: float(_row(kept, "second_order_term", term="second")[column])
 
 
+def _tokens(kept: Kept, vector: int, order: str) -> pd.DataFrame:
+    """Number of tokens by cluster and skill; no rows if the basis has no such vector."""
+    own = kept.clusters["tokens"].sel(kind=f"{order}, raw")
+    if vector not in own["vector"]:
+        return pd.DataFrame(columns=own["skill"].values)
+    return own.sel(vector=vector).to_pandas()
+
+
 def _purity_of_place(kept: Kept, vector: int, order: str = "second") -> float:
     """Largest mean share of one place in the clusters of a vector, weighted by tokens."""
-    tokens = kept.clusters["tokens"].sel(kind=f"{order}, raw", vector=vector).to_pandas()
+    tokens = _tokens(kept, vector, order)
     tokens = tokens.T.groupby(lambda skill: skill.split(",")[0]).sum().T
     total = tokens.to_numpy().sum()
     return float(tokens.max(axis=1).sum() / total) if total else float("nan")
@@ -106,7 +114,7 @@ def _purity_of_place(kept: Kept, vector: int, order: str = "second") -> float:
 
 def _carry_share(kept: Kept, vector: int, place: str | None = None, order: str = "second") -> float:
     """Largest share of carry tokens (of one place) in a cluster of a vector."""
-    tokens = kept.clusters["tokens"].sel(kind=f"{order}, raw", vector=vector).to_pandas()
+    tokens = _tokens(kept, vector, order)
     tokens = tokens[tokens.sum(axis=1) > 0]
     if tokens.empty:
         return float("nan")

@@ -109,8 +109,9 @@ def test_min_samples_is_the_number_of_tokens_over_the_divisor(monkeypatch, min_s
         def __init__(self, **arguments):
             settings.update(arguments)
 
-        def fit_predict(self, values):
-            return np.zeros(len(values), dtype=int)
+        def fit(self, values):
+            self.labels_ = np.zeros(len(values), dtype=int)
+            return self
 
     monkeypatch.setattr(clustering.hdbscan, "HDBSCAN", Recorder)
     config = ClusteringConfig(min_cluster_size=20, min_samples_from=min_samples_from, selection="leaf")
