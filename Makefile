@@ -1,15 +1,17 @@
 # make book [PRESET=laptop|smoke|paper] [DEVICE=cpu|cuda]   set up, run the pipeline and the notebooks, build the book
 # make test                               set up, run all tests
+# make studies [PRESET=laptop|paper] [SEEDS="0 1 2"] [DEVICE=cpu|cuda]   make the kept studies anew; hours for paper on a CPU
 # make benchmarks [SIZES="smoke laptop"] [REPEATS=5] [DEVICE=cpu|cuda]   measure against other libraries; takes hours
 PRESET ?= laptop
 DEVICE ?= cpu
+SEEDS ?= 0
 SIZES ?= smoke laptop paper
 REPEATS ?= 5
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: book test lint notebooks benchmarks clean
+.PHONY: book test lint notebooks studies benchmarks clean
 .DEFAULT_GOAL := book
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -33,6 +35,11 @@ lint: $(VENV)/.ready
 notebooks: $(VENV)/.ready
 	$(BIN)/python -m polca_lib.pipeline --preset laptop
 	$(BIN)/python book/build.py --preset laptop --in-place
+
+# What is kept in data/addition is finished, not made over: delete a folder to have it made anew.
+studies: $(VENV)/.ready
+	for seed in $(SEEDS); do $(BIN)/python -m polca_lib.reproduce --preset $(PRESET) --seed $$seed --device $(DEVICE) || exit; done
+	$(BIN)/python -m polca_lib.verdicts
 
 # Nothing here uses torchvision, which one of the libraries asks for: beside a CPU build of torch, PyPI's breaks transformers.
 $(VENV)/.peers: $(VENV)/.ready
