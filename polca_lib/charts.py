@@ -17,6 +17,7 @@ VERDICT_COLOURS = {
     "stronger here": OKABE_ITO[0],
     "partly": OKABE_ITO[4],
     "not reproduced": OKABE_ITO[1],
+    "not run": "#D0D0D0",
 }
 
 

@@ -54,7 +54,7 @@ def purest(study: Study) -> pd.DataFrame:
 def compared_bases(study: Study) -> pd.DataFrame:
     """Every basis, order and scaling (Table 4), with movement, closure and tokens dropped."""
     keys, jobs, closed = [], [], {}
-    for kind in study.bases:
+    for kind in (kind for kind in study.bases if kind != "parameters"):
         for order in specification.available_orders(study.projections[kind]):
             if order != specification.SUMMED:
                 curves = decomposition.projected_loss(study.projections[kind], order)

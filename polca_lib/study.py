@@ -20,8 +20,8 @@ from polca_lib.config import ClusteringConfig, RunConfig, Scaling
 from polca_lib.pipeline import Run, project_together
 from polca_lib.tasks import arithmetic
 
-BASES = ("hessian", "shuffled", "final", "trajectory", "random")
-"""Bases that are compared. LCA's single parameters are a strategy of their own."""
+BASES = ("hessian", "shuffled", "final", "trajectory", "random", "parameters")
+"""Bases that are compared; single parameters are those of LCA, a strategy of its own."""
 
 _FINITE_EXAMPLES = 64  # whose losses are computed after moving along each vector alone
 _CAUSAL_EXAMPLES = 400  # whose losses are computed after movement is taken back
@@ -66,9 +66,9 @@ class Study:
 
     @cached_property
     def projections(self) -> dict[str, xr.Dataset]:
-        """By basis, those of single parameters included."""
-        others = [kind for kind in (*self.bases, "parameters") if kind != self.run.config.basis.kind]
-        found = project_together([self.on_basis(kind) for kind in others])
+        """By basis."""
+        others = [kind for kind in self.bases if kind != self.run.config.basis.kind]
+        found = project_together([self.on_basis(kind) for kind in others]) if others else []
         return {self.run.config.basis.kind: self.main, **dict(zip(others, found, strict=True))}
 
     @cached_property
@@ -108,7 +108,8 @@ class Study:
         """Every kind of trajectory with every scaling, and what the purest clusters are made of (Table 3)."""
         levels = {"exact loss": self.main["loss"]}
         levels |= {f"POLCA {order}": curves for order, curves in self.curves.items()}
-        levels["LCA"] = decomposition.projected_loss(self.projections["parameters"], "first")
+        if "parameters" in self.bases:
+            levels["LCA"] = decomposition.projected_loss(self.projections["parameters"], "first")
         rates = {
             "change in loss": decomposition.loss_change(self.main),
             "Fisher": decomposition.fisher(self.main),

@@ -5,7 +5,8 @@ Verdicts, for a number p of the paper, ours x, and a tolerance:
 - *reproduced*: x is within the tolerance of p; or, for a claim in words, what it says holds.
 - *stronger here*: x is beyond p in the direction of the claim by more than the tolerance.
 - *partly*: x misses p, but what the number is cited for still holds; each claim says what that is.
-- *not reproduced*: neither.
+- *not reproduced*: neither;
+- *not run*: the study has no such number.
 
 The rules are part of each claim. They do not look at which study they judge.
 """
@@ -30,6 +31,10 @@ TOLERANCE = 0.05
 Measure = Callable[[Kept], float]
 
 
+class NotRun(LookupError):
+    """A study has no row for what a claim is about."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """One claim of the paper."""
@@ -47,7 +52,10 @@ class Claim:
 
     def judge(self, kept: Kept) -> str:
         """The verdict on one study."""
-        ours, holds = self.measure(kept), self.holds(kept)
+        try:
+            ours, holds = self.measure(kept), self.holds(kept)
+        except NotRun:
+            return "not run"
         if self.paper is None:
             return "reproduced" if holds else "not reproduced"
         if not np.isfinite(ours):
@@ -64,6 +72,8 @@ def _row(kept: Kept, table: str, **where: object) -> pd.Series:
     rows = kept.table(table)
     for name, value in where.items():
         rows = rows[rows[name] == value]
+    if rows.empty:
+        raise NotRun(f"study {kept.name} has no {where} in table {table}")
     return rows.iloc[0]
 
 
@@ -79,7 +89,7 @@ def _basis(kind: str, column: str = "homogeneity_v3_1") -> Measure:
         for order in ("second", "first"):
             if len(found := rows[rows["order"] == order]):
                 return float(found.iloc[0][column])
-        return float("nan")
+        raise NotRun(f"study {kept.name} has no {kind} basis")
 
     return measure
 
@@ -335,6 +345,13 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
+def _measured(claim: Claim, kept: Kept) -> float:
+    try:
+        return claim.measure(kept)
+    except NotRun:
+        return float("nan")
+
+
 def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
     """Verdict on each claim, by preset.
 
@@ -346,10 +363,10 @@ def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataF
     for kept in studies:
         by_preset.setdefault(str(kept.settings["preset"]), []).append(kept)
     rows = []
-    severity = ["reproduced", "stronger here", "partly", "not reproduced"]
+    severity = ["not run", "reproduced", "stronger here", "partly", "not reproduced"]
     for claim in claims:
         for preset, group in by_preset.items():
-            values = np.array([claim.measure(kept) for kept in group], float)
+            values = np.array([_measured(claim, kept) for kept in group], float)
             verdicts = [claim.judge(kept) for kept in group]
             verdict = max(severity, key=lambda v: (verdicts.count(v), severity.index(v)))
             finite = values[np.isfinite(values)]

@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(run):
-    return Study(run, bases=("hessian", "trajectory", "random"), ablation_curvature=2, variants=False)
+    return Study(run, bases=("hessian", "trajectory", "random", "parameters"), ablation_curvature=2, variants=False)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,13 @@ def test_every_claim_is_judged_on_a_study_and_the_median_stands_with_its_range(k
     row = judge([kept, kept, kept], [claim]).iloc[0]
     assert (row["low"], row["ours"], row["high"], row["seeds"]) == (0.1, 0.2, 0.5, 3)
     assert row["verdict"] == "not reproduced"
+
+
+def test_what_a_study_does_not_have_is_not_run(kept):
+    found = judge([kept]).set_index("claim")
+    assert found.loc["shuffled basis: homogeneity", "verdict"] == "not run"
+    assert np.isnan(found.loc["shuffled basis: homogeneity", "ours"])
+    assert found.loc["LCA: hidden", "verdict"] != "not run"
 
 
 def in_turn(values):
