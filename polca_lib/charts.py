@@ -140,7 +140,7 @@ def specification_plot(curve: pd.DataFrame, rule: str = "v3") -> Figure:
         rule: v1 or v3.
     """
     own = curve[curve["rule"] == rule].sort_values("homogeneity", kind="stable").reset_index(drop=True)
-    measured = {"rule", "homogeneity", "null_median", "null_95", "p", "vectors_over", "study"}
+    measured = {"rule", "homogeneity", "base_rate", "null_median", "null_95", "p", "vectors_over", "study"}
     choices = [name for name in own if name not in measured and own[name].nunique() > 1]
     values = [(choice, value) for choice in choices for value in dict.fromkeys(curve[choice])]
     figure, (top, bottom) = plt.subplots(
@@ -148,9 +148,10 @@ def specification_plot(curve: pd.DataFrame, rule: str = "v3") -> Figure:
     )
     x = np.arange(len(own))
     top.plot(x, own["null_95"], ".", color="0.75", markersize=2, label="95% of shuffled")
+    beyond = (own["p"] <= 0.05) & (own["homogeneity"] > own["base_rate"])
     for chosen, colour, label in (
-        (own["p"] > 0.05, OKABE_ITO[5], "real, p > 0.05"),
-        (own["p"] <= 0.05, OKABE_ITO[0], "real, p ≤ 0.05"),
+        (~beyond, OKABE_ITO[5], "real"),
+        (beyond, OKABE_ITO[0], "real, over base rate, p ≤ 0.05"),
     ):
         top.plot(x[chosen], own["homogeneity"][chosen], ".", color=colour, markersize=4, label=label)
     top.axhline(0.9, color="black", linewidth=0.7, linestyle=":")

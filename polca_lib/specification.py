@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from polca_lib.clustering import cluster_tokens
+from polca_lib.clustering import DROPPED, cluster_tokens
 from polca_lib.config import ClusteringConfig, Scaling
 from polca_lib.decomposition import coarsen, projected_loss
 from polca_lib.significance import OVER, permutation_null
@@ -71,7 +71,8 @@ def specification_curve(
 
     Returns:
         A row per specification and ``rule``: its choices (``names``, ``cadence``, ``order``, those of ``CLUSTERING``),
-        ``homogeneity`` (0 where no cluster counts), ``null_median`` and ``null_95`` of it when carries are shuffled
+        ``homogeneity`` (0 where no cluster counts), ``base_rate`` (the share of carries among all tokens that are not
+        dropped), ``null_median`` and ``null_95`` of the homogeneity when carries are shuffled
         within place, ``p``, and ``vectors_over``.
     """
     jobs = [
@@ -99,10 +100,12 @@ def _specifications(projections: xr.Dataset, order: str, config: ClusteringConfi
             choices = dict(zip(CLUSTERING, values, strict=True))
             labels = cluster_tokens(curves, config.model_copy(update=choices), cache=cache)
             null = permutation_null(labels, draws)
+            base = float(labels["carry"].astype(float).where(labels != DROPPED).mean())
             for rule in null["rule"].values:
                 own = null.sel(rule=rule)
                 low, high = np.quantile(own["maximum"], [0.5, 0.95])
-                row = {"rule": rule, "homogeneity": float(own["observed"]), "null_median": low, "null_95": high}
+                row = {"rule": rule, "homogeneity": float(own["observed"]), "base_rate": base}
+                row |= {"null_median": low, "null_95": high}
                 rows.append({**choices, **row, "p": float(own["p"]), "vectors_over": int(own["vectors_over"])})
     return rows
 
@@ -112,9 +115,10 @@ def deciding_choices(curve: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Rows (choice, value) with ``mean``, ``over`` (share of specifications over ``OVER``), and ``significant``, the
-        share with p <= 0.05; ``spread`` is the difference between the highest and lowest mean of the choice.
+        share over the base rate with p <= 0.05; ``spread`` is the difference between the highest and lowest mean of
+        the choice.
     """
-    measured = {"homogeneity", "null_median", "null_95", "p", "vectors_over"}
+    measured = {"homogeneity", "base_rate", "null_median", "null_95", "p", "vectors_over"}
     rows = {}
     for choice in (name for name in curve if name not in measured):
         groups = dict(list(curve.groupby(choice)))
@@ -123,7 +127,7 @@ def deciding_choices(curve: pd.DataFrame) -> pd.DataFrame:
             rows[choice, str(value)] = {
                 "mean": means[value],
                 "over": (own["homogeneity"] > OVER).mean(),
-                "significant": (own["p"] <= 0.05).mean(),
+                "significant": ((own["p"] <= 0.05) & (own["homogeneity"] > own["base_rate"])).mean(),
                 "spread": max(means.values()) - min(means.values()),
             }
     return pd.DataFrame(rows).T.rename_axis(["choice", "value"]).sort_values("spread", ascending=False, kind="stable")

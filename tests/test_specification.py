@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from polca_lib.clustering import cluster_tokens, homogeneity_table, most_homogeneous
+from polca_lib.clustering import DROPPED, cluster_tokens, homogeneity_table, most_homogeneous
 from polca_lib.decomposition import coarsen, polca, projected_loss
 from polca_lib.specification import (
     CLUSTERING,
@@ -43,6 +43,9 @@ def test_a_row_has_what_its_choices_give_alone(curve, run):
             row = row[row[name] == value]
         assert row["homogeneity"].item() == pytest.approx(0.0 if np.isnan(best) else best, abs=1e-6)
         assert 0 < row["p"].item() <= 1
+        labels = cluster_tokens(curves, config)
+        kept = labels["carry"].values[None] & (labels != DROPPED).values
+        assert row["base_rate"].item() == pytest.approx(kept.sum() / (labels != DROPPED).values.sum())
 
 
 def test_summed_ratio_divides_the_second_order_term_by_the_number_of_tokens(run):
@@ -60,11 +63,12 @@ def test_orders_are_those_that_the_curvature_allows(run):
 
 
 def test_a_choice_that_alone_decides_has_all_of_the_spread(curve):
-    made = curve.assign(homogeneity=np.where(curve["scaling"] == "unit", 0.95, 0.2), p=0.5)
+    made = curve.assign(homogeneity=np.where(curve["scaling"] == "unit", 0.95, 0.2), p=0.01, base_rate=0.4)
     found = deciding_choices(made)
     assert found.index[0][0] == "scaling"
     assert found.loc[("scaling", "unit"), "over"] == 1
-    assert found.loc[("scaling", "raw"), "over"] == 0
+    assert found.loc[("scaling", "raw"), "over"] == found.loc[("scaling", "raw"), "significant"] == 0
+    assert found.loc[("scaling", "unit"), "significant"] == 1
     assert found.loc[("scaling", "raw"), "spread"] == pytest.approx(0.75)
     np.testing.assert_allclose(found[found.index.get_level_values(0) != "scaling"]["spread"], 0, atol=1e-12)
 
