@@ -193,7 +193,7 @@ def undone(causal: pd.DataFrame) -> Figure:
 
 
 def selectivity(clusters: pd.DataFrame) -> Figure:
-    """Loss change of a cluster's tokens against that of all others, when its vector's movement is taken back.
+    """Loss change of a cluster's tokens against that of like ones outside, when its vector's movement is taken back.
 
     Args:
         clusters: table ``causal_clusters`` of a study.
@@ -206,14 +206,12 @@ def selectivity(clusters: pd.DataFrame) -> Figure:
     rest = ~np.logical_or.reduce(list(kinds.values()))
     for (label, chosen), colour in zip({**kinds, "other": rest}.items(), OKABE_ITO, strict=False):
         own = clusters[chosen]
-        axes.plot(
-            own["outside"], own["inside"], "o", color=colour, markersize=4, alpha=0.7, label=f"{label}: {len(own)}"
-        )
-    limit = max(1e-3, float(abs(clusters[["inside", "outside"]]).to_numpy().max()))
+        axes.plot(own["like"], own["inside"], "o", color=colour, markersize=4, alpha=0.7, label=f"{label}: {len(own)}")
+    limit = max(1e-3, float(abs(clusters[["inside", "like"]]).to_numpy().max()))
     axes.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.7)
     axes.set_xscale("symlog", linthresh=1e-3)
     axes.set_yscale("symlog", linthresh=1e-3)
-    axes.set(xlabel="change of all other tokens (nats)", ylabel="change of the cluster's tokens (nats)")
+    axes.set(xlabel="change of tokens of the same places (nats)", ylabel="change of the cluster's tokens (nats)")
     axes.legend(title="clusters", fontsize=8)
     return figure
 

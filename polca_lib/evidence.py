@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from sklearn.metrics import roc_auc_score
 
 from polca_lib import decomposition, significance, specification, tables
 from polca_lib.basis import read_vectors
@@ -247,16 +248,24 @@ def causal(study: Study) -> pd.DataFrame:
     """Mean loss change by skill when movement along a direction is taken back at the end of training.
 
     ``kind``: own (vectors of the basis); random (directions of the same length orthogonal to it); whole (the whole
-    basis at once) and only (all movement but that in the basis, from the start; against the loss there).
+    basis at once) and only (all movement but that in the basis, from the start; against the loss there). For each place
+    with carries, ``auc`` is how well the change of a single token tells whether it takes a carry: the chance that a
+    token with a carry is hurt more than one without. One half is chance, zero and one are perfect.
     """
-    undone, tokens = study.undone, study.run.tokens
-    skill = tokens["skill"].values[: undone["own"].shape[1]]
+    undone = study.undone
+    tokens = study.run.tokens[: undone["own"].shape[1]]
+    skill, place, carry = (tokens[name].to_numpy() for name in ("skill", "place", "carry"))
     rows = []
     for kind in ("own", "random", "whole", "only"):
         for index, change in enumerate(np.atleast_2d(undone[kind])):
             length = undone["lengths"][index] if kind in ("own", "random") else np.linalg.norm(undone["lengths"])
             row = {"kind": kind, "vector": index + 1, "length": length, "distance": undone["distance"][0]}
             row |= {name: change[skill == name].mean() for name in arithmetic.SKILLS if (skill == name).any()}
+            for name in arithmetic.PLACES[:3]:
+                inside = place == name
+                row[f"auc, {name}"] = (
+                    roc_auc_score(carry[inside], change[inside]) if 0 < carry[inside].mean() < 1 else np.nan
+                )
             rows.append({**row, "mean": change.mean(), "rms": np.sqrt(np.mean(change**2))})
     return pd.DataFrame(rows)
 
@@ -264,24 +273,26 @@ def causal(study: Study) -> pd.DataFrame:
 def causal_clusters(study: Study) -> pd.DataFrame:
     """Does taking back a vector's movement hurt just the tokens of its clusters?
 
-    For each cluster: mean loss change of its tokens and of all others when its own vector's movement is taken back
-    (``inside``, ``outside``); the mean over the other vectors, by the same length, of the change inside
-    (``others``); the change by a random direction (``random``); and the rank of its own vector among all by the
-    difference inside minus outside, at the same length (1: it hurts this cluster most selectively).
+    For each cluster: mean loss change of its tokens when its own vector's movement is taken back (``inside``), and of
+    tokens outside it with the same mix of places (``like``), so that a place that is hurt as a whole counts for
+    nothing; the mean over the other vectors, by the same length, of the change inside (``others``); the change by a
+    random direction (``random``); and the rank of its own vector among all by the difference of inside and like, at
+    the same length (1: it hurts this cluster most selectively).
     """
     undone, rows = study.undone, []
     n = undone["own"].shape[1]
+    place = study.run.tokens["place"].to_numpy()[:n]
     for (order, scaling), labels in study.labels.items():
         if scaling == "zscore":
             continue
-        table = significance.homogeneity_table(labels)
-        for row in table.itertuples():
+        for row in significance.homogeneity_table(labels).itertuples():
             index = row.vector - 1
             inside = (labels.sel(vector=row.vector).values == row.cluster)[:n]
-            if not inside.any() or inside.all():
+            weights = _place_weights(inside, place)
+            if weights is None:
                 continue
             same = undone["same"][index]
-            selective = same[:, inside].mean(axis=1) - same[:, ~inside].mean(axis=1)
+            selective = same[:, inside].mean(axis=1) - same @ weights
             others = np.delete(same[:, inside].mean(axis=1), index)
             rows.append(
                 {
@@ -295,7 +306,7 @@ def causal_clusters(study: Study) -> pd.DataFrame:
                     "place_share": _place_share(labels, row.vector, row.cluster),
                     "length": undone["lengths"][index],
                     "inside": undone["own"][index, inside].mean(),
-                    "outside": undone["own"][index, ~inside].mean(),
+                    "like": undone["own"][index] @ weights,
                     "others": others.mean() if len(others) else np.nan,
                     "random": undone["random"][index, inside].mean(),
                     "rank": 1 + int((selective > selective[index]).sum()),
@@ -303,6 +314,17 @@ def causal_clusters(study: Study) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _place_weights(inside: np.ndarray, place: np.ndarray) -> np.ndarray | None:
+    """Weights of the tokens outside a cluster with which their places are mixed as inside; none if that can't be."""
+    weights = np.zeros(len(inside))
+    for name in np.unique(place[inside]):
+        outside = ~inside & (place == name)
+        if not outside.any():
+            return None
+        weights[outside] = (inside & (place == name)).sum() / inside.sum() / outside.sum()
+    return weights if inside.any() else None
 
 
 def _place_share(labels: xr.DataArray, vector: int, cluster: int) -> float:

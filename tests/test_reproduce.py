@@ -99,6 +99,30 @@ def test_claims_and_finite_differences_of_each_vector_stand_side_by_side(kept, s
         np.testing.assert_allclose(along.loc[("first", vector), "claimed"], claimed.sum(axis=0).mean(), rtol=1e-3)
 
 
+def test_like_tokens_are_outside_the_cluster_and_of_its_places(kept, study):
+    table, undone = kept.table("causal_clusters"), study.undone
+    place = study.run.tokens["place"].to_numpy()
+    assert len(table) > 0
+    for row in table.itertuples():
+        inside = study.labels[row.order, row.scaling].sel(vector=row.vector).values == row.cluster
+        change = undone["own"][row.vector - 1]
+        of_place = pd.Series(change[~inside]).groupby(place[~inside]).mean()
+        expected = np.mean([of_place[name] for name in place[inside]])
+        np.testing.assert_allclose(row.like, expected, rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(row.inside, change[inside].mean(), rtol=1e-3, atol=1e-7)
+        assert 1 <= row.rank <= row.of == 2
+
+
+def test_area_is_the_chance_that_a_carry_is_hurt_more(kept, study):
+    tokens, changes = study.run.tokens, study.undone["own"]
+    rows = kept.table("causal").query("kind == 'own'")
+    for (_, row), change in zip(rows.iterrows(), changes, strict=True):
+        own = tokens["place"] == "10s"
+        carry, rest = change[own & tokens["carry"]], change[own & ~tokens["carry"]]
+        pairs = (carry[:, None] > rest).mean() + (carry[:, None] == rest).mean() / 2
+        np.testing.assert_allclose(row["auc, 10s"], pairs, rtol=1e-4)
+
+
 def test_other_settings_in_the_same_folder_and_unknown_tables_are_refused(kept, run):
     other = Run.from_preset("smoke", **{**TINY_RUN, "seed": 1})
     with pytest.raises(ValueError, match=r"holds a study of other settings"):
