@@ -85,7 +85,7 @@ class Artefact:
                     raise ValueError("it is no JSON object")
             except ValueError as error:
                 raise ArtefactMismatch(f"{manifest} is damaged ({error}); delete the folder to recompute it") from None
-            difference = next(_differences({k: found.get(k) for k in wanted}, wanted), None)
+            difference = next(differences({k: found.get(k) for k in wanted}, wanted), None)
             if difference:
                 name, have, want = difference
                 raise ArtefactMismatch(
@@ -234,9 +234,9 @@ def _commit() -> str:
     return head + (" with local changes" if changes else "")
 
 
-def _differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(have, dict) and isinstance(want, dict):
         for key in sorted(have.keys() | want.keys()):
-            yield from _differences(have.get(key), want.get(key), f"{name}.{key}" if name else key)
+            yield from differences(have.get(key), want.get(key), f"{name}.{key}" if name else key)
     elif have != want:
         yield name, have, want

@@ -87,9 +87,7 @@ def compute_basis(path: Path, config: RunConfig, checkpoints: CheckpointFolder, 
             axes = checkpoints.theta(config.training.steps).abs().topk(n_vectors).indices.cpu().numpy()
             pieces = ((row, {"axis": axes[row]}) for row in missing)
         elif kind == "trajectory":
-            directions = _principal_directions(
-                [checkpoints.theta(step) for step in (0, *config.basis_steps)], n_vectors
-            )
+            directions = _principal_directions(checkpoints, [0, *config.basis_steps], n_vectors)
             pieces = ((row, {"vectors": directions[row].cpu().numpy()}) for row in missing)
         else:
             # Start at the first vector of the block that was cut short.
@@ -253,9 +251,12 @@ def _eigenvectors(
                 found.append(new)
 
 
-def _principal_directions(points: list[Float[Tensor, " d"]], n: int) -> Float[Tensor, "n d"]:
-    """The first ``n`` principal directions of ``points``, through their Gram matrix."""
-    rows = torch.stack(points)
+def _principal_directions(checkpoints: CheckpointFolder, steps: list[int], n: int) -> Float[Tensor, "n d"]:
+    """The first ``n`` principal directions of checkpoints, through their Gram matrix; all of them are in memory."""
+    place = {"device": checkpoints.device, "dtype": checkpoints.token_loss.dtype}
+    rows = torch.empty(len(steps), checkpoints.token_loss.n_parameters, **place)
+    for row, step in zip(rows, steps, strict=True):
+        row.copy_(checkpoints.theta(step))
     rows -= rows.mean(dim=0)
     variances, weights = torch.linalg.eigh(inner_products(rows, rows))
     directions = (weights / variances.clamp_min(1e-300).sqrt()).T.flip(0)[:n].to(rows) @ rows

@@ -9,6 +9,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from polca_lib.figures import OKABE_ITO
+from polca_lib.specification import MEASURED, beyond_chance
 from polca_lib.tasks.arithmetic import SKILLS
 
 ORDER_COLOURS = dict(zip(("first", "second", "exact", "trapezoid"), OKABE_ITO, strict=False))
@@ -98,10 +99,11 @@ def null_intervals(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(7.5, 0.32 * len(table) + 1))
     axes.hlines(place, table["null_05"], table["null_95"], color="0.6", linewidth=6, label="shuffled, 5 to 95%")
     axes.plot(table["null_median"], place, "|", color="black", markersize=10, label="shuffled, median")
-    significant = table["p"] <= 0.05
+    axes.plot(table["base_rate"], place, "|", color=OKABE_ITO[1], markersize=10, label="all tokens kept")
+    beyond = (table["p"] <= 0.05) & (table["observed"] > table["base_rate"])
     for chosen, face, label in (
-        (significant, OKABE_ITO[0], "real, p ≤ 0.05"),
-        (~significant, "white", "real, p > 0.05"),
+        (beyond, OKABE_ITO[0], "real, over base rate, p ≤ 0.05"),
+        (~beyond, "white", "real"),
     ):
         axes.plot(table["observed"][chosen], place[chosen], "o", color=OKABE_ITO[0], mfc=face, label=label)
     axes.set_yticks(place, names)
@@ -140,18 +142,17 @@ def specification_plot(curve: pd.DataFrame, rule: str = "v3") -> Figure:
         rule: v1 or v3.
     """
     own = curve[curve["rule"] == rule].sort_values("homogeneity", kind="stable").reset_index(drop=True)
-    measured = {"rule", "homogeneity", "base_rate", "null_median", "null_95", "p", "vectors_over", "study"}
-    choices = [name for name in own if name not in measured and own[name].nunique() > 1]
+    choices = [n for n in own if n not in (*MEASURED, "rule", "study") and own[n].nunique() > 1]
     values = [(choice, value) for choice in choices for value in dict.fromkeys(curve[choice])]
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(10, 3 + 0.2 * len(values)), sharex=True, height_ratios=[3, 0.2 * len(values)]
     )
     x = np.arange(len(own))
     top.plot(x, own["null_95"], ".", color="0.75", markersize=2, label="95% of shuffled")
-    beyond = (own["p"] <= 0.05) & (own["homogeneity"] > own["base_rate"])
+    beyond = beyond_chance(own)
     for chosen, colour, label in (
         (~beyond, OKABE_ITO[5], "real"),
-        (beyond, OKABE_ITO[0], "real, over base rate, p ≤ 0.05"),
+        (beyond, OKABE_ITO[0], "real, beyond chance"),
     ):
         top.plot(x[chosen], own["homogeneity"][chosen], ".", color=colour, markersize=4, label=label)
     top.axhline(0.9, color="black", linewidth=0.7, linestyle=":")

@@ -90,12 +90,17 @@ def _cluster(
 
 
 def candidates(
-    trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool = True
+    trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool = True, *, judge_vector: bool = True
 ) -> tuple[Bool[np.ndarray, " token"], Float[np.ndarray, "kept step"], int]:
-    """Which tokens of one vector HDBSCAN is given, their scaled trajectories, and ``min_samples``."""
+    """Which tokens of one vector HDBSCAN is given, their scaled trajectories, and ``min_samples``.
+
+    With ``only_falling`` tokens are kept if they fall, and, unless ``judge_vector`` is off, if their mean does.
+    """
     keep = np.ones(trajectories.sizes["token"], dtype=bool)
     if only_falling:
-        keep = falls(trajectories, config.falls_by).values & bool(falls(trajectories.mean("token"), config.falls_by))
+        keep = falls(trajectories, config.falls_by).values
+        if judge_vector and not falls(trajectories.mean("token"), config.falls_by):
+            keep = np.zeros_like(keep)
     values = trajectories.transpose("token", "step").values[keep].astype(np.float64)
     tokens = int(keep.sum()) if config.min_samples_from == "kept" else keep.size
     return keep, scale(values, config.scaling), max(1, tokens // config.min_samples_divisor)

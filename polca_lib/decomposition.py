@@ -124,7 +124,11 @@ def coarsen(projections: xr.Dataset, factor: int) -> xr.Dataset:
     """
     intervals = projections.sizes["step"] - 1
     if factor < 1 or intervals % factor:
-        raise ValueError(f"factor = {factor} does not divide the {intervals} intervals between checkpoints")
+        allowed = [n for n in range(1, intervals + 1) if intervals % n == 0]
+        raise ValueError(
+            f"factor = {factor} does not divide the {intervals} intervals between checkpoints; allowed: "
+            f"{', '.join(map(str, allowed))}"
+        )
     if factor == 1:
         return projections
     kept = projections.drop_vars(["distance", "inside_loss", "movement"], errors="ignore").isel(

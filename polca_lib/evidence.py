@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from polca_lib import decomposition, significance, specification, tables
 from polca_lib.basis import read_vectors
 from polca_lib.breakthroughs import cluster_breakthroughs
-from polca_lib.clustering import cluster_tokens, summarise_clusters
+from polca_lib.clustering import DROPPED, OUTLIER, cluster_tokens, summarise_clusters
 from polca_lib.config import PRESETS, ClusteringConfig, Scaling
 from polca_lib.curvature import HessianOperator, top_eigenpairs
 from polca_lib.pipeline import Run
@@ -54,28 +54,38 @@ def purest(study: Study) -> pd.DataFrame:
 
 def compared_bases(study: Study) -> pd.DataFrame:
     """Every basis, order and scaling (Table 4), with movement, closure and tokens dropped."""
-    keys, jobs, closed = [], [], {}
-    for kind in (kind for kind in study.bases if kind != "parameters"):
-        for order in specification.available_orders(study.projections[kind]):
-            if order != specification.SUMMED:
-                curves = decomposition.projected_loss(study.projections[kind], order)
-                closed[kind, order] = decomposition.closure(study.projections[kind], order).attrs
-                for scaling in ("raw", "unit"):
-                    keys.append((kind, order, scaling))
-                    jobs.append(
-                        joblib.delayed(cluster_breakthroughs)(curves, study.settings(scaling), study.hidden_after)
-                    )
+    keys = [
+        (kind, order, scaling)
+        for kind in study.bases
+        if kind != "parameters"
+        for order in _orders(study.projections[kind])
+        for scaling in ("raw", "unit")
+    ]
+    jobs = (
+        joblib.delayed(cluster_breakthroughs)(
+            decomposition.projected_loss(study.projections[kind], order), study.clustering(scaling), study.hidden_after
+        )
+        for kind, order, scaling in keys
+    )
     rows = []
     for (kind, order, scaling), (labels, clusters) in zip(keys, joblib.Parallel(n_jobs=-1)(jobs), strict=True):
-        null = significance.permutation_null(labels, 1000, study.run.config.seed)
+        projections, seed = study.projections[kind], study.run.config.seed
         row = {"basis": kind, "order": order, "scaling": scaling}
-        row["movement_share"] = float(decomposition.movement_share(study.projections[kind]).mean())
-        row["reversals"] = float(decomposition.reversals(study.projections[kind]).median())
-        row |= {name: closed[kind, order][name] for name in ("share", "share_inside", "correlation_inside")}
-        row |= {f"p_{rule}": float(null["p"].sel(rule=rule)) for rule in ("v1", "v3")}
+        row["movement_share"] = float(decomposition.movement_share(projections).mean())
+        row["reversals"] = float(decomposition.reversals(projections).median())
+        closed = decomposition.closure(projections, order).attrs
+        row |= {name: closed[name] for name in ("share", "share_inside", "correlation_inside")}
+        for name, within in (("p", ("place",)), ("p_digit", ("place", "digit"))):
+            null = significance.permutation_null(labels, 1000, seed, within=within)
+            row |= {f"{name}_{rule}": float(null["p"].sel(rule=rule)) for rule in ("v1", "v3")}
         row |= {f"vectors_over_{rule}": int(null["vectors_over"].sel(rule=rule)) for rule in ("v1", "v3")}
         rows.append({**row, **tables.strategy_row(labels, clusters)})
     return pd.DataFrame(rows)
+
+
+def _orders(projections: xr.Dataset) -> list[str]:
+    """Orders of POLCA that the curvature at hand allows."""
+    return [order for order in specification.available_orders(projections) if order != specification.SUMMED]
 
 
 def vectors(study: Study) -> pd.DataFrame:
@@ -108,14 +118,12 @@ def closure(study: Study) -> pd.DataFrame:
     """How much of the loss change the sums over vectors account for, by basis, order and cadence."""
     rows = []
     for kind, projections in study.projections.items():
-        movement = float(decomposition.movement_share(projections).mean())
         for factor in _factors(study):
             coarse = decomposition.coarsen(projections, factor)
-            for order in specification.available_orders(coarse):
-                if order == specification.SUMMED:
-                    continue
-                row = {"basis": kind, "order": order, "cadence": cadence(coarse), "movement_share": movement}
-                rows.append({**row, **decomposition.closure(coarse, order).attrs})
+            row = {"basis": kind, "cadence": cadence(coarse)}
+            if "distance" in coarse:
+                row["movement_share"] = float(decomposition.movement_share(coarse).mean())
+            rows += [{**row, "order": o, **decomposition.closure(coarse, o).attrs} for o in _orders(coarse)]
     return pd.DataFrame(rows)
 
 
@@ -131,8 +139,11 @@ def closure_curves(study: Study) -> pd.DataFrame:
 def second_order_term(study: Study) -> pd.DataFrame:
     """The paper's second-order term against the true one (v3, Appendix C), and against the trapezoid's.
 
-    400 tokens, the first 10 checkpoints and 5 vectors, as in the paper, if there are as many.
+    400 tokens, the first 10 checkpoints and 5 vectors, as in the paper, if there are as many. No rows for a run that
+    did not measure the mean curvature.
     """
+    if "curvature" not in study.main:
+        return pd.DataFrame(columns=["term", "rmse", "median_error", "rms_true", "correlation", "tokens"])
     own = PAPER_TERM
     batch = study.batch[: own["examples"]]
     tokens = slice(0, 4 * len(batch))
@@ -195,16 +206,17 @@ def null(study: Study) -> pd.DataFrame:
     """Permutation null of the largest homogeneity, for every order and scaling, and for the exact loss."""
     found = {**study.labels}
     for scaling in get_args(Scaling):
-        found["exact loss", scaling] = cluster_tokens(study.main["loss"], study.settings(scaling))
+        found["exact loss", scaling] = cluster_tokens(study.main["loss"], study.clustering(scaling))
     rows = []
     for (order, scaling), labels in found.items():
+        base = float(labels["carry"].astype(float).where(labels != DROPPED).mean())
         for within in (("place",), ("place", "digit")):
             null = significance.permutation_null(labels, 1000, study.run.config.seed, within=within)
             for rule in null["rule"].values:
                 own = null.sel(rule=rule)
                 low, middle, high = np.quantile(own["maximum"], [0.05, 0.5, 0.95])
                 row = {"order": order, "scaling": scaling, "within": ", ".join(within), "rule": rule}
-                row |= {"observed": float(own["observed"]), "p": float(own["p"])}
+                row |= {"observed": float(own["observed"]), "base_rate": base, "p": float(own["p"])}
                 row |= {"null_05": low, "null_median": middle, "null_95": high}
                 row |= {"vectors_over": int(own["vectors_over"])}
                 rows.append({**row, "vectors_over_null_95": np.quantile(own["vectors_over_null"], 0.95)})
@@ -224,7 +236,7 @@ def halves(study: Study) -> pd.DataFrame:
     """Clusters of one half of the examples, checked on the other."""
     keys = [(order, scaling) for order in study.curves for scaling in ("raw", "unit")]
     check, seed = joblib.delayed(significance.check_on_other_half), study.run.config.seed
-    found = joblib.Parallel(n_jobs=-1)(check(study.curves[o], study.settings(s), seed) for o, s in keys)
+    found = joblib.Parallel(n_jobs=-1)(check(study.curves[o], study.clustering(s), seed) for o, s in keys)
     return pd.concat([part.assign(order=o, scaling=s) for (o, s), part in zip(keys, found, strict=True)])
 
 
@@ -233,7 +245,7 @@ def grid(study: Study) -> pd.DataFrame:
     own = study.run.config.clustering.min_cluster_size
     sizes = sorted({max(2, round(own * factor)) for factor in (1 / 3, 1 / 2, 2 / 3, 1, 4 / 3, 2)})
     keys = [(order, scaling) for order in study.curves for scaling in ("raw", "unit")]
-    jobs = (joblib.delayed(_grid)(study.curves[order], study.settings(scaling), sizes) for order, scaling in keys)
+    jobs = (joblib.delayed(_grid)(study.curves[order], study.clustering(scaling), sizes) for order, scaling in keys)
     found = joblib.Parallel(n_jobs=-1)(jobs)
     return pd.concat([part.assign(order=o, scaling=s) for (o, s), part in zip(keys, found, strict=True)])
 
@@ -248,13 +260,15 @@ def causal(study: Study) -> pd.DataFrame:
     """Mean loss change by skill when movement along a direction is taken back at the end of training.
 
     ``kind``: own (vectors of the basis); random (directions of the same length orthogonal to it); whole (the whole
-    basis at once) and only (all movement but that in the basis, from the start; against the loss there). For each place
+    basis at once) and only (no movement but that in the basis, from the start; against the loss there). For each place
     with carries, ``auc`` is how well the change of a single token tells whether it takes a carry: the chance that a
-    token with a carry is hurt more than one without. One half is chance, zero and one are perfect.
+    token with a carry is hurt more than one without (one half is chance, zero and one are perfect); and ``p`` the share
+    of shuffles of the carries among tokens of the same place and digit for which the mean changes with and without a
+    carry differ as much. Both are free of the size of the changes, so that random directions can be compared.
     """
     undone = study.undone
     tokens = study.run.tokens[: undone["own"].shape[1]]
-    skill, place, carry = (tokens[name].to_numpy() for name in ("skill", "place", "carry"))
+    skill, place, carry, digit = (tokens[name].to_numpy() for name in ("skill", "place", "carry", "digit"))
     rows = []
     for kind in ("own", "random", "whole", "only"):
         for index, change in enumerate(np.atleast_2d(undone[kind])):
@@ -263,21 +277,41 @@ def causal(study: Study) -> pd.DataFrame:
             row |= {name: change[skill == name].mean() for name in arithmetic.SKILLS if (skill == name).any()}
             for name in arithmetic.PLACES[:3]:
                 inside = place == name
-                row[f"auc, {name}"] = (
-                    roc_auc_score(carry[inside], change[inside]) if 0 < carry[inside].mean() < 1 else np.nan
-                )
+                both = 0 < carry[inside].mean() < 1
+                row[f"auc, {name}"] = roc_auc_score(carry[inside], change[inside]) if both else np.nan
+                row[f"p, {name}"] = _p_of_difference(change[inside], carry[inside], digit[inside]) if both else np.nan
             rows.append({**row, "mean": change.mean(), "rms": np.sqrt(np.mean(change**2))})
     return pd.DataFrame(rows)
+
+
+def _p_of_difference(change: np.ndarray, carry: np.ndarray, digit: np.ndarray, draws: int = 1000) -> float:
+    """Of the difference of the mean change with and without a carry, by shuffling carries within digits."""
+    rng = np.random.default_rng(0)
+    shuffled = np.tile(carry, (draws + 1, 1))
+    for value in np.unique(digit):
+        own = digit == value
+        shuffled[1:, own] = rng.permuted(shuffled[1:, own], axis=1)
+    with_carry = (shuffled @ change) / carry.sum()
+    without = (change.sum() - shuffled @ change) / (~carry).sum()
+    difference = abs(with_carry - without)
+    return float((difference >= difference[0] * (1 - 1e-9)).mean())
+
+
+_CLUSTER_COLUMNS = [
+    *("order", "scaling", "vector", "cluster", "tokens", "homogeneity", "counts_v3", "place_share", "length"),
+    *("inside", "like", "others", "random", "rank", "of"),
+]
 
 
 def causal_clusters(study: Study) -> pd.DataFrame:
     """Does taking back a vector's movement hurt just the tokens of its clusters?
 
     For each cluster: mean loss change of its tokens when its own vector's movement is taken back (``inside``), and of
-    tokens outside it with the same mix of places (``like``), so that a place that is hurt as a whole counts for
-    nothing; the mean over the other vectors, by the same length, of the change inside (``others``); the change by a
-    random direction (``random``); and the rank of its own vector among all by the difference of inside and like, at
-    the same length (1: it hurts this cluster most selectively).
+    tokens outside it, of those that fell along the vector too, with the same mix of places (``like``): so that a place
+    that is hurt as a whole counts for nothing, nor that the others were dropped because they rose. NaN if a place has
+    no such token. The mean over the other vectors, by the same length, of the change inside (``others``); the change
+    by a random direction (``random``); and the rank of its own vector among all by the difference of inside and like,
+    at the same length (1: it hurts this cluster most selectively).
     """
     undone, rows = study.undone, []
     n = undone["own"].shape[1]
@@ -287,10 +321,11 @@ def causal_clusters(study: Study) -> pd.DataFrame:
             continue
         for row in significance.homogeneity_table(labels).itertuples():
             index = row.vector - 1
-            inside = (labels.sel(vector=row.vector).values == row.cluster)[:n]
-            weights = _place_weights(inside, place)
-            if weights is None:
+            label = labels.sel(vector=row.vector).values[:n]
+            inside = label == row.cluster
+            if not inside.any():
                 continue
+            weights = _place_weights(inside, label >= OUTLIER, place)
             same = undone["same"][index]
             selective = same[:, inside].mean(axis=1) - same @ weights
             others = np.delete(same[:, inside].mean(axis=1), index)
@@ -309,22 +344,22 @@ def causal_clusters(study: Study) -> pd.DataFrame:
                     "like": undone["own"][index] @ weights,
                     "others": others.mean() if len(others) else np.nan,
                     "random": undone["random"][index, inside].mean(),
-                    "rank": 1 + int((selective > selective[index]).sum()),
+                    "rank": 1 + int((selective > selective[index]).sum()) if np.isfinite(weights[0]) else np.nan,
                     "of": len(selective),
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_CLUSTER_COLUMNS)
 
 
-def _place_weights(inside: np.ndarray, place: np.ndarray) -> np.ndarray | None:
-    """Weights of the tokens outside a cluster with which their places are mixed as inside; none if that can't be."""
+def _place_weights(inside: np.ndarray, kept: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Weights of kept tokens outside a cluster with which their places are mixed as inside; NaN if that can't be."""
     weights = np.zeros(len(inside))
     for name in np.unique(place[inside]):
-        outside = ~inside & (place == name)
+        outside = kept & ~inside & (place == name)
         if not outside.any():
-            return None
+            return np.full(len(inside), np.nan)
         weights[outside] = (inside & (place == name)).sum() / inside.sum() / outside.sum()
-    return weights if inside.any() else None
+    return weights
 
 
 def _place_share(labels: xr.DataArray, vector: int, cluster: int) -> float:
@@ -353,7 +388,12 @@ def hessian_sample(study: Study) -> pd.DataFrame:
             start = torch.randn(theta.numel(), generator=generator).to(theta)
             operator = HessianOperator(checkpoints.token_loss, theta, sample, run.config.memory)
             found[name] = top_eigenpairs(
-                operator, start, 1, tolerance=settings.tolerance, max_products=settings.max_products
+                operator,
+                start,
+                1,
+                which=settings.which,
+                tolerance=settings.tolerance,
+                max_products=settings.max_products,
             )
         reference = found.pop("reference")
         for n, pairs in found.items():
@@ -383,7 +423,7 @@ def cluster_summary(study: Study) -> xr.Dataset:
                 study.curves[order], study.main["loss"], labels, scaling
             ).drop_vars(["birth_step", "eigenvalue", "residual", "products"])
     loss = study.main["loss"]
-    labels = cluster_tokens(loss, study.settings("raw"))
+    labels = cluster_tokens(loss, study.clustering("raw"))
     exact = summarise_clusters(loss, loss, labels)
     whole = xr.concat(parts.values(), dim=pd.Index(list(parts), name="kind"), join="outer", fill_value={"tokens": 0})
     whole = xr.merge(

@@ -19,6 +19,7 @@ from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.token_loss import Batch, TokenLoss, split_examples
 
 _EXAMPLES = 128  # through the model at one time
+_STREAM = 1  # or random directions would be those of the random basis and of the starts of Lanczos
 
 
 @torch.no_grad()
@@ -99,7 +100,9 @@ def random_directions(
     n: int, d: int, seed: int, *, like: Float[Tensor, " d"], orthogonal_to: Float[Tensor, "vector d"] | None = None
 ) -> Float[Tensor, "n d"]:
     """Random unit vectors, uniform on the sphere, with the components along orthonormal ``orthogonal_to`` taken out."""
-    rows = np.stack([np.random.default_rng([seed, index]).standard_normal(d, dtype=np.float32) for index in range(n)])
+    rows = np.stack(
+        [np.random.default_rng([seed, index, _STREAM]).standard_normal(d, dtype=np.float32) for index in range(n)]
+    )
     vectors = torch.from_numpy(rows).to(like)
     if orthogonal_to is not None:
         vectors -= inner_products(vectors, orthogonal_to).to(like) @ orthogonal_to

@@ -179,26 +179,34 @@ def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:
     Raises:
         ValueError: they are not of one training run and one validation sample.
     """
-    first, bases = runs[0], [run.basis for run in runs]
+    first = runs[0]
     for run in runs[1:]:
-        if (run._training.key, run.config.data) != (first._training.key, first.config.data):
-            raise ValueError("runs projected together must share training and data; they may differ in basis")
-    stores = [run._projection.path / "projections.zarr" for run in runs]
-    if any(run._stored_projections() is None for run in runs):
+        for name, own, other in (
+            ("training", run.keys["training"], first.keys["training"]),
+            ("data", run.config.data, first.config.data),
+        ):
+            if own != other:
+                raise ValueError(
+                    f"{name} = {own} of a run differs from {other} of the first: runs that are projected together may "
+                    "differ in basis and projection alone; project them one by one"
+                )
+    missing = [run for run in runs if run._stored_projections() is None]
+    if missing:
+        bases = [run.basis for run in missing]
         with contextlib.ExitStack() as stack:
-            for run in runs:
+            for run in missing:  # each is told the time of all
                 stack.enter_context(run._projection.timed())
             project_runs(
-                stores,
+                [run._projection.path / "projections.zarr" for run in missing],
                 first.checkpoints,
                 first.config.training.checkpoint_steps,
                 arithmetic.encode(first.samples.validation).to(first.config.device),
                 first.tokens,
                 bases,
-                [run.config.projection for run in runs],
+                [run.config.projection for run in missing],
                 first.config.memory,
             )
-    return [PieceStore.load(store) for store in stores]
+    return [run._stored_projections() for run in runs]
 
 
 def main() -> None:

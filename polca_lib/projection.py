@@ -187,7 +187,8 @@ def project_runs(
         )
         sizes = {"sample": losses_per_example * (own.curvature_examples or 0)}
         stores.append(PieceStore(path, template, variables, dim="step", sizes=sizes))
-    if missing := sorted({index for store in stores for index in store.missing()}):
+    lacking = [set(store.missing()) for store in stores]
+    if missing := sorted(set.union(*lacking)):
         blocks = _Blocks(bases, checkpoints, memory)
         following = dict(itertools.pairwise(steps))
         bar = tqdm(missing, total=len(steps), initial=len(steps) - len(missing), desc="projections", unit="checkpoint")
@@ -201,8 +202,9 @@ def project_runs(
                     f"{checkpoints.file(step)} gives a loss or derivative that is not finite; projections of "
                     "other steps are kept. Look at the checkpoint, or end the run before it"
                 )
-            for store, piece in zip(stores, pieces, strict=True):
-                store.write(index, **piece)
+            for store, lacks, piece in zip(stores, lacking, pieces, strict=True):
+                if index in lacks:
+                    store.write(index, **piece)
     return [store.dataset() for store in stores]
 
 

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ import pandas as pd
 import xarray as xr
 import zarr
 
-from polca_lib.artefacts import software, write_atomically
-from polca_lib.config import PRESETS
+from polca_lib.artefacts import differences, software, write_atomically
+from polca_lib.config import PRESETS, RunConfig
 from polca_lib.evidence import TABLES, cluster_summary
 from polca_lib.pipeline import ROOT, Run
 from polca_lib.study import BASES, Study
@@ -59,7 +60,7 @@ class Kept:
         """One of ``TABLES``, with the name of the study in column ``study``."""
         return pd.read_csv(self.path / f"{name}.csv").assign(study=self.name)
 
-    @property
+    @cached_property
     def clusters(self) -> xr.Dataset:
         """See :func:`polca_lib.evidence.cluster_summary`."""
         store = zarr.storage.ZipStore(self.path / "clusters.zarr.zip", mode="r")
@@ -69,7 +70,12 @@ class Kept:
     @property
     def settings(self) -> dict[str, object]:
         """Of the run, by dotted name."""
-        return pd.json_normalize(self.provenance["settings"]).iloc[0].to_dict()
+        return pd.json_normalize(self.provenance["settings"]["run"]).iloc[0].to_dict()
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the run."""
+        return RunConfig.model_validate({**self.provenance["settings"]["run"], "device": "cpu"})
 
 
 def gather(names: Iterable[str], table: str) -> pd.DataFrame:
@@ -92,19 +98,22 @@ def complete(study: Study, name: str, only: Iterable[str] = ()) -> None:
         raise ValueError(f"tables {sorted(unknown)} are unknown; allowed: {', '.join(TABLES)}")
     path = folder(name)
     record = path / "provenance.json"
-    settings = study.run.config.model_dump(mode="json")
     if not record.exists():
         path.mkdir(parents=True, exist_ok=True)
-        _write(record, {"settings": settings, "bases": list(study.bases), "tables": {}, "software": software()})
-    elif json.loads(record.read_text())["settings"] != settings:
-        raise ValueError(f"{path} holds a study of other settings; give this one another name, or delete the folder")
+        _write(record, {"settings": study.settings, "tables": {}, "software": software()})
+    elif found := list(differences(json.loads(record.read_text())["settings"], study.settings)):
+        field, theirs, ours = found[0]
+        raise ValueError(
+            f"{path} holds a study with {field} = {theirs!r}, not {ours!r}; give this one another --name, or delete "
+            "the folder to have it made anew"
+        )
     for table in only or TABLES:
         if not (path / f"{table}.csv").exists():
             start = time.perf_counter()
             found = TABLES[table](study)
             write_atomically(path / f"{table}.csv", found.to_csv(index=False, float_format="%.6g").encode())
             _note(record, study, table, time.perf_counter() - start)
-    if not (path / "clusters.zarr.zip").exists():
+    if not only and not (path / "clusters.zarr.zip").exists():
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=path) as place:
             cluster_summary(study).to_zarr(f"{place}/clusters.zarr", zarr_format=2, consolidated=False)

@@ -148,8 +148,9 @@ def check_on_other_half(trajectories: xr.DataArray, config: ClusteringConfig, se
 
     Returns:
         A row per cluster: ``vector``, ``cluster``, and of either half (``fitted``, ``held_out``) ``tokens``,
-        ``homogeneity`` and whether v3 counts it, ``counts_v3``; ``agreement``: adjusted Rand index, per vector, of the
-        predicted clusters with those that HDBSCAN finds on the other half itself, over tokens that are in one in both.
+        ``homogeneity``, and ``base_rate``, the share of carries among all tokens kept; ``counts_v3_fitted``;
+        ``agreement``: adjusted Rand index, per vector, of the predicted clusters with those that HDBSCAN finds on the
+        other half itself, over tokens that are in one in both. Clusters that no token held out fits have a row, too.
     """
     examples = np.unique(trajectories["example"].values)
     chosen = np.random.default_rng(seed).permutation(examples)[: len(examples) // 2]
@@ -158,32 +159,37 @@ def check_on_other_half(trajectories: xr.DataArray, config: ClusteringConfig, se
     rows = []
     for own in by_vector(trajectories):
         halves = {"fitted": own[:, first], "held_out": own[:, ~first]}
-        ready = {name: candidates(half, settings, "vector" in trajectories.dims) for name, half in halves.items()}
-        if any(len(values) <= max(settings.min_cluster_size, least) for _, values, least in ready.values()):
-            continue
+        # Whether a vector is looked at is settled by the tokens that the clusters are fitted on.
+        ready = {name: candidates(half, settings, judge_vector=name == "fitted") for name, half in halves.items()}
         _, values, least = ready["fitted"]
+        if len(values) <= max(settings.min_cluster_size, least):
+            continue
         model = fit_hdbscan(values, settings, least, prediction_data=True)
         if model.labels_.max() < 0:
             continue
         _, values, least = ready["held_out"]
-        found = {"fitted": model.labels_, "held_out": hdbscan.approximate_predict(model, values)[0]}
-        itself = fit_hdbscan(values, settings, least).labels_
-        both = (found["held_out"] >= 0) & (itself >= 0)
-        agreement = adjusted_rand_score(itself[both], found["held_out"][both]) if both.sum() > 1 else np.nan
+        predicted = hdbscan.approximate_predict(model, values)[0] if len(values) else np.zeros(0, int)
+        agreement = np.nan
+        if len(values) > max(settings.min_cluster_size, least):
+            itself = fit_hdbscan(values, settings, least).labels_
+            both = (predicted >= 0) & (itself >= 0)
+            agreement = adjusted_rand_score(itself[both], predicted[both]) if both.sum() > 1 else np.nan
         tables = {}
-        for name, half in halves.items():
-            labels = xr.full_like(half.isel(step=0, drop=True), DROPPED, dtype=int)
-            labels[ready[name][0]] = np.where(found[name] >= 0, found[name] + 1, OUTLIER)
-            tables[name] = homogeneity_table(labels).set_index("cluster")
+        for name, found in (("fitted", model.labels_), ("held_out", predicted)):
+            labels = xr.full_like(halves[name].isel(step=0, drop=True), DROPPED, dtype=int)
+            labels[ready[name][0]] = np.where(found >= 0, found + 1, OUTLIER)
+            base = float(labels["carry"].astype(float).where(labels != DROPPED).mean())
+            tables[name] = homogeneity_table(labels).set_index("cluster").assign(base_rate=base)
         for number, row in tables["fitted"].iterrows():
             entry = {"vector": int(own["vector"]), "cluster": number, "agreement": agreement}
-            # A cluster that nothing held out fits has no row, or, if others follow, one of zero tokens.
+            # A cluster that no token held out fits has no row there, or one of zero tokens.
             other = tables["held_out"].reindex([number]).iloc[0]
             for name, of in (("fitted", row), ("held_out", other)):
-                entry |= {f"{column}_{name}": of[column] for column in ("tokens", "homogeneity", "counts_v3")}
-            rows.append(entry)
-    columns = ["vector", "cluster", "agreement"]
-    columns += [f"{c}_{half}" for half in ("fitted", "held_out") for c in ("tokens", "homogeneity", "counts_v3")]
+                entry |= {f"{column}_{name}": of[column] for column in ("homogeneity", "base_rate")}
+            entry |= {"tokens_fitted": row["tokens"], "counts_v3_fitted": row["counts_v3"]}
+            rows.append({**entry, "tokens_held_out": np.nan_to_num(other["tokens"])})
+    columns = ["vector", "cluster", "agreement", "counts_v3_fitted"]
+    columns += [f"{c}_{half}" for half in ("fitted", "held_out") for c in ("tokens", "homogeneity", "base_rate")]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -16,7 +16,7 @@ from polca_lib import decomposition, interventions, specification, tables
 from polca_lib.basis import read_vectors
 from polca_lib.breakthroughs import hidden_threshold
 from polca_lib.clustering import cluster_tokens
-from polca_lib.config import ClusteringConfig, RunConfig, Scaling
+from polca_lib.config import BasisKind, ClusteringConfig, RunConfig, Scaling
 from polca_lib.pipeline import Run, project_together
 from polca_lib.tasks import arithmetic
 
@@ -45,23 +45,41 @@ class Study:
         ablation_curvature: int = 16,
         variants: bool = True,
     ):
+        allowed = get_args(BasisKind)
+        if unknown := set(bases) - set(allowed):
+            raise ValueError(f"bases = {sorted(unknown)} are unknown; allowed: {', '.join(allowed)}")
+        if run.config.basis.kind not in bases:
+            raise ValueError(f"bases = {', '.join(bases)} lack the run's own, {run.config.basis.kind}; add it")
+        if ablation_curvature < 0:
+            raise ValueError(f"ablation_curvature = {ablation_curvature}; allowed: 0 for none, or a number of examples")
         self.run, self.bases, self.variants = run, tuple(bases), variants
-        self._ablation_curvature = ablation_curvature
+        self.ablation_curvature = min(ablation_curvature, run.config.data.validation_examples)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Everything that tables depend on."""
+        return {
+            "run": self.run.config.model_dump(mode="json"),
+            "bases": sorted(self.bases),
+            "ablation_curvature": self.ablation_curvature,
+            "variants": self.variants,
+        }
 
     def on_basis(self, kind: str) -> Run:
         """The run on another basis."""
         if kind == self.run.config.basis.kind:
             return self.run
-        measured = kind != "parameters" and self._ablation_curvature > 0
-        sample = min(self._ablation_curvature, self.run.config.data.validation_examples) if measured else None
+        measured = kind != "parameters" and self.ablation_curvature > 0
+        sample = self.ablation_curvature if measured else None
         return self.run.on_basis(kind, curvature=measured, curvature_examples=sample)
 
     def variant(self, which: str, targets: str) -> Run:
         """The run on a Hessian basis of other eigenvectors, or of the loss of other tokens."""
-        settings = self.on_basis("hessian").config.model_dump()
+        settings = self.run.config.model_dump()
         settings["basis"] |= {"which": which, "targets": targets}
-        if settings["projection"]["curvature"]:
-            settings["projection"]["curvature_examples"] = self._ablation_curvature or None
+        measured = self.ablation_curvature > 0
+        sample = self.ablation_curvature if measured else None
+        settings["projection"] |= {"curvature": measured, "curvature_examples": sample}
         return Run(RunConfig.model_validate(settings), self.run.folder)
 
     @cached_property
@@ -92,7 +110,7 @@ class Study:
         """The validation examples."""
         return arithmetic.encode(self.run.samples.validation).to(self.run.config.device)
 
-    def settings(self, scaling: Scaling) -> ClusteringConfig:
+    def clustering(self, scaling: Scaling) -> ClusteringConfig:
         """Of the clustering, with another scaling."""
         return self.run.config.clustering.model_copy(update={"scaling": scaling})
 
@@ -100,7 +118,7 @@ class Study:
     def labels(self) -> dict[tuple[str, str], xr.DataArray]:
         """Clusters on the run's own basis, by order and scaling."""
         keys = [(order, scaling) for order in self.curves for scaling in get_args(Scaling)]
-        jobs = (joblib.delayed(cluster_tokens)(self.curves[order], self.settings(scaling)) for order, scaling in keys)
+        jobs = (joblib.delayed(cluster_tokens)(self.curves[order], self.clustering(scaling)) for order, scaling in keys)
         return dict(zip(keys, joblib.Parallel(n_jobs=-1)(jobs), strict=True))
 
     @cached_property

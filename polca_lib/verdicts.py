@@ -1,10 +1,10 @@
 """The paper's claims about addition, our number for each, and the verdict that follows from a rule stated beforehand.
 
-Verdicts, for a number p of the paper, ours x, and a tolerance:
+A claim has a number of the paper, a sentence that the number is cited for, or both. Verdicts:
 
-- *reproduced*: x is within the tolerance of p; or, for a claim in words, what it says holds.
-- *stronger here*: x is beyond p in the direction of the claim by more than the tolerance.
-- *partly*: x misses p, but what the number is cited for still holds; each claim says what that is.
+- *reproduced*: our number is within the tolerance of the paper's, and the sentence holds;
+- *stronger here*: our number is beyond the paper's in the direction of the claim, and the sentence holds;
+- *partly*: one of the two: the number is missed, but the sentence holds; or the other way round;
 - *not reproduced*: neither;
 - *not run*: the study has no such number.
 
@@ -21,11 +21,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from polca_lib.artefacts import differences
+from polca_lib.config import RunConfig
 from polca_lib.reproduce import Kept
 from polca_lib.tables import PAPER, paper_strategies
 
 TOLERANCE = 0.05
 """Of homogeneity, recall, F1 and shares."""
+
+CARRY = 0.8
+"""Homogeneity over which a cluster is called a carry cluster, wherever a claim in words needs one."""
 
 
 Measure = Callable[[Kept], float]
@@ -44,7 +49,7 @@ class Claim:
     text: str
     paper: float | None  # its number, if it has one
     measure: Measure  # ours; NaN if there is nothing to measure
-    holds: Callable[[Kept], bool]  # does what the number is cited for hold?
+    holds: Callable[[Kept], bool] | None  # the sentence; None if the number is cited for nothing beyond itself
     means: str  # what that is, in words
     page: str  # where the evidence stands
     tolerance: float = TOLERANCE
@@ -53,7 +58,8 @@ class Claim:
     def judge(self, kept: Kept) -> str:
         """The verdict on one study."""
         try:
-            ours, holds = self.measure(kept), self.holds(kept)
+            ours = self.measure(kept)
+            holds = None if self.holds is None else self.holds(kept)
         except NotRun:
             return "not run"
         if self.paper is None:
@@ -61,47 +67,58 @@ class Claim:
         if not np.isfinite(ours):
             return "not reproduced"
         beyond = ours - self.paper
-        if abs(beyond) <= self.tolerance:
+        matches = abs(beyond) <= self.tolerance
+        if matches and holds is not False:
             return "reproduced"
-        if holds and self.larger_is_stronger is not None and (beyond > 0) == self.larger_is_stronger:
+        if holds and self.larger_is_stronger is not None and (beyond > 0) == self.larger_is_stronger and not matches:
             return "stronger here"
-        return "partly" if holds else "not reproduced"
+        return "partly" if holds or matches else "not reproduced"
 
 
-def _row(kept: Kept, table: str, **where: object) -> pd.Series:
-    rows = kept.table(table)
-    for name, value in where.items():
-        rows = rows[rows[name] == value]
+def _table(kept: Kept, name: str, **where: object) -> pd.DataFrame:
+    """Rows of a table.
+
+    Raises:
+        NotRun: there are none.
+    """
+    if not (kept.path / f"{name}.csv").exists():
+        raise NotRun(f"study {kept.name} has no table {name}")
+    rows = kept.table(name)
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
     if rows.empty:
-        raise NotRun(f"study {kept.name} has no {where} in table {table}")
-    return rows.iloc[0]
+        raise NotRun(f"study {kept.name} has no {where} in table {name}")
+    return rows
+
+
+def _row(kept: Kept, name: str, **where: object) -> pd.Series:
+    return _table(kept, name, **where).iloc[0]
 
 
 def _strategy(name: str, column: str = "homogeneity_v3_1") -> Measure:
     return lambda kept: float(_row(kept, "strategies", scaling="raw", trajectory=name)[column])
 
 
-def _basis(kind: str, column: str = "homogeneity_v3_1") -> Measure:
+def _basis(kind: str, column: str = "homogeneity_v3_1", beside: str = "hessian") -> Measure:
+    """On raw curves of the paper's order, or of the first that the basis ``beside`` it has, too."""
+
     def measure(kept: Kept) -> float:
-        rows = kept.table("bases")
-        rows = rows[(rows["basis"] == kind) & (rows["scaling"] == "raw")]
-        # The paper's order where the study has it; for other bases of a large run it has first order alone.
+        rows = {name: _table(kept, "bases", basis=name, scaling="raw").set_index("order") for name in (kind, beside)}
         for order in ("second", "first"):
-            if len(found := rows[rows["order"] == order]):
-                return float(found.iloc[0][column])
-        raise NotRun(f"study {kept.name} has no {kind} basis")
+            if all(order in own.index for own in rows.values()):
+                return float(rows[kind].loc[order, column])
+        raise NotRun(f"study {kept.name} has no order on both {kind} and {beside}")
 
     return measure
 
 
-def _p(order: str, scaling: str = "raw", rule: str = "v3", within: str = "place") -> Measure:
-    return lambda kept: float(_row(kept, "null", order=order, scaling=scaling, rule=rule, within=within)["p"])
+def _carry_cluster(order: str, scaling: str = "raw") -> Callable[[Kept], bool]:
+    """Is there a cluster, by v3's rule, purer than the base rate, and than 95% of shuffles, in place and in digit?"""
 
-
-def _significant(order: str) -> Callable[[Kept], bool]:
     def holds(kept: Kept) -> bool:
-        own = _row(kept, "strategies", scaling="raw", trajectory=f"POLCA {order}")
-        return bool(own["homogeneity_v3_1"] > own["base_rate"]) and _p(order)(kept) <= 0.05
+        own = _row(kept, "strategies", scaling=scaling, trajectory=f"POLCA {order}")
+        tests = _table(kept, "null", order=order, scaling=scaling, rule="v3")
+        return bool(own["homogeneity_v3_1"] > own["base_rate"] and tests["p"].max() <= 0.05)
 
     return holds
 
@@ -111,29 +128,41 @@ def _term(column: str) -> Measure:
 
 
 def _tokens(kept: Kept, vector: int, order: str) -> pd.DataFrame:
-    """Number of tokens by cluster and skill; no rows if the basis has no such vector."""
-    own = kept.clusters["tokens"].sel(kind=f"{order}, raw")
-    if vector not in own["vector"]:
-        return pd.DataFrame(columns=own["skill"].values)
-    return own.sel(vector=vector).to_pandas()
+    """Number of tokens by cluster and skill."""
+    if not (kept.path / "clusters.zarr.zip").exists():
+        raise NotRun(f"study {kept.name} keeps no clusters")
+    own = kept.clusters["tokens"]
+    if f"{order}, raw" not in own["kind"] or vector not in own["vector"]:
+        raise NotRun(f"study {kept.name} has no clusters of vector {vector} by order {order}")
+    tokens = own.sel(kind=f"{order}, raw", vector=vector).to_pandas()
+    return tokens[tokens.sum(axis=1) > 0]
+
+
+def _places(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Number of tokens by cluster and place."""
+    return tokens.T.groupby(lambda skill: skill.split(",")[0]).sum().T
 
 
 def _purity_of_place(kept: Kept, vector: int, order: str = "second") -> float:
-    """Largest mean share of one place in the clusters of a vector, weighted by tokens."""
-    tokens = _tokens(kept, vector, order)
-    tokens = tokens.T.groupby(lambda skill: skill.split(",")[0]).sum().T
-    total = tokens.to_numpy().sum()
-    return float(tokens.max(axis=1).sum() / total) if total else float("nan")
+    """Share of clustered tokens that are of the most frequent place of their cluster; NaN if none is clustered."""
+    places = _places(_tokens(kept, vector, order))
+    return float(places.max(axis=1).sum() / places.to_numpy().sum()) if len(places) else float("nan")
 
 
-def _carry_share(kept: Kept, vector: int, place: str | None = None, order: str = "second") -> float:
-    """Largest share of carry tokens (of one place) in a cluster of a vector."""
+def _finds_digits(kept: Kept, vector: int) -> bool:
+    places = _places(_tokens(kept, vector, "second"))
+    return bool(_purity_of_place(kept, vector) > 0.6 and places.idxmax(axis=1).nunique() >= 2)
+
+
+def _carry_share(kept: Kept, vector: int, *, v3: bool, place: str | None = None, order: str = "second") -> float:
+    """Largest share of carry tokens (of one place) in a cluster of a vector; NaN if no cluster counts."""
     tokens = _tokens(kept, vector, order)
-    tokens = tokens[tokens.sum(axis=1) > 0]
-    if tokens.empty:
-        return float("nan")
-    carries = [s for s in tokens if s.endswith(", carry") and (place is None or s.startswith(place))]
-    return float((tokens[carries].sum(axis=1) / tokens.sum(axis=1)).max())
+    carries = tokens[[skill for skill in tokens if skill.endswith(", carry")]]
+    inside = carries[[skill for skill in carries if skill.split(",")[0] in ("10s", "100s")]].sum(axis=1)
+    counts = inside > 0.85 * carries.sum(axis=1) if v3 else tokens.sum(axis=1) > 0
+    wanted = carries if place is None else carries[[f"{place}, carry"]]
+    shares = (wanted.sum(axis=1) / tokens.sum(axis=1))[counts]
+    return float(shares.max()) if len(shares) else float("nan")
 
 
 def _dropped(kept: Kept) -> float:
@@ -141,31 +170,37 @@ def _dropped(kept: Kept) -> float:
 
 
 def _agreement(column: str) -> Measure:
-    def measure(kept: Kept) -> float:
-        table = kept.table("agreement")
-        return float(table[table["order"] == "second"].sort_values("cadence").iloc[0][column])
-
-    return measure
+    return lambda kept: float(_table(kept, "agreement", order="second").sort_values("cadence").iloc[0][column])
 
 
-def _final_closure(column: str, order: str = "first") -> Measure:
-    def measure(kept: Kept) -> float:
-        table = kept.table("closure")
-        own = table[(table["basis"] == "hessian") & (table["order"] == order)]
-        return float(own.sort_values("cadence").iloc[0][column])
+def _closure(column: str, order: str = "first") -> Measure:
+    rows = {"basis": "hessian", "order": order}
+    return lambda kept: float(_table(kept, "closure", **rows).sort_values("cadence").iloc[0][column])
 
-    return measure
+
+def _exact_tokens(kept: Kept) -> pd.DataFrame:
+    if not (kept.path / "clusters.zarr.zip").exists():
+        raise NotRun(f"study {kept.name} keeps no clusters")
+    return kept.clusters["exact_tokens"].to_pandas()
 
 
 def _exact_place_share(kept: Kept) -> float:
     """Share of tokens in the exact loss clusters that belong to the most frequent place of their cluster."""
-    tokens = kept.clusters["exact_tokens"].to_pandas()
-    tokens = tokens.T.groupby(lambda skill: skill.split(",")[0]).sum().T
-    return float(tokens.max(axis=1).sum() / tokens.to_numpy().sum())
+    places = _places(_exact_tokens(kept))
+    return float(places.max(axis=1).sum() / places.to_numpy().sum())
+
+
+def _no_carry_in_loss(kept: Kept) -> bool:
+    """There are clusters, and none that v3's rule counts is a carry cluster."""
+    own = _row(kept, "strategies", scaling="raw", trajectory="exact loss")
+    return bool(own["clusters"] > 0 and not own["homogeneity_v3_1"] > CARRY)
 
 
 def _parameters(kept: Kept) -> float:
     own = kept.settings
+    paper = RunConfig.from_preset("paper").model
+    if kept.config.model != paper:
+        raise NotRun(f"study {kept.name} has another model than the paper's")
     layers, d, mlp = (own[f"model.{name}"] for name in ("n_layers", "d_model", "d_mlp"))
     block = 4 * d * d + 4 * d + 2 * d * mlp + mlp + d + 4 * d
     ends = own["model.d_vocab"] * d + own["model.n_ctx"] * d + 2 * d + (d + 1) * own["model.d_vocab_out"]
@@ -184,25 +219,20 @@ def _over(measure: Measure, least: float) -> Callable[[Kept], bool]:
     return lambda kept: measure(kept) > least
 
 
-def _never(_: Kept) -> bool:
-    """For numbers that are cited for nothing beyond themselves."""
-    return False
-
-
 def _table_3() -> list[Claim]:
     """Homogeneity, recall, F1 and hidden breakthroughs of each kind of trajectory."""
     claims, section = [], "D, Table 3 (v3)"
     ours, exact = _strategy("POLCA second"), _strategy("exact loss", "hidden")
     for name, printed in paper_strategies().iterrows():
         if name.startswith("POLCA"):
-            holds, means = _significant(name.split()[1]), "beyond the base rate, and beyond chance (p <= 0.05)"
+            holds, means = _carry_cluster(name.split()[1]), "over the base rate, and beyond chance (p <= 0.05)"
         else:
             holds, means = _more(ours, _strategy(name)), "POLCA of second order finds a purer carry cluster"
         text = f"largest homogeneity of {name} clusters"
         own = (_strategy(name), holds, means, _SCALE, TOLERANCE, True if name.startswith("POLCA") else None)
         claims.append(Claim(f"{name}: homogeneity", section, text, printed["homogeneity_1"], *own))
         for measure in ("recall", "f1"):
-            own = (_strategy(name, f"{measure}_v3_1"), _never, "nothing beyond the number", _SCALE)
+            own = (_strategy(name, f"{measure}_v3_1"), None, "nothing beyond the number", _SCALE)
             claims.append(Claim(f"{name}: {measure}", section, f"{measure} of it", printed[f"{measure}_1"], *own))
         hidden = _strategy(name, "hidden")
         if name.startswith("POLCA") or name == "Fisher":
@@ -220,7 +250,7 @@ def _table_4() -> list[Claim]:
     claims = []
     for kind, homogeneity, hidden in (("random", 0.902, 0.031), ("shuffled", 0.856, 0.304)):
         for name, column, printed in (("homogeneity", "homogeneity_v3_1", homogeneity), ("hidden", "hidden", hidden)):
-            less = _more(_basis("hessian", column), _basis(kind, column))
+            less = _more(_basis("hessian", column, beside=kind), _basis(kind, column))
             text = {"homogeneity": "largest homogeneity", "hidden": "share of clusters with a hidden breakthrough"}[
                 name
             ]
@@ -236,7 +266,7 @@ CLAIMS: tuple[Claim, ...] = (
         text="number of parameters",
         paper=9475594,
         measure=_parameters,
-        holds=_never,
+        holds=None,
         means="nothing beyond the number",
         page="02_training",
         tolerance=0,
@@ -256,9 +286,9 @@ CLAIMS: tuple[Claim, ...] = (
         section="4.2, Figure 3",
         text="exact loss clusters find no carry",
         paper=None,
-        measure=_strategy("exact loss", "homogeneity_v1_1"),
-        holds=lambda kept: not _strategy("exact loss", "homogeneity_v1_1")(kept) > 0.9,
-        means="no cluster with over 90% of carry tokens, by v1's rule",
+        measure=_strategy("exact loss"),
+        holds=_no_carry_in_loss,
+        means="there are clusters, but none, by v3's rule, of which over 80% take a carry",
         page=_SCALE,
     ),
     Claim(
@@ -267,8 +297,8 @@ CLAIMS: tuple[Claim, ...] = (
         text="the first vector recovers the digit skill",
         paper=None,
         measure=lambda kept: _purity_of_place(kept, 1),
-        holds=lambda kept: _purity_of_place(kept, 1) > 0.6,
-        means="over 60% of clustered tokens are of the most frequent place of their cluster",
+        holds=lambda kept: _finds_digits(kept, 1),
+        means="over 60% of clustered tokens are of the most frequent place of their cluster, of two places at least",
         page=_SCALE,
     ),
     Claim(
@@ -276,9 +306,9 @@ CLAIMS: tuple[Claim, ...] = (
         section="4.2, Figure 4",
         text="a cluster of the second vector is the carry skill",
         paper=0.903,
-        measure=lambda kept: _carry_share(kept, 2),
-        holds=lambda kept: _carry_share(kept, 2) > 0.8,
-        means="over 80% of its tokens take a carry",
+        measure=lambda kept: _carry_share(kept, 2, v3=True),
+        holds=lambda kept: _carry_share(kept, 2, v3=True) > CARRY,
+        means="by v3's rule, over 80% of its tokens take a carry",
         page=_SCALE,
     ),
     Claim(
@@ -286,8 +316,8 @@ CLAIMS: tuple[Claim, ...] = (
         section="G, Figure 9",
         text="the third vector recovers the carry in the 1000s place",
         paper=None,
-        measure=lambda kept: _carry_share(kept, 3, "1000s"),
-        holds=lambda kept: _carry_share(kept, 3, "1000s") > 0.8,
+        measure=lambda kept: _carry_share(kept, 3, v3=False, place="1000s"),
+        holds=lambda kept: _carry_share(kept, 3, v3=False, place="1000s") > CARRY,
         means="a cluster of which over 80% take a carry in the 1000s place",
         page=_SCALE,
     ),
@@ -296,8 +326,8 @@ CLAIMS: tuple[Claim, ...] = (
         section="3.1",
         text="the basis captures most of the movement during optimisation",
         paper=None,
-        measure=_final_closure("movement_share"),
-        holds=_over(_final_closure("movement_share"), 0.5),
+        measure=_closure("movement_share"),
+        holds=_over(_closure("movement_share"), 0.5),
         means="over half of the squared movement between checkpoints lies in it",
         page=_CLOSURE,
     ),
@@ -356,29 +386,41 @@ def _measured(claim: Claim, kept: Kept) -> float:
         return float("nan")
 
 
+def scale_of(kept: Kept) -> str:
+    """The preset, and what of the run differs from it, seed and device apart."""
+    own = kept.config
+    preset = RunConfig.from_preset(own.preset)
+    changes = differences(preset.model_dump(mode="json"), own.model_dump(mode="json"))
+    parts = [f"{name} = {ours}" for name, _, ours in changes if name not in ("seed", "device", "memory")]
+    return "; ".join([own.preset, *parts])
+
+
 def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
-    """Verdict on each claim, by preset.
+    """Verdict on each claim, by scale: studies that differ in seed alone are judged together.
 
     Returns:
-        Rows ``claim``, ``section``, ``text``, ``paper``, ``ours`` (median), ``low``, ``high``, ``seeds``, ``preset``,
-        ``device``, ``verdict`` (the most frequent; of equally many the less favourable), ``cited_for`` and ``page``.
+        Rows ``claim``, ``section``, ``text``, ``paper``, ``ours`` (median), ``low``, ``high``, ``seeds``, ``preset``
+        (see :func:`scale_of`), ``device``, ``verdict`` (the most frequent; of equally many the least favourable),
+        ``each`` (how many seeds have which verdict), ``measured`` (seeds that have a number; median and range are
+        theirs), ``cited_for`` and ``page``.
     """
-    by_preset: dict[str, list[Kept]] = {}
+    by_scale: dict[str, list[Kept]] = {}
     for kept in studies:
-        by_preset.setdefault(str(kept.settings["preset"]), []).append(kept)
+        by_scale.setdefault(scale_of(kept), []).append(kept)
     rows = []
     severity = ["not run", "reproduced", "stronger here", "partly", "not reproduced"]
     for claim in claims:
-        for preset, group in by_preset.items():
+        for scale, group in by_scale.items():
             values = np.array([_measured(claim, kept) for kept in group], float)
             verdicts = [claim.judge(kept) for kept in group]
-            verdict = max(severity, key=lambda v: (verdicts.count(v), severity.index(v)))
             finite = values[np.isfinite(values)]
             low, ours, high = np.quantile(finite, [0, 0.5, 1]) if len(finite) else (np.nan,) * 3
             row = {"claim": claim.name, "section": claim.section, "text": claim.text, "paper": claim.paper}
-            row |= {"ours": ours, "low": low, "high": high, "seeds": len(group), "preset": preset}
-            row |= {"device": group[0].settings["device"], "verdict": verdict}
-            rows.append({**row, "cited_for": claim.means, "page": claim.page})
+            row |= {"ours": ours, "low": low, "high": high, "seeds": len(group), "preset": scale}
+            row["device"] = ", ".join(dict.fromkeys(str(kept.settings["device"]) for kept in group))
+            row["verdict"] = max(severity, key=lambda v: (verdicts.count(v), severity.index(v)))
+            row["each"] = ", ".join(f"{verdicts.count(v)} {v}" for v in severity if v in verdicts)
+            rows.append({**row, "measured": len(finite), "cited_for": claim.means, "page": claim.page})
     return pd.DataFrame(rows)
 
 

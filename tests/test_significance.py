@@ -154,8 +154,29 @@ def test_held_out_tokens_show_a_cluster_that_is_chance():
     curves = two_groups()
     shuffled = np.random.default_rng(2).permutation(curves["carry"].values)
     found = check_on_other_half(curves.assign_coords(carry=("token", shuffled)), CONFIG)
+    assert len(found) >= 2
     assert (found["homogeneity_held_out"] < 0.9).all()
     assert (found["homogeneity_held_out"] > 0.1).all()
+
+
+def test_a_vector_that_holds_on_one_half_only_has_rows_that_say_so():
+    curves = two_groups()
+    fitted = np.random.default_rng(1).permutation(np.unique(curves["example"]))[:40]
+    rising = curves.copy(data=np.where(np.isin(curves["example"], fitted), curves.values, -curves.values))
+    found = check_on_other_half(rising, CONFIG, seed=1)
+    assert len(found) == 2
+    assert (found["tokens_held_out"] == 0).all()
+    assert found["homogeneity_held_out"].isna().all()
+
+
+def test_v3_rule_with_shuffles_within_places_alone_rewards_telling_the_1000s_apart():
+    """Half of the tokens of the cluster in the 10s and 100s take a carry, as everywhere: that is no carry cluster."""
+    place = np.repeat(["10s", "1000s", "1000s", "10s"], [300, 80, 200, 300])
+    carry = np.concatenate([np.arange(300) % 2, np.zeros(80), np.ones(200), np.arange(300) % 2]).astype(bool)
+    digit = np.where(place == "1000s", carry, 5)
+    labels = labelled(np.repeat([1, OUTLIER], [380, 500]), place, carry, digit)
+    assert float(permutation_null(labels, 200)["p"].sel(rule="v3")) < 0.05
+    assert float(permutation_null(labels, 200, within=("place", "digit"))["p"].sel(rule="v3")) > 0.3
 
 
 def test_grid_has_what_each_setting_gives_alone():

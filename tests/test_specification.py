@@ -1,6 +1,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from polca_lib.clustering import DROPPED, cluster_tokens, homogeneity_table, most_homogeneous
@@ -9,6 +10,7 @@ from polca_lib.specification import (
     CLUSTERING,
     SUMMED,
     available_orders,
+    beyond_chance,
     deciding_choices,
     specification_curve,
     trajectories,
@@ -63,14 +65,42 @@ def test_orders_are_those_that_the_curvature_allows(run):
 
 
 def test_a_choice_that_alone_decides_has_all_of_the_spread(curve):
-    made = curve.assign(homogeneity=np.where(curve["scaling"] == "unit", 0.95, 0.2), p=0.01, base_rate=0.4)
+    height = np.where(curve["scaling"] == "unit", 0.95, 0.2)
+    made = curve.assign(homogeneity=height, p=0.01, p_digit=0.01, base_rate=0.4)
     found = deciding_choices(made)
     assert found.index[0][0] == "scaling"
     assert found.loc[("scaling", "unit"), "over"] == 1
-    assert found.loc[("scaling", "raw"), "over"] == found.loc[("scaling", "raw"), "significant"] == 0
-    assert found.loc[("scaling", "unit"), "significant"] == 1
+    assert found.loc[("scaling", "raw"), "over"] == found.loc[("scaling", "raw"), "beyond"] == 0
+    assert found.loc[("scaling", "unit"), "beyond"] == 1
     assert found.loc[("scaling", "raw"), "spread"] == pytest.approx(0.75)
     np.testing.assert_allclose(found[found.index.get_level_values(0) != "scaling"]["spread"], 0, atol=1e-12)
+
+
+def test_values_are_compared_over_what_all_of_them_have():
+    """One value exists only where everything is high: that must not count for it."""
+    rows = [
+        {"which": which, "order": order, "homogeneity": height + (order == "exact") * 0.01}
+        for which, height in (("largest", 0.9), ("magnitude", 0.1))
+        for order in ("first", "exact")
+        if (which, order) != ("magnitude", "exact")
+    ]
+    found = deciding_choices(pd.DataFrame(rows).assign(p=1, p_digit=1, base_rate=0.4))
+    assert found.loc[("order", "exact"), "mean"] == pytest.approx(0.91)
+    assert found.loc[("order", "first"), "mean"] == pytest.approx(0.9)
+    assert found.loc[("which", "largest"), "specifications"] == 1
+    assert found.loc[("which", "largest"), "spread"] == pytest.approx(0.8)
+
+
+def test_beyond_chance_needs_the_base_rate_and_both_shuffles():
+    rows = pd.DataFrame(
+        {
+            "homogeneity": [0.9, 0.3, 0.9, 0.9],
+            "base_rate": 0.4,
+            "p": [0.01, 0.01, 0.2, 0.01],
+            "p_digit": [0.01, 0.01, 0.01, 0.2],
+        }
+    )
+    assert beyond_chance(rows).tolist() == [True, False, False, False]
 
 
 def test_coarser_projections_are_those_of_a_run_with_fewer_checkpoints(run):
