@@ -135,7 +135,7 @@ def settings_table(config: RunConfig) -> pd.DataFrame:
     paper = RunConfig.from_preset("paper")
     rows = {
         f"{section}.{name}": {"this run": value, "paper": getattr(getattr(paper, section), name)}
-        for section in ("data", "model", "training", "basis", "clustering")
+        for section in ("data", "model", "training", "basis", "projection", "clustering")
         for name, value in getattr(config, section)
     }
     return pd.DataFrame(rows).T.astype(str)
