@@ -109,7 +109,7 @@ def candidates(
 def fit_hdbscan(
     values: Float[np.ndarray, "token step"], config: ClusteringConfig, min_samples: int, **options: object
 ) -> hdbscan.HDBSCAN:
-    """HDBSCAN, fitted to scaled trajectories; ``options`` go to :class:`hdbscan.HDBSCAN`."""
+    """HDBSCAN, fitted to scaled trajectories; ``options`` go to ``hdbscan.HDBSCAN``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return hdbscan.HDBSCAN(

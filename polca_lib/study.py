@@ -136,14 +136,14 @@ class Study:
 
     @cached_property
     def along_each(self) -> xr.DataArray:
-        """True loss change of moving along each vector alone, of the first examples: (step, token, vector)."""
+        """True loss change (step, token, vector) of moving along each vector alone, for tokens of the first examples."""
         path = self.run.folder / f"along-{self.run.keys['projection']}.zarr"
         steps, batch = self.run.config.training.checkpoint_steps, self.batch[:_FINITE_EXAMPLES]
         return interventions.move_along(path, self.run.checkpoints, steps, batch, self.run.basis)
 
     @cached_property
     def undone(self) -> dict[str, np.ndarray]:
-        """Loss change per token when movement is taken back: own, random, and other vectors by the same length."""
+        """Loss change per token when movement along own, random and other vectors is taken back."""
         checkpoints = self.run.checkpoints
         start, end = checkpoints.theta(0), checkpoints.theta(self.run.config.training.steps)
         vectors = read_vectors(self.run.basis, device=checkpoints.device, dtype=start.dtype)

@@ -323,12 +323,18 @@ def in_turn(values):
     return lambda _: next(asked)
 
 
+@pytest.fixture
+def own_studies(monkeypatch):
+    """Those of the repository."""
+    monkeypatch.delenv("POLCA_STUDIES", raising=False)
+
+
 def test_there_are_kept_studies():
     assert set(JUDGED) <= set(KEPT)
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_kept_studies_are_whole_and_say_where_they_come_from(name):
+def test_kept_studies_are_whole_and_say_where_they_come_from(name, own_studies):
     kept = Kept(name)
     assert kept.provenance["software"]["commit"]
     assert {"preset", "seed", "device"} <= kept.provenance["stages"].keys()
@@ -337,7 +343,7 @@ def test_kept_studies_are_whole_and_say_where_they_come_from(name):
             assert len(kept.table(table)) > 0
 
 
-def test_kept_verdicts_are_those_that_the_kept_studies_give():
+def test_kept_verdicts_are_those_that_the_kept_studies_give(own_studies):
     stored = pd.read_csv(reproduce.ROOT / "data" / "paper" / "verdicts.csv")
     found = judge(map(Kept, JUDGED))
     assert stored.columns.tolist() == COLUMNS
