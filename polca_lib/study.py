@@ -136,7 +136,7 @@ class Study:
 
     @cached_property
     def along_each(self) -> xr.DataArray:
-        """True loss change (step, token, vector) of moving along each vector alone, for tokens of the first examples."""
+        """True loss change (step, token, vector) of moving along each vector alone, of the first examples."""
         path = self.run.folder / f"along-{self.run.keys['projection']}.zarr"
         steps, batch = self.run.config.training.checkpoint_steps, self.batch[:_FINITE_EXAMPLES]
         return interventions.move_along(path, self.run.checkpoints, steps, batch, self.run.basis)
