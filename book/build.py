@@ -22,7 +22,7 @@ from typing import Any
 import nbformat
 import papermill
 
-from polca_lib.config import PRESETS, RunConfig
+from polca_lib.config import PRESETS, RunConfig, parse_assignments
 
 ROOT = Path(__file__).parents[1]
 README_PICTURE = "book/_static/polca-laptop.png"
@@ -93,13 +93,7 @@ def main() -> None:
     parser.add_argument("--in-place", action="store_true", help="keep the executed notebooks in notebooks/; no pages")
     parser.add_argument("--output", type=Path, default=ROOT / "_build", help="folder for what is built")
     arguments = parser.parse_args()
-    parameters: dict[str, Any] = {"preset": arguments.preset}
-    for assignment in arguments.set:
-        name, _, value = assignment.partition("=")
-        try:
-            parameters[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            parameters[name] = value
+    parameters: dict[str, Any] = {"preset": arguments.preset, **parse_assignments(arguments.set)}
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     try:
         check_parameters(notebooks, parameters)

@@ -7,7 +7,9 @@ the sections it depends on (see :mod:`polca_lib.pipeline`).
 
 from __future__ import annotations
 
+import ast
 import difflib
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import torch
@@ -267,6 +269,18 @@ def field_names() -> list[str]:
         elif name != "preset":
             names.append(name)
     return names
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` from a command line: values are Python literals, or else text."""
+    found = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found
 
 
 def _divisors(n: int) -> str:

@@ -9,7 +9,6 @@ stopped goes on where it was; ``provenance.json`` says what made them. Pages rea
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ import xarray as xr
 import zarr
 
 from polca_lib.artefacts import differences, software, write_atomically
-from polca_lib.config import PRESETS, RunConfig
+from polca_lib.config import PRESETS, RunConfig, parse_assignments
 from polca_lib.evidence import TABLES, cluster_summary
 from polca_lib.pipeline import ROOT, Run
 from polca_lib.study import BASES, Study
@@ -154,15 +153,10 @@ def main() -> None:
     parser.add_argument("--no-variants", action="store_true", help="specification curve on one Hessian basis alone")
     parser.add_argument("--tables", default="", help=f"only these of {', '.join(TABLES)}")
     arguments = parser.parse_args()
-    overrides = {}
-    for assignment in arguments.set:
-        name, _, value = assignment.partition("=")
-        try:
-            overrides[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            overrides[name] = value
     try:
-        run = Run.from_preset(arguments.preset, seed=arguments.seed, device=arguments.device, **overrides)
+        run = Run.from_preset(
+            arguments.preset, seed=arguments.seed, device=arguments.device, **parse_assignments(arguments.set)
+        )
         study = Study(run, tuple(arguments.bases.split(",")), arguments.ablation_curvature, not arguments.no_variants)
         name = arguments.name or f"{arguments.preset}-{arguments.seed}"
         complete(study, name, [table for table in arguments.tables.split(",") if table])
