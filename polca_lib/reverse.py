@@ -41,10 +41,18 @@ def contract(
             result += part.gradients[name].reshape(len(result), -1) @ directions[name].reshape(n_vectors, -1).T
     for index, site in enumerate(layout.sites):
         weights, by_rows = _pushed(site.weight, parameters, directions), lies_by_rows(site.weight.value)
+        # Vectors that leave a weight matrix alone, as most axes of single parameters do, cost nothing there.
+        rows = weights.flatten(1).any(dim=1).nonzero()[:, 0]
+        if some := len(rows) < n_vectors:
+            weights = weights[rows]
+        sums = [result.new_zeros(len(result), len(rows)) for result in results] if some else results
         factors = [part.factors[index] for part in parts]
         for kind, add in ((Formed, _add_formed), (Passed, _add_passed)):
-            if own := [pair for pair in zip(results, factors, strict=True) if isinstance(pair[1], kind)]:
+            if len(rows) and (own := [pair for pair in zip(sums, factors, strict=True) if isinstance(pair[1], kind)]):
                 add(weights, by_rows, own)
+        if some:
+            for result, own_sum in zip(results, sums, strict=True):
+                result[:, rows] += own_sum
     return torch.cat(results)
 
 

@@ -141,6 +141,22 @@ def test_a_vector_more_costs_one_inner_product_with_the_gradient_of_each_token(n
     assert counts[1] - counts[0] == 5 * 10 * tokens * 2 * len(theta)
 
 
+@pytest.mark.parametrize("name", ["mlp", "layer norm", "multi-head"])
+def test_axes_of_parameters_cost_nothing_at_weights_that_they_leave_alone(name):
+    token_loss, theta, batch = problem(name, examples=10)
+    axes = torch.eye(len(theta), dtype=torch.float64)
+    mixed = torch.cat([directions(3, len(theta)), axes])
+    counts = []
+    for vectors in (mixed, directions(len(mixed), len(theta))):
+        with FlopCounterMode(display=False) as counter:
+            gradient = project(token_loss, theta, batch, vectors)[1]
+        torch.testing.assert_close(gradient, token_gradients(token_loss, theta, batch) @ vectors.T, **EXACT)
+        counts.append(counter.get_total_flops())
+    sizes = [site.weight.value.numel() for site in layout(token_loss, theta, next(split_examples(batch, 1))).sites]
+    tokens = len(token_loss(theta, batch))
+    assert counts[1] - counts[0] == sum(2 * tokens * size * (len(theta) - size) for size in sizes)
+
+
 def test_with_few_vectors_it_costs_less_not_to_form_gradients(monkeypatch):
     token_loss, theta, batch = problem("mlp", examples=10)
     least = operations(token_loss, theta, batch, 1)
