@@ -24,7 +24,7 @@ import xarray as xr
 import zarr
 
 from polca_lib.artefacts import differences, software, write_atomically
-from polca_lib.config import PRESETS, RunConfig, parse_assignments
+from polca_lib.config import PRESETS, RunConfig, Scaling, parse_assignments
 from polca_lib.evidence import TABLES, cluster_summary
 from polca_lib.pipeline import ROOT, Run
 from polca_lib.study import BASES, Study
@@ -40,13 +40,14 @@ class Kept:
 
     Args:
         name: of its folder.
+        scaling: of the curves whose clusters the paper's claims are judged by; the paper says nothing of any.
 
     Raises:
         FileNotFoundError: there is no such study.
     """
 
-    def __init__(self, name: str):
-        self.name, self.path = name, folder(name)
+    def __init__(self, name: str, scaling: Scaling = "raw"):
+        self.name, self.path, self.scaling = name, folder(name), scaling
         if not (self.path / "provenance.json").exists():
             known = sorted(path.parent.name for path in self.path.parent.glob("*/provenance.json"))
             raise FileNotFoundError(

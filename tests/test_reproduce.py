@@ -8,13 +8,14 @@ import xarray as xr
 from cases import TINY_RUN
 
 from polca_lib import charts, decomposition, evidence, reproduce
+from polca_lib.claims import CLAIMS, Claim, NotRun
 from polca_lib.clustering import DROPPED, composition
 from polca_lib.evidence import TABLES
 from polca_lib.pipeline import Run
 from polca_lib.reproduce import Kept, complete, folder
 from polca_lib.study import Study
 from polca_lib.tasks.arithmetic import SKILLS
-from polca_lib.verdicts import CLAIMS, COLUMNS, JUDGED, Claim, judge
+from polca_lib.verdicts import COLUMNS, JUDGED, first_run, judge
 
 KEPT = sorted(path.parent.name for path in folder("").glob("*/provenance.json"))
 
@@ -187,7 +188,7 @@ def test_every_claim_is_judged_on_a_study_and_the_median_stands_with_its_range(k
 class Made:
     """A study of rows made up for a test."""
 
-    name = "made"
+    name, scaling = "made", "raw"
 
     def __init__(self, path, clusters=None, **tables):
         self.path, self.clusters, self._tables = path, clusters, tables
@@ -271,6 +272,31 @@ def test_a_carry_cluster_must_be_over_the_base_rate_and_beyond_both_shuffles(tmp
     assert judged(0.7, 0.4, 0.01, 0.5) == "not reproduced"
     assert judged(0.3, 0.4, 0.01, 0.01) == "not reproduced"
     assert judged(np.nan, 0.4, 0.01, 0.01) == "not reproduced"
+
+
+def test_a_study_is_judged_by_curves_of_one_scaling(kept):
+    strategies = kept.table("strategies").set_index(["trajectory", "scaling"])
+    scaled = Kept("tiny", scaling="unit")
+    assert CLAIM["tokens dropped"].measure(scaled) == strategies.loc[("POLCA second", "unit"), "dropped"] / 48
+    for study in (kept, scaled):
+        tokens = study.clusters["tokens"].sel(kind=f"second, {study.scaling}", vector=1).to_pandas()
+        places = tokens.T.groupby(lambda skill: skill.split(",")[0]).sum().T
+        purity = places.max(axis=1).sum() / places.to_numpy().sum()
+        np.testing.assert_allclose(CLAIM["vector 1: digits"].measure(study), purity)
+    with pytest.raises(NotRun):
+        CLAIM["digits in the loss"].measure(scaled)
+
+
+def test_what_one_scale_did_not_run_is_taken_from_the_next():
+    def rows(*verdicts, **more):
+        return pd.DataFrame({"claim": ["a", "b", "c"][: len(verdicts)], "verdict": verdicts, **more})
+
+    found = first_run(
+        rows("partly", "not run", "not run", studies="one"), rows("reproduced", "partly", "not run", studies="two")
+    )
+    assert found["claim"].tolist() == ["a", "b", "c"]
+    assert found["verdict"].tolist() == ["partly", "partly", "not run"]
+    assert found["studies"].tolist() == ["one", "two", "one"]
 
 
 def test_the_count_of_parameters_is_asked_of_the_papers_model_alone(kept):
