@@ -118,9 +118,14 @@ class ProjectionConfig(Section):
     mode: Mode = Field("auto", description="of differentiation; 'auto' takes the one with fewer operations")
     precision: Precision = Field("float32", description="of the operands of products with the basis")
 
+    @property
+    def curvature_of_all(self) -> bool:
+        """Whether curvature is measured on all tokens; gradients are then by-products of the same forward mode."""
+        return self.curvature and self.curvature_examples is None
+
     @model_validator(mode="after")
     def _mode_gives_curvature(self) -> Self:
-        if self.curvature and self.curvature_examples is None and self.mode == "reverse":
+        if self.curvature_of_all and self.mode == "reverse":
             raise ValueError(
                 "projection.mode = 'reverse' gives no second derivatives; allowed with projection.curvature: "
                 "'auto', 'forward'"

@@ -173,6 +173,8 @@ class Run:
 def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:
     """Projections of one training run on several bases, at the cost of one pass through the model for all.
 
+    Those that measure the curvature of all tokens have a pass each.
+
     Args:
         runs: that differ in ``basis`` and ``projection`` alone, see :func:`polca_lib.projection.project_runs`.
 
@@ -191,19 +193,20 @@ def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:
                     "differ in basis and projection alone; project them one by one"
                 )
     missing = [run for run in runs if run._stored_projections() is None]
-    if missing:
-        bases = [run.basis for run in missing]
+    alone = [run for run in missing if run.config.projection.curvature_of_all]
+    for group in filter(None, [*([run] for run in alone), [run for run in missing if run not in alone]]):
+        bases = [run.basis for run in group]
         with contextlib.ExitStack() as stack:
-            for run in missing:  # each is told the time of all
+            for run in group:  # each is told the time of all
                 stack.enter_context(run._projection.timed())
             project_runs(
-                [run._projection.path / "projections.zarr" for run in missing],
+                [run._projection.path / "projections.zarr" for run in group],
                 first.checkpoints,
                 first.config.training.checkpoint_steps,
                 arithmetic.encode(first.samples.validation).to(first.config.device),
                 first.tokens,
                 bases,
-                [run.config.projection for run in missing],
+                [run.config.projection for run in group],
                 first.config.memory,
             )
     return [run._stored_projections() for run in runs]

@@ -156,7 +156,7 @@ def project_runs(
         ValueError: the settings do not go together.
     """
     together = {(each.mode, each.precision) for each in settings}
-    whole = any(each.curvature and each.curvature_examples is None for each in settings)
+    whole = any(each.curvature_of_all for each in settings)
     if len(together) > 1 or (whole and len(bases) > 1):
         raise ValueError(
             f"{len(bases)} bases can't be projected together with (projection.mode, projection.precision) = "
@@ -265,7 +265,7 @@ def _project_checkpoint(
     settings: Sequence[ProjectionConfig],
 ) -> list[dict[str, np.ndarray]]:
     """What is to be stored of one checkpoint, for each basis."""
-    whole = settings[0].curvature and settings[0].curvature_examples is None
+    whole = settings[0].curvature_of_all
     found, movement, inside = [], [], [theta.clone() for _ in settings]
     sampled: list[list[Tensor]] = [[] for _ in settings]
     for rows, vectors in blocks:
