@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import jvp, vmap
 from torch.profiler import record_function
@@ -41,19 +41,28 @@ def contract(
             result += part.gradients[name].reshape(len(result), -1) @ directions[name].reshape(n_vectors, -1).T
     for index, site in enumerate(layout.sites):
         weights, by_rows = _pushed(site.weight, parameters, directions), lies_by_rows(site.weight.value)
-        # Vectors that leave a weight matrix alone, as most axes of single parameters do, cost nothing there.
-        rows = weights.flatten(1).any(dim=1).nonzero()[:, 0]
-        if some := len(rows) < n_vectors:
-            weights = weights[rows]
-        sums = [result.new_zeros(len(result), len(rows)) for result in results] if some else results
+        rows = _touching(weights)
+        weights = weights[rows]
+        some = len(weights) < n_vectors
+        sums = [result.new_zeros(len(result), len(weights)) for result in results] if some else results
         factors = [part.factors[index] for part in parts]
         for kind, add in ((Formed, _add_formed), (Passed, _add_passed)):
-            if len(rows) and (own := [pair for pair in zip(sums, factors, strict=True) if isinstance(pair[1], kind)]):
+            own = [pair for pair in zip(sums, factors, strict=True) if isinstance(pair[1], kind)]
+            if own and len(weights):
                 add(weights, by_rows, own)
         if some:
             for result, own_sum in zip(results, sums, strict=True):
                 result[:, rows] += own_sum
     return torch.cat(results)
+
+
+def _touching(weights: Float[Tensor, "vector entering leaving"]) -> slice | Int[Tensor, " row"]:
+    """Vectors that change a weight matrix at all: the others, as most axes of single parameters, cost nothing there."""
+    touches = weights[:, 0, 0] != 0  # of most vectors this says it already
+    touches[~touches] = weights[~touches].flatten(1).any(dim=1)
+    rows = touches.nonzero()[:, 0]
+    side_by_side = len(rows) > 0 and rows[-1] - rows[0] < len(rows)
+    return slice(int(rows[0]), int(rows[-1]) + 1) if side_by_side else rows  # the one is a view, the other a copy
 
 
 def _add_formed(
