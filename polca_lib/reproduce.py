@@ -123,10 +123,17 @@ def complete(study: Study, name: str, only: Iterable[str] = ()) -> None:
 
 
 def _note(file: Path, study: Study, table: str, seconds: float) -> None:
-    """Keep what made a table: its commit and wall time, and those of the stages before it."""
+    """Keep what made a table: its commit and wall time, and those of the stages before it.
+
+    A table of a run that was made anew, on another day or machine, says itself what of its stages was different.
+    """
     record = json.loads(file.read_text())
-    record["tables"][table] = {"commit": software()["commit"], "seconds": round(seconds, 1)}
-    record["stages"] = study.run.provenance()["value"].to_dict()
+    entry: dict[str, object] = {"commit": software()["commit"], "seconds": round(seconds, 1)}
+    stages = record.setdefault("stages", {})
+    now = study.run.provenance()["value"].to_dict()
+    if others := {name: value for name, value in now.items() if stages.setdefault(name, value) != value}:
+        entry["stages"] = others
+    record["tables"][table] = entry
     _write(file, record)
     print(f"{file.parent.name}: {table}, {seconds:.0f} s", flush=True)
 

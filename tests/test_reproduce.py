@@ -93,6 +93,18 @@ def test_term_is_against_that_of_each_tokens_own_curvature(kept, run):
     np.testing.assert_allclose(term.loc["second", "rmse"], np.sqrt(np.mean((ours - true) ** 2)), rtol=1e-3)
 
 
+def test_a_table_of_a_run_made_anew_says_so(kept, study, monkeypatch):
+    before = kept.provenance["stages"]
+    again = {**study.run.provenance()["value"], "training: wall time": "77 s"}
+    monkeypatch.setattr(study.run, "provenance", lambda: pd.DataFrame({"value": again}))
+    (kept.path / "rand.csv").unlink()
+    complete(study, "tiny", ["rand"])
+    found = Kept("tiny").provenance
+    assert found["stages"] == before
+    assert found["tables"]["rand"]["stages"] == {"training: wall time": "77 s"}
+    assert "stages" not in found["tables"]["null"]
+
+
 def test_claims_and_finite_differences_of_each_vector_stand_side_by_side(kept, study):
     along = kept.table("along").set_index(["order", "vector"])
     true = study.along_each.values
