@@ -404,6 +404,18 @@ def hessian_sample(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def largest_parameters(study: Study) -> pd.DataFrame:
+    """The parameters that LCA is done on, those largest at the end of training: their tensor, first and last value."""
+    if "parameters" not in study.bases:
+        return pd.DataFrame(columns=["tensor", "start", "end"])
+    checkpoints = study.run.checkpoints
+    sizes = {name: values.numel() for name, values in checkpoints.token_loss.parameters.items()}
+    axes = study.on_basis("parameters").basis["axis"].values
+    owner = np.searchsorted(np.cumsum(list(sizes.values())), axes, side="right")
+    start, end = (checkpoints.theta(step).cpu().numpy()[axes] for step in (0, study.run.config.training.steps))
+    return pd.DataFrame({"tensor": np.array(list(sizes))[owner], "start": start, "end": end})
+
+
 def specification_curve(study: Study) -> pd.DataFrame:
     """Every combination of the choices that the paper leaves open."""
     found = {("largest", "answer"): study.main}
@@ -457,6 +469,7 @@ TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
     "causal": causal,
     "causal_clusters": causal_clusters,
     "hessian_sample": hessian_sample,
+    "largest_parameters": largest_parameters,
     "specification": specification_curve,
 }
 """What is kept of a study, in the order in which it is made."""

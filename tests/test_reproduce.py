@@ -105,6 +105,18 @@ def test_a_table_of_a_run_made_anew_says_so(kept, study, monkeypatch):
     assert "stages" not in found["tables"]["null"]
 
 
+def test_allocated_parameters_are_the_largest_at_the_end(kept, run):
+    checkpoints, table = run.checkpoints, kept.table("largest_parameters")
+    assert np.all(np.diff(abs(table["end"])) <= 0)
+    end = checkpoints.token_loss.unflatten(checkpoints.theta(TINY_RUN["training.steps"]))
+    start = checkpoints.token_loss.unflatten(checkpoints.theta(0))
+    largest = sorted((float(v.abs().max()) for v in end.values()), reverse=True)[0]
+    np.testing.assert_allclose(abs(table["end"]).max(), largest, rtol=1e-5)
+    for row in table.itertuples():
+        where = np.isclose(end[row.tensor].numpy(), row.end, rtol=1e-5)
+        assert np.isclose(start[row.tensor].numpy()[where], row.start, rtol=1e-5).any()
+
+
 def test_claims_and_finite_differences_of_each_vector_stand_side_by_side(kept, study):
     along = kept.table("along").set_index(["order", "vector"])
     true = study.along_each.values
