@@ -130,7 +130,7 @@ def _note(file: Path, study: Study, table: str, seconds: float) -> None:
     record = json.loads(file.read_text())
     entry: dict[str, object] = {"commit": software()["commit"], "seconds": round(seconds, 1)}
     stages = record.setdefault("stages", {})
-    now = study.run.provenance()["value"].to_dict()
+    now = {**study.run.provenance()["value"].to_dict(), **{k: v for k, v in software().items() if k != "commit"}}
     if others := {name: value for name, value in now.items() if stages.setdefault(name, value) != value}:
         entry["stages"] = others
     record["tables"][table] = entry

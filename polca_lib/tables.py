@@ -120,25 +120,29 @@ def vector_table(basis: xr.Dataset, projected: xr.DataArray, labels: xr.DataArra
 
 
 def spread(rows: pd.DataFrame, index: str, columns: str, values: str) -> pd.DataFrame:
-    """Median and range of ``values`` over the studies in ``rows``, as text; empty where no study has a number."""
-
-    def text(own: pd.Series) -> str:
-        own = own.dropna()
-        return f"{own.median():.3f} [{own.min():.3f}, {own.max():.3f}]" if len(own) else ""
-
+    """Median and range of ``values`` over the studies in ``rows``, as text, see :func:`spread_text`."""
     groups = rows.groupby([index, columns], sort=False)[values]
-    return groups.agg(text).unstack(columns).fillna("")
+    return groups.agg(spread_text).unstack(columns).fillna("")
+
+
+def spread_text(values: pd.Series) -> str:
+    """Median and range of what several studies have; and how many have a number, if not all do. Empty if none does."""
+    own = values.dropna()
+    if own.empty:
+        return ""
+    some = f" ({len(own)} of {len(values)})" if len(own) < len(values) else ""
+    return f"{own.median():.3f} [{own.min():.3f}, {own.max():.3f}]{some}"
 
 
 def settings_table(config: RunConfig) -> pd.DataFrame:
     """Every setting of a run beside that of the preset ``paper``, a row each."""
     paper = RunConfig.from_preset("paper")
     rows = {
-        f"{section}.{name}": {"this run": value, "paper": getattr(getattr(paper, section), name)}
+        f"{section}.{name}": {"this run": str(value), "paper": str(getattr(getattr(paper, section), name))}
         for section in ("data", "model", "training", "basis", "projection", "clustering")
         for name, value in getattr(config, section)
     }
-    return pd.DataFrame(rows).T.astype(str)
+    return pd.DataFrame(rows).T
 
 
 def paper_strategies() -> pd.DataFrame:

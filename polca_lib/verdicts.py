@@ -4,7 +4,11 @@
 - *stronger here*: our number is beyond the paper's in the direction of the claim, and the sentence holds;
 - *partly*: one of the two: the number is missed, but the sentence holds; or the other way round;
 - *not reproduced*: neither;
-- *not run*: the study has no such number.
+- *not run*: the study has no such number;
+- *does not apply*: nor could it have, as a claim about raw curves when others are judged.
+
+Where the paper has no number, the sentence decides alone; where the study finds no cluster that could be measured, the
+number is missed.
 
 The rules stand with the claims, in :mod:`polca_lib.claims`.
 """
@@ -54,7 +58,7 @@ def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataF
     for kept in studies:
         by_scale.setdefault(scale_of(kept), []).append(kept)
     rows = []
-    severity = ["not run", "reproduced", "stronger here", "partly", "not reproduced"]
+    severity = ["does not apply", "not run", "reproduced", "stronger here", "partly", "not reproduced"]
     for claim in claims:
         for scale, group in by_scale.items():
             values = np.array([_measured(claim, kept) for kept in group], float)

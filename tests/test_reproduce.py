@@ -8,7 +8,7 @@ import xarray as xr
 from cases import TINY_RUN
 
 from polca_lib import charts, decomposition, evidence, reproduce
-from polca_lib.claims import CLAIMS, Claim, NotRun
+from polca_lib.claims import CLAIMS, Claim
 from polca_lib.clustering import DROPPED, composition
 from polca_lib.evidence import TABLES
 from polca_lib.pipeline import Run
@@ -191,7 +191,10 @@ def test_verdicts_follow_from_the_rule_of_the_claim():
         (0.7, True, 0.9, True, "partly"),
         (0.7, True, 0.9, False, "stronger here"),
         (0.7, False, 0.9, True, "not reproduced"),
-        (np.nan, True, 0.9, True, "not reproduced"),
+        (np.nan, True, 0.9, True, "partly"),
+        (np.nan, True, 0.9, False, "partly"),
+        (np.nan, None, 0.9, None, "not reproduced"),
+        (np.nan, False, 0.9, True, "not reproduced"),
         (0.2, True, None, None, "reproduced"),
         (0.2, False, None, None, "not reproduced"),
     ):
@@ -307,8 +310,8 @@ def test_a_study_is_judged_by_curves_of_one_scaling(kept):
         places = tokens.T.groupby(lambda skill: skill.split(",")[0]).sum().T
         purity = places.max(axis=1).sum() / places.to_numpy().sum()
         np.testing.assert_allclose(CLAIM["vector 1: digits"].measure(study), purity)
-    with pytest.raises(NotRun):
-        CLAIM["digits in the loss"].measure(scaled)
+    for name in ("digits in the loss", "Fisher: homogeneity", "change in loss: hidden"):
+        assert CLAIM[name].judge(scaled) == "does not apply"
 
 
 def test_what_one_scale_did_not_run_is_taken_from_the_next():
