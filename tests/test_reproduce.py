@@ -301,19 +301,6 @@ def test_a_carry_cluster_must_be_over_the_base_rate_and_beyond_both_shuffles(tmp
     assert judged(np.nan, 0.4, 0.01, 0.01) == "not reproduced"
 
 
-def test_a_study_is_judged_by_curves_of_one_scaling(kept):
-    strategies = kept.table("strategies").set_index(["trajectory", "scaling"])
-    scaled = Kept("tiny", scaling="unit")
-    assert CLAIM["tokens dropped"].measure(scaled) == strategies.loc[("POLCA second", "unit"), "dropped"] / 48
-    for study in (kept, scaled):
-        tokens = study.clusters["tokens"].sel(kind=f"second, {study.scaling}", vector=1).to_pandas()
-        places = tokens.T.groupby(lambda skill: skill.split(",")[0]).sum().T
-        purity = places.max(axis=1).sum() / places.to_numpy().sum()
-        np.testing.assert_allclose(CLAIM["vector 1: digits"].measure(study), purity)
-    for name in ("digits in the loss", "Fisher: homogeneity", "change in loss: hidden"):
-        assert CLAIM[name].judge(scaled) == "does not apply"
-
-
 def test_what_one_scale_did_not_run_is_taken_from_the_next():
     def rows(*verdicts, **more):
         return pd.DataFrame({"claim": ["a", "b", "c"][: len(verdicts)], "verdict": verdicts, **more})
@@ -324,6 +311,25 @@ def test_what_one_scale_did_not_run_is_taken_from_the_next():
     assert found["claim"].tolist() == ["a", "b", "c"]
     assert found["verdict"].tolist() == ["partly", "partly", "not run"]
     assert found["studies"].tolist() == ["one", "two", "one"]
+
+
+def test_a_study_is_judged_by_curves_of_one_scaling(kept, tmp_path):
+    raw = {"scaling": "raw", "trajectory": "POLCA second", "homogeneity_v3_1": 0.3, "hidden": 0.1}
+    other = {**raw, "scaling": "unit", "homogeneity_v3_1": 0.8, "hidden": 0.2}
+    made = Made(tmp_path, strategies=[raw, other])
+    for scaling, homogeneity, hidden in (("raw", 0.3, 0.1), ("unit", 0.8, 0.2)):
+        made.scaling = scaling
+        assert CLAIM["POLCA second: homogeneity"].measure(made) == homogeneity
+        assert CLAIM["POLCA second: hidden"].measure(made) == hidden
+    one = made_clusters([[{"1s": 90, "10s, carry": 10}]])
+    other = made_clusters([[{"1s": 50, "10s, carry": 50}]]).assign_coords(kind=["second, unit"])
+    clusters = Made(tmp_path, xr.concat([one, other], dim="kind"))
+    for scaling, purity in (("raw", 0.9), ("unit", 0.5)):
+        clusters.scaling = scaling
+        assert CLAIM["vector 1: digits"].measure(clusters) == purity
+    scaled = Kept("tiny", scaling="unit")
+    for name in ("digits in the loss", "Fisher: homogeneity", "change in loss: hidden"):
+        assert CLAIM[name].judge(scaled) == "does not apply"
 
 
 def test_the_count_of_parameters_is_asked_of_the_papers_model_alone(kept):
