@@ -20,7 +20,7 @@ ROOMS = (
     "config", "tasks.arithmetic", "models", "memory", "token_loss", "artefacts", "checkpoints", "training", "curvature",
     "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "projection", "interventions",
     "decomposition", "clustering", "breakthroughs", "significance", "specification", "figures", "tables", "pipeline",
-    "study", "evidence", "reproduce", "charts", "claims", "verdicts",
+    "study", "robustness", "evidence", "reproduce", "charts", "claims", "verdicts",
 )  # fmt: skip
 
 

@@ -1,9 +1,12 @@
 """Studies: made, stopped, resumed, kept, judged; and those that the repository keeps."""
 
+from copy import deepcopy
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 from cases import TINY_RUN
 
@@ -14,7 +17,9 @@ from polca_lib.evidence import TABLES
 from polca_lib.pipeline import Run
 from polca_lib.reproduce import Kept, complete, folder
 from polca_lib.study import Study
+from polca_lib.tasks import arithmetic
 from polca_lib.tasks.arithmetic import SKILLS
+from polca_lib.token_loss import TokenLoss
 from polca_lib.verdicts import COLUMNS, JUDGED, first_run, judge
 
 KEPT = sorted(path.parent.name for path in folder("").glob("*/provenance.json"))
@@ -103,6 +108,20 @@ def test_a_table_of_a_run_made_anew_says_so(kept, study, monkeypatch):
     assert found["stages"] == before
     assert found["tables"]["rand"]["stages"] == {"training: wall time": "77 s"}
     assert "stages" not in found["tables"]["null"]
+
+
+def test_curvature_of_a_vector_rests_on_the_tokens_that_have_it(kept, run):
+    table = kept.table("concentration")
+    np.testing.assert_allclose(table["curvature"], run.basis["eigenvalue"], rtol=0.05)
+    row, loss = table.iloc[1], run.checkpoints.token_loss
+    theta, batch = run.checkpoints.theta(int(row.birth_step)), arithmetic.encode(run.samples.hessian)
+    vector, h = torch.from_numpy(run.basis["vectors"].values[1]).double(), 1e-3
+    loss = TokenLoss(deepcopy(loss.model).double(), arithmetic.answer_loss)
+    ahead, here, behind = (loss(theta.double() + x * h * vector, batch).detach() for x in (1, 0, -1))
+    curvature = abs((ahead - 2 * here + behind) / h**2).numpy()
+    np.testing.assert_allclose(row.tokens, curvature.sum() ** 2 / (curvature**2).sum() / len(curvature), rtol=1e-2)
+    np.testing.assert_allclose(row.top, curvature.max() / curvature.sum(), rtol=1e-2)
+    np.testing.assert_allclose(row.top_loss, float(here.max() / here.sum()), rtol=1e-3)
 
 
 def test_allocated_parameters_are_the_largest_at_the_end(kept, run):
