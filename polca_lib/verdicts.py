@@ -88,7 +88,7 @@ def first_run(*scales: pd.DataFrame) -> pd.DataFrame:
     return first
 
 
-JUDGED = ("paper-0", "laptop-0", "laptop-1", "laptop-2")
+JUDGED = ("paper-0", "paper-bases", "laptop-0", "laptop-1", "laptop-2")
 """Studies that the verdicts of the repository are on."""
 
 COLUMNS = ["claim", "section", "paper", "ours", "low", "high", "seeds", "preset", "device", "verdict"]
