@@ -232,7 +232,7 @@ def concentration(study: Study) -> pd.DataFrame:
     """On how many tokens of its own Hessian sample the curvature of an eigenvector rests, at its birth.
 
     For each vector b of a Hessian basis: ``curvature``, the mean of b^T H(x) b, its eigenvalue; ``tokens``, the
-    participation ratio (sum c)^2 / sum c^2 of c = |b^T H(x) b|, as a share of all tokens: one if all have the same,
+    participation ratio (sum c)^2 / sum c^2 of c = abs(b^T H(x) b), as a share of all tokens: one if all have the same,
     1/n if a single one has all; ``top``, the share of the sum of c that the 1% of tokens with most of it hold; and
     ``top_loss``, the same of the loss.
     """
