@@ -21,7 +21,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 book: $(VENV)/.ready
-	$(BIN)/python -m polca_lib.pipeline --preset $(PRESET) --device $(DEVICE)
+	$(BIN)/python -m polca_lib.pipeline --preset $(PRESET) --device $(DEVICE) --beside parameters
+	$(BIN)/python -m polca_lib.pipeline --task grammar --preset $(PRESET) --device $(DEVICE) --beside random
 	$(BIN)/python book/build.py --preset $(PRESET) --set device=$(DEVICE)
 
 test: $(VENV)/.ready lint
@@ -33,7 +34,8 @@ lint: $(VENV)/.ready
 
 # Execute the notebooks of the checkout in place, as they are kept in the repository.
 notebooks: $(VENV)/.ready
-	$(BIN)/python -m polca_lib.pipeline --preset laptop
+	$(BIN)/python -m polca_lib.pipeline --preset laptop --beside parameters
+	$(BIN)/python -m polca_lib.pipeline --task grammar --preset laptop --beside random
 	$(BIN)/python book/build.py --preset laptop --in-place
 
 # What is kept in data/addition is finished, not made over: delete a folder to have it made anew.

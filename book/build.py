@@ -21,8 +21,10 @@ from typing import Any
 
 import nbformat
 import papermill
+from plotly.offline import get_plotlyjs
 
-from polca_lib.config import PRESETS, RunConfig, parse_assignments
+from polca_lib.config import PRESET_NAMES, RunConfig, parse_assignments
+from polca_lib.explorer import PLOTLY_FILE
 
 ROOT = Path(__file__).parents[1]
 README_PICTURE = "book/_static/polca-laptop.png"
@@ -67,6 +69,7 @@ def build_pages(preset: str, source: Path, target: Path) -> None:
     for name in ("book", "_config.yml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
+    (source / "book" / "_static" / PLOTLY_FILE).write_text(get_plotlyjs(), encoding="utf-8")
     results = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
     program = Path(sys.executable).with_name("jupyter-book")
     command = [str(program), "build", str(source), "--toc", str(source / "book" / "_toc.yml")]
@@ -88,7 +91,7 @@ def export_figure(notebook: Path, name: str, target: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="laptop")
+    parser.add_argument("--preset", choices=PRESET_NAMES, default="laptop")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another notebook parameter")
     parser.add_argument("--in-place", action="store_true", help="keep the executed notebooks in notebooks/; no pages")
     parser.add_argument("--output", type=Path, default=ROOT / "_build", help="folder for what is built")

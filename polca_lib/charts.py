@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from html import escape
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import HTML
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from polca_lib.figures import OKABE_ITO
+from polca_lib.figures import OKABE_ITO, cluster_colour, kind_colours
 from polca_lib.specification import MEASURED, beyond_chance
 from polca_lib.tasks.arithmetic import SKILLS
 
@@ -231,3 +236,124 @@ def verdict_counts(verdicts: pd.DataFrame) -> Figure:
     axes.set_xlabel("claims")
     axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
     return figure
+
+
+def loss_by_kind(quantiles: pd.DataFrame, by: str) -> Figure:
+    """Mean exact loss of each kind of token, each in a panel of its own beside that of all.
+
+    Args:
+        quantiles: from :func:`polca_lib.tables.loss_quantiles`.
+        by: construction or tag.
+    """
+    own = quantiles[quantiles["by"] == by]
+    kinds = sorted(own["value"].unique())
+    colours = kind_colours(kinds)
+    columns = 4
+    figure, panels = plt.subplots(
+        -(-len(kinds) // columns), columns, figsize=(10, 1.9 * -(-len(kinds) // columns)), sharex=True, sharey=True
+    )
+    for axes, kind in zip(panels.flat, kinds, strict=False):
+        for other in kinds:
+            line = own[own["value"] == other]
+            axes.plot(line["step"], line["mean"], color="0.88", linewidth=0.8)
+        line = own[own["value"] == kind]
+        axes.fill_between(line["step"], line["low"], line["high"], color=colours[kind], alpha=0.2, linewidth=0)
+        axes.plot(line["step"], line["mean"], color=colours[kind])
+        axes.set_title(kind, fontsize=9)
+    for axes in list(panels.flat)[len(kinds) :]:
+        axes.axis("off")
+    figure.supxlabel("training step", fontsize=9)
+    figure.supylabel("loss (nats)", fontsize=9)
+    return figure
+
+
+def simple_labels(counts: pd.DataFrame, paper: tuple[int, int]) -> Figure:
+    """Vectors kept, and those with a simply labelled cluster, by kind of trajectory, beside chance and the paper.
+
+    Args:
+        counts: table ``counts`` of a study of text.
+        paper: the paper's numbers of vectors kept and simply labelled, of 30.
+    """
+    own = counts[counts["vectors"] > 1].reset_index(drop=True)
+    place = np.arange(len(own))
+    figure, axes = plt.subplots(figsize=(8, 0.36 * len(own) + 1.2))
+    axes.barh(place, own["kept"], color="#E4E4E4", height=0.75, label="mean falls")
+    axes.barh(place, own["clustered"], color=OKABE_ITO[5], height=0.5, label="has a cluster")
+    axes.barh(place, own["simple_label"], color=OKABE_ITO[0], height=0.25, label="has a simple label")
+    axes.plot(own["simple_by_chance"], place, "|", color="black", markersize=13, label="simple by chance")
+    scale = own["vectors"].max() / 30
+    for value, name, style in zip(paper, ("paper: kept", "paper: simple"), ("-", ":"), strict=True):
+        axes.axvline(value * scale, color=OKABE_ITO[1], linestyle=style, linewidth=1.2, label=f"{name} ({value} of 30)")
+    axes.set_yticks(place, own["kind"])
+    axes.invert_yaxis()
+    axes.set(xlabel="vectors", xlim=(0, own["vectors"].max() * 1.02))
+    axes.legend(bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)
+    return figure
+
+
+def constructions_found(best: pd.DataFrame, measure: str = "f1") -> Figure:
+    """How well the best cluster of each kind of trajectory finds each construction.
+
+    Args:
+        best: table ``constructions`` of one study of text, or its median over several.
+        measure: a column of it.
+    """
+    values = best.pivot_table(index="construction", columns="kind", values=measure, aggfunc="median", sort=False)
+    figure, axes = plt.subplots(figsize=(1.2 + 0.62 * values.shape[1], 0.34 * len(values) + 1.8))
+    sns.heatmap(
+        values, ax=axes, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="crest", annot_kws={"size": 7},
+        cbar_kws={"label": f"{measure} of the best cluster"},
+    )  # fmt: skip
+    axes.set(xlabel="", ylabel="")
+    axes.tick_params(axis="x", rotation=90)
+    return figure
+
+
+def label_table(clusters: pd.DataFrame, contexts: pd.DataFrame, n: int = 3) -> HTML:
+    """Label and nearest contexts of each cluster of one vector, the target token marked (Figures 6, 10 and 12).
+
+    Args:
+        clusters: rows of table ``labels`` of one vector and kind.
+        contexts: rows of table ``contexts`` of the same.
+        n: contexts to show.
+    """
+    rows = []
+    for row in clusters.sort_values("cluster").itertuples():
+        own = contexts[contexts["cluster"] == row.cluster].sort_values("rank").head(n)
+        lines = "".join(f"<div>{_context(one)}</div>" for one in own.to_dict("records"))
+        label = (
+            f"{escape(str(row.label))}<br><small>{'simple' if row.simple else 'not simple'}, n = {row.tokens}</small>"
+        )
+        dot = f'<span style="color:{cluster_colour(row.cluster)}">●</span>'
+        rows.append(f"<tr><td>{dot}&nbsp;{row.cluster}</td><td>{label}</td><td>{lines}</td></tr>")
+    head = "<thead><tr><th>cluster</th><th>label</th><th>contexts nearest the medoid</th></tr></thead>"
+    return HTML(f'<table class="contexts">{head}<tbody>{"".join(rows)}</tbody></table>')
+
+
+def _context(row: dict[str, object]) -> str:
+    before, target, after = (
+        "" if isinstance(row[part], float) else escape(str(row[part])).replace("\n", "⏎")
+        for part in ("before", "target", "after")
+    )
+    title = row.get("title")
+    source = f" <small>[{escape(str(title))}]</small>" if isinstance(title, str) and title else ""
+    return f"<bdi>{before}<mark>{target}</mark>{after}</bdi>{source}"
+
+
+def annotated_text(texts: Sequence[str], kinds: Sequence[str], plain: str = "clause") -> HTML:
+    """A text whose every token has the colour of its kind, with a legend; tokens of kind ``plain`` have none.
+
+    Args:
+        texts, kinds: of each token.
+        plain: the kind that is not coloured.
+    """
+    shown = [kind for kind in dict.fromkeys(kinds) if kind != plain]
+    colours = {kind: to_hex(colour) for kind, colour in kind_colours(shown).items()}
+
+    def span(text: str, kind: str) -> str:
+        inner = escape(text).replace("\n", "⏎<br>")
+        return f'<span class="kind" style="border-color:{colours[kind]}">{inner}</span>' if kind in colours else inner
+
+    body = "".join(span(text, kind) for text, kind in zip(texts, kinds, strict=True))
+    legend = " ".join(span(kind, kind) for kind in shown)
+    return HTML(f'<div class="annotated"><p>{legend}</p><div>{body}</div></div>')

@@ -150,7 +150,7 @@ def composition(labels: xr.DataArray, by: str = "skill") -> pd.DataFrame:
 
 
 def summarise_clusters(
-    curves: xr.DataArray, loss: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw"
+    curves: xr.DataArray, loss: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw", by: str = "skill"
 ) -> xr.Dataset:
     """What the figures of clusters show, without the single tokens.
 
@@ -159,34 +159,38 @@ def summarise_clusters(
         loss: exact loss, (step, token).
         labels: from :func:`cluster_tokens`.
         scaling: as the clustering saw the curves, for the medoid.
+        by: coordinate of ``labels`` that says what a token is.
 
     Returns:
-        ``medoid``, ``low`` and ``high`` (quartiles) of the curves and ``loss``, the median exact loss of the same
-        tokens, each (vector, cluster, step); ``tokens`` (vector, cluster, skill): how many there are of each skill.
+        ``medoid``, ``median``, ``low`` and ``high`` (quartiles) of the curves and ``loss``, the median exact loss of
+        the same tokens, each (vector, cluster, step); ``tokens`` (vector, cluster, ``by``): how many of each kind.
         Clusters count from 1 to the largest number of any vector, with NaN and 0 where a vector has fewer.
     """
     curves, labels = by_vector(curves), by_vector(labels)
     numbers = np.arange(1, max(1, int(labels.max())) + 1)
-    skills = np.unique(labels["skill"].values)
+    kinds = np.unique(labels[by].values)
     shape = (labels.sizes["vector"], len(numbers), curves.sizes["step"])
-    found = {name: np.full(shape, np.nan, np.float32) for name in ("medoid", "low", "high", "loss")}
-    tokens = np.zeros((*shape[:2], len(skills)), np.int32)
+    found = {name: np.full(shape, np.nan, np.float32) for name in ("medoid", "median", "low", "high", "loss")}
+    tokens = np.zeros((*shape[:2], len(kinds)), np.int32)
     for row, vector in enumerate(labels["vector"].values):
         label = labels.sel(vector=vector).values
         for column in range(label.max()):
             inside = label == column + 1
             own = curves.sel(vector=vector)[:, inside]
-            found["low"][row, column], found["high"][row, column] = np.quantile(own.values, [0.25, 0.75], axis=1)
+            for name, quantile in zip(
+                ("low", "median", "high"), np.quantile(own.values, [0.25, 0.5, 0.75], axis=1), strict=True
+            ):
+                found[name][row, column] = quantile
             found["medoid"][row, column] = own.isel(token=medoid(own, scaling)).values
             found["loss"][row, column] = np.median(loss.values[:, inside], axis=1)
-            tokens[row, column] = [(labels["skill"].values[inside] == skill).sum() for skill in skills]
+            tokens[row, column] = [(labels[by].values[inside] == kind).sum() for kind in kinds]
     about = {name: values for name, values in labels.coords.items() if values.dims == ("vector",)}
     return xr.Dataset(
         {
             **{name: (("vector", "cluster", "step"), values) for name, values in found.items()},
-            "tokens": (("vector", "cluster", "skill"), tokens),
+            "tokens": (("vector", "cluster", by), tokens),
         },
-        coords={**about, "cluster": numbers, "step": curves["step"].values, "skill": skills},
+        coords={**about, "cluster": numbers, "step": curves["step"].values, by: kinds},
     )
 
 

@@ -1,8 +1,7 @@
-"""Validated configuration of a run, and the presets ``smoke``, ``laptop`` and ``paper``.
+"""Validated configuration of a run; the presets stand in :mod:`polca_lib.presets`.
 
-Every number of the paper's arithmetic setting stands in ``PRESETS["paper"]``; the two other presets
-say only where they differ. A configuration is immutable, and each stage of the pipeline is keyed by
-the sections it depends on (see :mod:`polca_lib.pipeline`).
+A configuration is immutable, and each stage of the pipeline is keyed by the sections it depends on (see
+:mod:`polca_lib.pipeline`).
 """
 
 from __future__ import annotations
@@ -15,11 +14,15 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from polca_lib.presets import PRESETS
+
 Order = Literal["first", "second", "exact", "trapezoid"]
 Scaling = Literal["raw", "unit", "zscore"]
 BasisKind = Literal["hessian", "shuffled", "final", "trajectory", "random", "parameters"]
 Mode = Literal["auto", "forward", "reverse"]
 Precision = Literal["float32", "bfloat16"]
+TaskName = Literal["addition", "grammar", "wikipedia"]
+PRESET_NAMES = tuple(PRESETS["addition"])
 
 
 class Section(BaseModel):
@@ -29,10 +32,21 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Sample sizes, in examples (an addition example carries four answer tokens)."""
+    """Sample sizes, in examples: sums with four answer tokens each, or windows of text."""
 
     validation_examples: int = Field(gt=0, description="examples whose tokens are decomposed")
     hessian_examples: int = Field(gt=0, description="examples of the loss whose Hessian gives the basis")
+
+
+class CorpusConfig(Section):
+    """Where the text of task ``wikipedia`` comes from; the other tasks make their own data."""
+
+    source: str = Field(
+        "", description="file, folder or 'hub'; the environment variable POLCA_WIKIPEDIA, or else the hub, if empty"
+    )
+    articles: int | None = Field(None, gt=0, description="training articles to take; all if not given")
+    tokenizer_articles: int = Field(10_000, gt=0, description="of those the tokenizer is trained on the first so many")
+    skip_damaged: bool = Field(False, description="skip what can't be read of the corpus, with a warning")
 
 
 class ModelConfig(Section):
@@ -66,6 +80,9 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(100, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    precision: Precision = Field(
+        "float32", description="of matrix products in training (autocast); weights stay float32"
+    )
     checkpoint_every: int = Field(20, gt=0, description="steps between checkpoints (the POLCA cadence)")
     state_every: int = Field(500, gt=0, description="steps between full states to resume from")
 
@@ -153,12 +170,14 @@ class RunConfig(Section):
     """A whole run. Build one with :meth:`from_preset`."""
 
     preset: str
+    task: TaskName = "addition"
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "cpu"
     memory: int | None = Field(
         None, gt=0, description="bytes a stage may take; half of what the device has free if not given"
     )
     data: DataConfig
+    corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig
     training: TrainingConfig
     basis: BasisConfig
@@ -170,18 +189,20 @@ class RunConfig(Section):
         """Settings of ``preset`` with single fields replaced.
 
         Args:
-            preset: one of ``PRESETS``.
-            overrides: ``seed=1``, or a field of a section by its dotted name, as in
+            preset: ``smoke``, ``laptop`` or ``paper``.
+            overrides: ``seed=1``, ``task="grammar"``, or a field of a section by its dotted name, as in
                 ``**{"basis.kind": "random"}``.
 
         Raises:
-            ValueError: an unknown preset or field, or a value that is not allowed
+            ValueError: an unknown preset, task or field, or a value that is not allowed
                 (pydantic's ``ValidationError``, which names the field and the value).
         """
-        if preset not in PRESETS:
-            raise ValueError(f"preset = {preset!r} is unknown; allowed: {', '.join(PRESETS)}")
-        settings: dict[str, Any] = {"preset": preset}
-        for source in (PRESETS["paper"], PRESETS[preset]):
+        task = overrides.get("task", "addition")
+        for name, value, choices in (("task", task, PRESETS), ("preset", preset, PRESET_NAMES)):
+            if value not in choices:
+                raise ValueError(f"{name} = {value!r} is unknown; allowed: {', '.join(choices)}")
+        settings: dict[str, Any] = {"preset": preset, "corpus": {}}
+        for source in (PRESETS[task]["paper"], PRESETS[task][preset]):
             for section, values in source.items():
                 settings[section] = {**settings.get(section, {}), **values}
         allowed = field_names()
@@ -245,14 +266,19 @@ class RunConfig(Section):
                 f"projection.curvature_examples = {sample} is more than data.validation_examples = "
                 f"{self.data.validation_examples}; allowed: at most that, or none for all"
             )
-        tokens = 4 * self.data.validation_examples
+        tokens = self.targets_per_example * self.data.validation_examples
         if tokens < 2 * clustering.min_cluster_size:
             raise ValueError(
                 f"data.validation_examples = {self.data.validation_examples} gives {tokens} tokens, too few "
                 f"for HDBSCAN with clustering.min_cluster_size = {clustering.min_cluster_size}; "
-                f"allowed: at least {-(-clustering.min_cluster_size // 2)} examples"
+                f"allowed: at least {-(-2 * clustering.min_cluster_size // self.targets_per_example)} examples"
             )
         return self
+
+    @property
+    def targets_per_example(self) -> int:
+        """Tokens of an example that carry loss: four digits, or all of a window but its first two."""
+        return 4 if self.task == "addition" else self.model.n_ctx - 2
 
     @property
     def basis_steps(self) -> list[int]:
@@ -290,31 +316,3 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 def _divisors(n: int) -> str:
     return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
-
-
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # Section 4.1, Table 1, v3 Tables 3 and 4.
-    "paper": {
-        "data": {"validation_examples": 1250, "hessian_examples": 1250},
-        "model": {},
-        "training": {"steps": 10_000},
-        "basis": {},
-        "projection": {},
-        "clustering": {"hidden_after": 1000},
-    },
-    # A narrower model at ten times the learning rate passes the same four loss curves in about a seventh of the steps.
-    "laptop": {
-        "data": {"validation_examples": 200, "hessian_examples": 200},
-        "model": {"d_model": 128, "d_mlp": 512},
-        "training": {"steps": 1500, "learning_rate": 1e-4, "checkpoint_every": 25},
-        "basis": {"every": 100},
-        "clustering": {"min_cluster_size": 24, "breakthrough_window": 50, "hidden_after": None},
-    },
-    "smoke": {
-        "data": {"validation_examples": 40, "hessian_examples": 20},
-        "model": {"n_layers": 1, "d_model": 32, "d_mlp": 64},
-        "training": {"steps": 200, "learning_rate": 3e-3, "warmup_steps": 20, "state_every": 100},
-        "basis": {"every": 40},
-        "clustering": {"min_cluster_size": 8, "breakthrough_window": 40, "hidden_after": None},
-    },
-}

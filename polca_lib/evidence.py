@@ -50,7 +50,7 @@ def compared_bases(study: Study) -> pd.DataFrame:
         (kind, order, scaling)
         for kind in study.bases
         if kind != "parameters"
-        for order in _orders(study.projections[kind])
+        for order in available_orders(study.projections[kind])
         for scaling in ("raw", "unit")
     ]
     jobs = (
@@ -75,7 +75,7 @@ def compared_bases(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _orders(projections: xr.Dataset) -> list[str]:
+def available_orders(projections: xr.Dataset) -> list[str]:
     """Orders of POLCA that the curvature at hand allows."""
     return [order for order in specification.available_orders(projections) if order != specification.SUMMED]
 
@@ -115,7 +115,7 @@ def closure(study: Study) -> pd.DataFrame:
             row = {"basis": kind, "cadence": cadence(coarse)}
             if "distance" in coarse:
                 row["movement_share"] = float(decomposition.movement_share(coarse).mean())
-            rows += [{**row, "order": o, **decomposition.closure(coarse, o).attrs} for o in _orders(coarse)]
+            rows += [{**row, "order": o, **decomposition.closure(coarse, o).attrs} for o in available_orders(coarse)]
     return pd.DataFrame(rows)
 
 

@@ -44,6 +44,14 @@ def use_style() -> None:
     )
 
 
+def kind_colours(kinds: Iterable[str]) -> dict[str, object]:
+    """Colour of each kind of token, in the order in which they are shown: skills of addition, or any other names."""
+    names = sorted(kinds)
+    if set(names) <= set(SKILLS):
+        return SKILL_COLOURS
+    return dict(zip(names, sns.husl_palette(len(names), s=0.65), strict=True))
+
+
 def cluster_colour(number: int) -> str:
     """Colour of cluster ``number`` (from 1), the same in every figure."""
     return OKABE_ITO[(number - 1) % len(OKABE_ITO)]
@@ -186,19 +194,20 @@ def token_curves(curves: xr.DataArray) -> Figure:
 
 
 def draw_composition(axes: Axes, tokens: xr.DataArray) -> None:
-    """Stacked bars: the share of each skill in each cluster of one vector; ``tokens`` (cluster, skill) counts them."""
+    """Stacked bars: share of each kind of token in each cluster of one vector; ``tokens`` (cluster, kind) counts."""
     axes.set_title("composition")
     numbers = _numbers(tokens)
     if not numbers:
         _say_empty(axes)
         return
     counts = tokens.sel(cluster=numbers).to_pandas()
-    counts = counts[[skill for skill in SKILLS if skill in counts]]
+    colours = kind_colours(counts.columns)
+    counts = counts[[kind for kind in colours if kind in counts and counts[kind].any()]]
     shares = counts.div(counts.sum(axis=1), axis=0)
     left = np.zeros(len(shares))
-    for skill in shares:
-        axes.barh(shares.index, shares[skill], left=left, color=SKILL_COLOURS[skill], label=skill, edgecolor="white")
-        left += shares[skill].to_numpy()
+    for kind in shares:
+        axes.barh(shares.index, shares[kind], left=left, color=colours[kind], label=kind, edgecolor="white")
+        left += shares[kind].to_numpy()
     axes.set(xlim=(0, 1), xlabel="share of tokens", ylabel="cluster")
     axes.set_yticks(shares.index, [f"{number} (n={counts.loc[number].sum()})" for number in shares.index])
     axes.invert_yaxis()
@@ -275,8 +284,8 @@ def _band(
 
 
 def _numbers(tokens: xr.DataArray) -> list[int]:
-    """Clusters that there are, of ``tokens`` (cluster, skill)."""
-    return tokens["cluster"].values[tokens.sum("skill").values > 0].tolist()
+    """Clusters that there are, of ``tokens`` (cluster, kind)."""
+    return tokens["cluster"].values[tokens.sum(tokens.dims[-1]).values > 0].tolist()
 
 
 def _cluster_curves(axes: Axes, own: xr.Dataset) -> None:

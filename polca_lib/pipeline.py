@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -25,10 +25,12 @@ import xarray as xr
 from polca_lib.artefacts import FORMAT_VERSION, Artefact, PieceStore, fingerprint
 from polca_lib.basis import compute_basis, load_basis
 from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.config import PRESETS, BasisKind, RunConfig
+from polca_lib.config import PRESET_NAMES, BasisKind, RunConfig, TaskName, parse_assignments
 from polca_lib.models import build_model
 from polca_lib.projection import project_runs
-from polca_lib.tasks import arithmetic
+from polca_lib.tasks.arithmetic import Addition
+from polca_lib.tasks.language import Grammar, Wikipedia
+from polca_lib.tasks.task import Task
 from polca_lib.token_loss import TokenLoss
 from polca_lib.training import train
 
@@ -36,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Run:
-    """One run of the arithmetic setting.
+    """One run of a task.
 
     Args:
         config: its settings.
@@ -60,34 +62,31 @@ class Run:
         return Run(RunConfig.model_validate(settings), self.folder)
 
     @cached_property
-    def samples(self) -> arithmetic.Samples:
-        """Operand pairs for validation, for the Hessian, and for training."""
-        data, training = self.config.data, self.config.training
-        return arithmetic.sample_pairs(
-            self.config.seed, data.validation_examples, data.hessian_examples, training.steps * training.batch_size
-        )
+    def task(self) -> Task:
+        """Its data; a corpus is prepared if need be."""
+        if self.config.task == "wikipedia":
+            return Wikipedia(self.config, self.folder)
+        return {"addition": Addition, "grammar": Grammar}[self.config.task](self.config)
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
         """One row per validation token."""
-        return arithmetic.token_table(self.samples.validation)
+        return self.task.tokens
 
     @cached_property
     def checkpoints(self) -> CheckpointFolder:
         """Checkpoints of the run; trains it if it is not yet trained."""
-        artefact, config = self._training, self.config
+        artefact, config, task = self._training, self.config, self.task
         model = build_model(config.model, config.seed, config.device)
-        folder = CheckpointFolder(artefact.path, TokenLoss(model, arithmetic.answer_loss), config.device)
-        stream = arithmetic.encode(self.samples.train).to(config.device)
-        size = config.training.batch_size
+        folder = CheckpointFolder(artefact.path, TokenLoss(model, task.loss), config.device)
         with artefact.timed():
             train(
                 model,
-                arithmetic.answer_loss,
-                lambda step: stream[step * size : (step + 1) * size],
+                task.loss,
+                lambda step: task.batch(step).to(config.device),
                 config.training,
                 folder,
-                groups=arithmetic.PLACES,
+                groups=task.groups,
             )
         return folder
 
@@ -99,9 +98,9 @@ class Run:
             return stored
         checkpoints = self.checkpoints
         with self._basis.timed():
-            batch = arithmetic.encode(self.samples.hessian).to(self.config.device)
+            batch = self.task.hessian.to(self.config.device)
             if self.config.basis.targets == "all":
-                everything = TokenLoss(checkpoints.token_loss.model, arithmetic.digit_loss)
+                everything = TokenLoss(checkpoints.token_loss.model, self.task.loss_of_all)
                 checkpoints = CheckpointFolder(checkpoints.path, everything, self.config.device)
             return compute_basis(path, self.config, checkpoints, batch)
 
@@ -127,7 +126,8 @@ class Run:
     def _training(self) -> Artefact:
         config = self.config.model_dump(mode="json")
         del config["training"]["state_every"]
-        return self._artefact("training", {name: config[name] for name in ("seed", "device", "model", "training")}, {})
+        settings = {name: config[name] for name in ("task", "seed", "device", "model", "training")}
+        return self._artefact("training", {**settings, **self.task.identity}, {})
 
     @cached_property
     def _basis(self) -> Artefact:
@@ -155,6 +155,7 @@ class Run:
         """What made the results: preset, seed, device, and commit, time and versions of each stage computed."""
         config = self.config
         rows = {
+            "task": config.task,
             "preset": config.preset,
             "seed": config.seed,
             "device": config.device,
@@ -203,7 +204,7 @@ def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:
                 [run._projection.path / "projections.zarr" for run in group],
                 first.checkpoints,
                 first.config.training.checkpoint_steps,
-                arithmetic.encode(first.samples.validation).to(first.config.device),
+                first.task.validation.to(first.config.device),
                 first.tokens,
                 bases,
                 [run.config.projection for run in group],
@@ -213,18 +214,22 @@ def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:
 
 
 def main() -> None:
-    """Compute all stages of a preset, on the Hessian basis and, for the comparison with LCA, on single parameters."""
+    """Compute all stages of a run, on its own basis and on those named."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="laptop")
+    parser.add_argument("--task", choices=get_args(TaskName), default="addition")
+    parser.add_argument("--preset", choices=PRESET_NAMES, default="laptop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the run")
+    parser.add_argument("--beside", default="", metavar="KINDS", help="other bases, such as random,parameters")
     arguments = parser.parse_args()
+    own = {"task": arguments.task, "seed": arguments.seed, "device": arguments.device}
     try:
-        run = Run.from_preset(arguments.preset, seed=arguments.seed, device=arguments.device)
+        run = Run.from_preset(arguments.preset, **{**own, **parse_assignments(arguments.set)})
+        beside = [run.on_basis(kind, curvature=False) for kind in arguments.beside.split(",") if kind]
+        project_together([run, *beside])
     except ValueError as error:
         parser.error(str(error))
-    for each in (run, run.on_basis("parameters", curvature=False)):
-        _ = each.projections
     print(run.provenance().to_string(header=False))
 
 

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from polca_lib import significance, specification
 from polca_lib.basis import read_vectors
 from polca_lib.clustering import DROPPED, OUTLIER, cluster_tokens
-from polca_lib.config import PRESETS, ClusteringConfig, Scaling
+from polca_lib.config import ClusteringConfig, RunConfig, Scaling
 from polca_lib.curvature import HessianOperator, top_eigenpairs
 from polca_lib.pipeline import Run
 from polca_lib.projection import project
@@ -195,11 +195,11 @@ def hessian_sample(study: Study) -> pd.DataFrame:
     """The top eigenvector at a few checkpoints from samples of several sizes, against the largest of them."""
     run = study.run
     checkpoints, settings = run.checkpoints, run.config.basis
-    largest = max(run.config.data.hessian_examples, PRESETS["paper"]["data"]["hessian_examples"] // 2)
+    largest = max(run.config.data.hessian_examples, RunConfig.from_preset("paper").data.hessian_examples // 2)
     config = run.config.model_copy(
         update={"data": run.config.data.model_copy(update={"hessian_examples": 2 * largest})}
     )
-    batch = arithmetic.encode(Run(config, run.folder).samples.hessian).to(run.config.device)
+    batch = Run(config, run.folder).task.hessian.to(run.config.device)
     samples = {"reference": batch[largest:]}
     samples |= {n: batch[:n] for n in sorted({largest // 25, largest // 5, run.config.data.hessian_examples, largest})}
     steps = [run.config.basis_steps[i] for i in np.linspace(0, len(run.config.basis_steps) - 1, 3).astype(int)]
@@ -237,7 +237,7 @@ def concentration(study: Study) -> pd.DataFrame:
     ``top_loss``, the same of the loss.
     """
     rows, strategy = [], None
-    loss, batch = study.run.checkpoints.token_loss, arithmetic.encode(study.run.samples.hessian)
+    loss, batch = study.run.checkpoints.token_loss, study.run.task.hessian
     batch = batch.to(study.run.config.device)
     for kind in study.bases:
         if kind not in ("hessian", "shuffled", "final"):

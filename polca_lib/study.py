@@ -1,4 +1,4 @@
-"""One addition run with its ablations: projections on all bases, clusters, movement undone, each computed once."""
+"""One run with its ablations: projections on all bases, clusters, movement undone, each computed once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from polca_lib.breakthroughs import hidden_threshold
 from polca_lib.clustering import cluster_tokens
 from polca_lib.config import BasisKind, ClusteringConfig, RunConfig, Scaling
 from polca_lib.pipeline import Run, project_together
-from polca_lib.tasks import arithmetic
 
 BASES = ("hessian", "shuffled", "final", "trajectory", "random", "parameters")
 """Bases that are compared; single parameters are those of LCA, a strategy of its own."""
@@ -65,6 +64,11 @@ class Study:
             "variants": self.variants,
         }
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What else made the tables, beyond the settings of the run."""
+        return {}
+
     def on_basis(self, kind: str) -> Run:
         """The run on another basis."""
         if kind == self.run.config.basis.kind:
@@ -108,7 +112,7 @@ class Study:
     @cached_property
     def batch(self) -> torch.Tensor:
         """The validation examples."""
-        return arithmetic.encode(self.run.samples.validation).to(self.run.config.device)
+        return self.run.task.validation.to(self.run.config.device)
 
     def clustering(self, scaling: Scaling) -> ClusteringConfig:
         """Of the clustering, with another scaling."""

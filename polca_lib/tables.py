@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -21,14 +21,18 @@ from polca_lib.tasks.arithmetic import SKILLS
 PAPER = Path(__file__).parents[1] / "data" / "paper"
 
 
-def loss_quantiles(loss: xr.DataArray) -> pd.DataFrame:
+def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
     """Quartiles and mean of the loss (step, token) over the tokens of each skill and of each place (Figures 7 and 8).
 
+    Args:
+        loss: (step, token).
+        kinds: coordinates of ``loss`` that say what a token is.
+
     Returns:
-        Rows ``by`` (skill or place), ``value``, ``step``, with ``low``, ``median``, ``high`` and ``mean``, in nats.
+        Rows ``by`` (one of ``kinds``), ``value``, ``step``, with ``low``, ``median``, ``high`` and ``mean``, in nats.
     """
     parts = []
-    for by in ("skill", "place"):
+    for by in kinds:
         for value in np.unique(loss[by].values):
             own = loss[:, loss[by].values == value]
             low, median, high = own.quantile([0.25, 0.5, 0.75], dim="token").values
@@ -135,11 +139,13 @@ def spread_text(values: pd.Series) -> str:
 
 
 def settings_table(config: RunConfig) -> pd.DataFrame:
-    """Every setting of a run beside that of the preset ``paper``, a row each."""
-    paper = RunConfig.from_preset("paper")
+    """Every setting of a run beside that of its task's preset ``paper``, a row each."""
+    paper = RunConfig.from_preset("paper", task=config.task)
+    sections = ["data", "model", "training", "basis", "projection", "clustering"]
+    sections += ["corpus"] if config.task == "wikipedia" else []
     rows = {
         f"{section}.{name}": {"this run": str(value), "paper": str(getattr(getattr(paper, section), name))}
-        for section in ("data", "model", "training", "basis", "projection", "clustering")
+        for section in sections
         for name, value in getattr(config, section)
     }
     return pd.DataFrame(rows).T

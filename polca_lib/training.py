@@ -40,7 +40,7 @@ def train(
         config: optimiser, schedule and cadence. The learning rate of update i (from 1) is
             ``learning_rate * min(i / warmup_steps, 1)``.
         checkpoints: where checkpoints go; states lie beside them in ``states/``.
-        groups: names of the tokens of one example, in order; the progress bar shows their mean losses.
+        groups: names of the tokens of one example, in order; the progress bar shows their mean losses, or that of all.
 
     Raises:
         NonFiniteLoss: the loss is NaN or infinite; names the step. Checkpoints up to then stay.
@@ -60,13 +60,14 @@ def train(
     if start == 0:
         checkpoints.save(0, dict(model.named_parameters()))
         _save_state(model, optimiser, states, 0)
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device.type
     model.train()
     with tqdm(total=config.steps, initial=start, desc="training", unit="step", mininterval=1.0) as bar:
         for step in range(start, config.steps):
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * min((step + 1) / config.warmup_steps, 1.0)
-            losses = loss(model, batch_of(step))
+            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                losses = loss(model, batch_of(step))
             mean = losses.mean()
             if not torch.isfinite(mean):
                 raise NonFiniteLoss(
@@ -80,9 +81,9 @@ def train(
             done = step + 1
             if done % config.checkpoint_every == 0:
                 checkpoints.save(done, dict(model.named_parameters()))
-                if groups:
-                    by_group = losses.detach().view(-1, len(groups)).mean(0).tolist()
-                    bar.set_postfix({g: f"{value:.3f}" for g, value in zip(groups, by_group, strict=True)})
+                names = groups or ("loss",)
+                by_group = losses.detach().view(-1, len(names)).mean(0).tolist()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in zip(names, by_group, strict=True)})
             if done % config.state_every == 0 or done == config.steps:
                 _save_state(model, optimiser, states, done)
             bar.update()

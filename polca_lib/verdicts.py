@@ -16,6 +16,7 @@ The rules stand with the claims, in :mod:`polca_lib.claims`.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from polca_lib.artefacts import differences
-from polca_lib.claims import CLAIMS, Claim, NotRun
+from polca_lib.claims import CLAIMS, TOLERANCE, Claim, NotRun
 from polca_lib.config import RunConfig
 from polca_lib.reproduce import Kept
 from polca_lib.tables import PAPER
@@ -39,7 +40,7 @@ def _measured(claim: Claim, kept: Kept) -> float:
 def scale_of(kept: Kept) -> str:
     """The preset, and what of the run differs from it, seed and device apart."""
     own = kept.config
-    preset = RunConfig.from_preset(own.preset)
+    preset = RunConfig.from_preset(own.preset, task=own.task)
     changes = differences(preset.model_dump(mode="json"), own.model_dump(mode="json"))
     parts = [f"{name} = {ours}" for name, _, ours in changes if name not in ("seed", "device", "memory")]
     return "; ".join([own.preset, *parts])
@@ -95,17 +96,92 @@ COLUMNS = ["claim", "section", "paper", "ours", "low", "high", "seeds", "preset"
 """Of ``data/paper/verdicts.csv``."""
 
 
+ENGLISH = "wikipedia-large"
+"""Study that the paper's counts about English are compared with."""
+
+PAPER_ENGLISH = {"vectors": 30, "kept": 26, "simple_label": 22, "tokens": 12_600, "dropped_mean": 6655.5}
+"""Section 5 and v3: vectors, those whose mean falls, those with a simply labelled cluster; tokens, those dropped."""
+
+
+def english_counts(kept: Kept, kind: str = "POLCA second, raw") -> dict[str, object]:
+    """Our numbers beside ``PAPER_ENGLISH``: what ``data/paper/english_counts.json`` holds.
+
+    Args:
+        kept: a study of Wikipedia.
+        kind: of trajectory; the default is the paper's.
+    """
+    row = kept.table("counts").set_index("kind").loc[kind]
+    ours = {name: row[name].item() for name in PAPER_ENGLISH}
+    about = {"kind": kind, "preset": scale_of(kept), "seed": kept.config.seed, "device": kept.settings["device"]}
+    about |= {name: kept.provenance["stages"][name] for name in ("corpus", "tags")}
+    about["commit"] = kept.provenance["tables"]["counts"]["commit"]
+    chance = {name: row[name].item() for name in ("simple_by_chance", "clustered", "clusters", "outliers_mean")}
+    return {**ours, **chance, **about, "study": kept.name, "paper": PAPER_ENGLISH}
+
+
+def judge_english(kept: Kept, kind: str = "POLCA second, raw") -> pd.DataFrame:
+    """Verdict on each claim of section 5 by one study of Wikipedia.
+
+    Numbers are shares, of the vectors of the basis, of the kept ones, or of all tokens, so that a study with fewer can
+    be judged; the rules are those of all verdicts.
+
+    Args:
+        kept: a study of Wikipedia.
+        kind: of trajectory; the default is the paper's.
+
+    Returns:
+        Rows ``claim``, ``paper`` and ``ours`` (NaN where the paper has no number), ``holds`` (what it is cited for, or
+        the claim itself) and ``verdict``.
+    """
+    row, exact = (kept.table("counts").set_index("kind").loc[name] for name in (kind, "exact loss, raw"))
+    labels, pairs = kept.table("labels"), kept.table("mirrored")
+    own = labels[labels["kind"] == kind]
+    simple = own[own["simple"]]
+    newline = own[(own["label_0"] == "SPACE") & (own["inside"] > own["outside"])]
+    paper, nothing = PAPER_ENGLISH, float("nan")
+    claims = [
+        ("share of vectors whose mean falls", paper["kept"] / paper["vectors"], row["kept"] / row["vectors"], None),
+        (
+            "share of those with a simply labelled cluster, beyond chance",
+            paper["simple_label"] / paper["kept"],
+            row["simple_label"] / max(1, row["kept"]),
+            row["simple_p"] <= 0.05,
+        ),
+        ("share of tokens dropped", paper["dropped_mean"] / paper["tokens"], row["dropped_mean"] / row["tokens"], None),
+        (
+            "simple labels fit twice as well inside as outside, at the median",
+            nothing,
+            simple["lift"].median(),
+            simple["lift"].median() >= 2,
+        ),
+        ("a cluster of newlines", nothing, len(newline), len(newline) > 0),
+        ("clusters that mirror each other", nothing, (pairs["kind"] == kind).sum(), (pairs["kind"] == kind).any()),
+        ("hidden breakthroughs along vectors", nothing, row["hidden"], row["hidden"] > 0),
+        ("none in clusters of the exact loss", nothing, exact["hidden"], not exact["hidden"] > 0),
+    ]
+    rows = []
+    for claim, theirs, ours, holds in claims:
+        matches = abs(ours - theirs) <= TOLERANCE
+        verdict = "reproduced" if (matches or np.isnan(theirs)) and holds is not False and holds in (None, True) else ""
+        if not verdict:
+            verdict = "partly" if (holds and not np.isnan(theirs)) or matches else "not reproduced"
+        rows.append({"claim": claim, "paper": theirs, "ours": ours, "holds": holds, "verdict": verdict})
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
-    """Judge every claim by the studies named, and write ``data/paper/verdicts.csv``."""
+    """Judge every claim by the studies named; write ``verdicts.csv`` and ``english_counts.json`` in ``data/paper``."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("studies", nargs="*", default=JUDGED, help="folders in data/addition; default: %(default)s")
     parser.add_argument("--output", type=Path, default=PAPER / "verdicts.csv")
     arguments = parser.parse_args()
     try:
         verdicts = judge([Kept(name) for name in arguments.studies])
+        counts = english_counts(Kept(ENGLISH, setting="english"))
     except FileNotFoundError as error:
         parser.error(str(error))
     arguments.output.write_text(verdicts[COLUMNS].to_csv(index=False, float_format="%.6g"))
+    arguments.output.with_name("english_counts.json").write_text(json.dumps(counts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

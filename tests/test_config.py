@@ -4,13 +4,14 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from polca_lib.config import PRESETS, ClusteringConfig, RunConfig, field_names
+from polca_lib.config import PRESET_NAMES, PRESETS, ClusteringConfig, RunConfig, field_names
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_valid_and_survives_json(preset):
-    config = RunConfig.from_preset(preset)
-    assert config.preset == preset
+@pytest.mark.parametrize("task", PRESETS)
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_every_preset_is_valid_and_survives_json(task, preset):
+    config = RunConfig.from_preset(preset, task=task)
+    assert (config.task, config.preset) == (task, preset)
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 

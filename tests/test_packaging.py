@@ -17,10 +17,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Data flows from left to right: a module may import from its left alone.
 ROOMS = (
-    "config", "tasks.arithmetic", "models", "memory", "token_loss", "artefacts", "checkpoints", "training", "curvature",
-    "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "projection", "interventions",
-    "decomposition", "clustering", "breakthroughs", "significance", "specification", "figures", "tables", "pipeline",
-    "study", "robustness", "evidence", "reproduce", "charts", "claims", "verdicts",
+    "tasks.tokenization", "tasks.grammar", "presets", "config", "tasks.arithmetic", "models", "memory", "token_loss",
+    "tasks.task", "artefacts", "tasks.corpus", "tasks.prepared", "tasks.language", "checkpoints", "training",
+    "curvature", "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "projection",
+    "interventions", "decomposition", "clustering", "breakthroughs", "significance", "specification", "tagging",
+    "labeling", "figures", "explorer", "tables", "pipeline", "study", "robustness", "evidence", "english", "reproduce",
+    "charts", "claims", "verdicts",
 )  # fmt: skip
 
 

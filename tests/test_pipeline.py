@@ -53,7 +53,7 @@ def test_projections_cover_every_checkpoint_token_and_vector(run):
 @pytest.mark.parametrize("step", [0, 30])
 def test_stored_losses_and_gradients_are_those_of_the_checkpoints(run, step):
     token_loss, theta = run.checkpoints.token_loss, run.checkpoints.theta(step)
-    batch = arithmetic.encode(run.samples.validation)
+    batch = run.task.validation
     at = run.projections.sel(step=step)
     vectors = read_vectors(run.basis)
     np.testing.assert_allclose(at["loss"], token_loss(theta, batch), rtol=1e-4)
@@ -134,7 +134,7 @@ def test_stage_with_another_manifest_is_refused(run, tmp_path):
 
 
 def test_samples_have_the_configured_sizes(run):
-    assert [len(pairs) for pairs in run.samples] == [12, 8, 40 * 8]
+    assert [len(pairs) for pairs in run.task.samples] == [12, 8, 40 * 8]
 
 
 def test_provenance_says_preset_seed_device_and_commit_of_each_stage(run):
@@ -169,8 +169,8 @@ def test_command_line_computes_a_preset_and_prints_what_made_it(run, monkeypatch
     sections = {}
     for name, value in TINY_RUN.items():
         section, field = name.split(".")
-        sections.setdefault(section, dict(PRESETS["smoke"].get(section, {})))[field] = value
-    monkeypatch.setitem(PRESETS, "smoke", {**PRESETS["smoke"], **sections})
+        sections.setdefault(section, dict(PRESETS["addition"]["smoke"].get(section, {})))[field] = value
+    monkeypatch.setitem(PRESETS["addition"], "smoke", {**PRESETS["addition"]["smoke"], **sections})
     monkeypatch.setattr(sys, "argv", ["polca", "--preset", "smoke", "--seed", "0"])
     pipeline.main()
     printed = capsys.readouterr().out

@@ -46,10 +46,10 @@ def kept(place, study):
         patch.setitem(TABLES, "null", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             complete(study, "tiny")
-    before = {path.name: path.stat().st_mtime_ns for path in (place / "tiny").glob("*.csv")}
+    before = {path.name: path.stat().st_mtime_ns for path in (place / "addition" / "tiny").glob("*.csv")}
     assert 0 < len(before) < len(TABLES)
     complete(study, "tiny")
-    assert all((place / "tiny" / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert all((place / "addition" / "tiny" / name).stat().st_mtime_ns == time for name, time in before.items())
     return Kept("tiny")
 
 
@@ -114,7 +114,7 @@ def test_curvature_of_a_vector_rests_on_the_tokens_that_have_it(kept, run):
     table = kept.table("concentration")
     np.testing.assert_allclose(table["curvature"], run.basis["eigenvalue"], rtol=0.05)
     row, loss = table.iloc[1], run.checkpoints.token_loss
-    theta, batch = run.checkpoints.theta(int(row.birth_step)), arithmetic.encode(run.samples.hessian)
+    theta, batch = run.checkpoints.theta(int(row.birth_step)), run.task.hessian
     vector, h = torch.from_numpy(run.basis["vectors"].values[1]).double(), 1e-3
     loss = TokenLoss(deepcopy(loss.model).double(), arithmetic.answer_loss)
     ahead, here, behind = (loss(theta.double() + x * h * vector, batch).detach() for x in (1, 0, -1))

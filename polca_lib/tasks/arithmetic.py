@@ -5,6 +5,7 @@ An example is 12 tokens, ``a2 a1 a0 + b2 b1 b0 = s3 s2 s1 s0``. Only the four an
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from polca_lib.config import RunConfig
 
 PLUS, EQUALS = 10, 11
 N_ANSWER = 4
@@ -44,6 +47,53 @@ def sample_pairs(seed: int, validation: int, hessian: int, train: int) -> Sample
     """
     sizes = (validation, hessian, train)
     return Samples(*(np.random.default_rng([seed, i]).integers(0, 1000, size=(n, 2)) for i, n in enumerate(sizes)))
+
+
+class Addition:
+    """The task of a run (see :class:`polca_lib.tasks.task.Task`)."""
+
+    groups = PLACES
+    identity: dict[str, str] = {}  # noqa: RUF012  (the settings say it all)
+
+    def __init__(self, config: RunConfig):
+        self._seed, self._data, self._training = config.seed, config.data, config.training
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Operand pairs for validation, for the Hessian, and for training."""
+        data, training = self._data, self._training
+        n_train = training.steps * training.batch_size
+        return sample_pairs(self._seed, data.validation_examples, data.hessian_examples, n_train)
+
+    @property
+    def validation(self) -> Int[Tensor, "n 12"]:
+        """Sums whose answer tokens are decomposed."""
+        return encode(self.samples.validation)
+
+    @property
+    def hessian(self) -> Int[Tensor, "n 12"]:
+        """Sums whose loss the Hessian is of."""
+        return encode(self.samples.hessian)
+
+    @property
+    def tokens(self) -> pd.DataFrame:
+        """See :func:`token_table`."""
+        return token_table(self.samples.validation)
+
+    def batch(self, step: int) -> Int[Tensor, "batch 12"]:
+        """Sums of update ``step``; each is drawn for one update."""
+        size = self._training.batch_size
+        return encode(self.samples.train[step * size : (step + 1) * size])
+
+    @staticmethod
+    def loss(model: nn.Module, batch: Int[Tensor, "n 12"]) -> Float[Tensor, " n*4"]:
+        """See :func:`answer_loss`."""
+        return answer_loss(model, batch)
+
+    @staticmethod
+    def loss_of_all(model: nn.Module, batch: Int[Tensor, "n 12"]) -> Float[Tensor, " n*9"]:
+        """See :func:`digit_loss`."""
+        return digit_loss(model, batch)
 
 
 def count_shared(pairs: Int[np.ndarray, "n 2"], others: Int[np.ndarray, "m 2"]) -> int:

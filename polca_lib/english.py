@@ -1,0 +1,339 @@
+"""The tables that the pages on English say their say with: labels of clusters, simple ones, known constructions.
+
+Each is a function of a :class:`LanguageStudy`, for a run of task ``grammar`` or ``wikipedia``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import joblib
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from polca_lib import decomposition, labeling, tables
+from polca_lib.breakthroughs import mark_hidden
+from polca_lib.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, falls, summarise_clusters
+from polca_lib.config import Scaling
+from polca_lib.evidence import agreement, available_orders, closure, closure_curves
+from polca_lib.explorer import Explorer
+from polca_lib.pipeline import Run
+from polca_lib.study import Study
+from polca_lib.tasks.language import CONTEXT, Language, Wikipedia
+
+SHOWN = ("POLCA second, raw", "POLCA first, unit", "exact loss, raw")
+"""Kinds of trajectory whose clusters are kept with curves and contexts."""
+
+
+COMPARED = (
+    "exact loss, raw",
+    "change in loss, raw",
+    "POLCA first, raw",
+    "POLCA first, unit",
+    "POLCA second, raw",
+    "POLCA second, unit",
+    "POLCA trapezoid, raw",
+    "POLCA trapezoid, unit",
+    "POLCA first on random, unit",
+    "POLCA second on random, raw",
+    "POLCA second on random, unit",
+)
+"""Kinds that pages set side by side."""
+
+
+class Kind(NamedTuple):
+    """Trajectories of one kind, and their clusters."""
+
+    basis: str  # empty for those of the loss
+    trajectory: str
+    scaling: Scaling
+    curves: xr.DataArray  # (step, token) or (step, token, vector)
+    only_falling: bool
+    labels: xr.DataArray  # (token,) or (vector, token)
+
+    @property
+    def name(self) -> str:
+        """Trajectory and scaling, and the basis if it is not the run's own."""
+        other = f" on {self.basis}" if self.basis not in ("", "hessian") else ""
+        return f"{self.trajectory}{other}, {self.scaling}"
+
+
+class LanguageStudy(Study):
+    """A run on text and its ablations, with the part of speech of every token.
+
+    Args:
+        run: of task ``grammar`` or ``wikipedia``.
+        bases: that are compared.
+        ablation_curvature: see :class:`polca_lib.study.Study`.
+        pipeline: spaCy's, which tags the words of Wikipedia: its name, or a path; the environment variable
+            ``POLCA_SPACY``, or else ``en_core_web_sm``, if not given. The grammar knows its own tags.
+    """
+
+    def __init__(
+        self, run: Run, bases: Sequence[str] = ("hessian", "random"), ablation_curvature: int = 8, pipeline: str = ""
+    ):
+        super().__init__(run, bases, ablation_curvature, variants=False)
+        self._pipeline = pipeline or os.environ.get("POLCA_SPACY") or "en_core_web_sm"
+
+    @property
+    def task(self) -> Language:
+        """Of the run."""
+        return self.run.task
+
+    @property
+    def by(self) -> str:
+        """What says best what a token is: its construction where that is known, else its part of speech."""
+        return "construction" if self.run.config.task == "grammar" else "tag"
+
+    @cached_property
+    def notes(self) -> dict[str, str]:
+        """What made the labels: corpus and tagger."""
+        if not isinstance(self.task, Wikipedia):
+            return {"corpus": self.task.description, "tags": "of the grammar"}
+        meta = labeling.load_pipeline(self._pipeline).meta
+        tagger = f"spaCy pipeline {meta['lang']}_{meta['name']} {meta['version']}"
+        return {"corpus": self.task.description, "tags": tagger}
+
+    @cached_property
+    def tags(self) -> pd.DataFrame:
+        """Part of speech of each token and of the three before it: ``tag``, ``tag_1``, ``tag_2``, ``tag_3``."""
+        task = self.task
+        windows = task.tags
+        if isinstance(task, Wikipedia):
+            windows = labeling.tag_windows(task, labeling.load_pipeline(self._pipeline))
+        return labeling.preceding_tags(windows, range(CONTEXT, windows.shape[1]))
+
+    @cached_property
+    def main(self) -> xr.Dataset:
+        """Projections on the run's own basis, each token with its tag."""
+        return super().main.assign_coords(tag=("token", self.tags["tag"].to_numpy(str)))
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """All kinds of trajectory with all scalings that apply, clustered, by name."""
+        loss, found = self.main["loss"], []
+        for basis in self.bases:
+            projections = self.main if basis == self.run.config.basis.kind else self.projections[basis].load()
+            for order in available_orders(projections):
+                curves = decomposition.projected_loss(projections, order).assign_coords(loss.coords)
+                found += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in ("raw", "unit")]
+        found += [("", "exact loss", scaling, loss, True) for scaling in ("raw", "unit")]
+        change = decomposition.loss_change(self.main)
+        found += [("", "change in loss", scaling, change, False) for scaling in ("raw", "zscore")]
+        jobs = (
+            joblib.delayed(cluster_tokens)(curves, self.clustering(scaling), only_falling=falling)
+            for _, _, scaling, curves, falling in found
+        )
+        labels = joblib.Parallel(n_jobs=-1)(jobs)
+        kinds = (Kind(*one, own) for one, own in zip(found, labels, strict=True))
+        return {kind.name: kind for kind in kinds}
+
+    @cached_property
+    def labelled(self) -> pd.DataFrame:
+        """See :func:`labels`."""
+        parts = []
+        for name, kind in self.kinds.items():
+            table = labeling.label_clusters(kind.labels, self.tags, self.run.tokens["text"].tolist())
+            window = self.run.config.clustering.breakthrough_window
+            table = mark_hidden(table, kind.labels, kind.curves, window, self.hidden_after)
+            parts.append(table.assign(kind=name))
+        return pd.concat(parts, ignore_index=True)
+
+
+def losses(study: LanguageStudy) -> pd.DataFrame:
+    """Quartiles and means of the exact loss by part of speech and, where it is known, by construction."""
+    return tables.loss_quantiles(study.main["loss"], list(dict.fromkeys(["tag", study.by])))
+
+
+def labels(study: LanguageStudy) -> pd.DataFrame:
+    """One row per cluster of every kind of trajectory: its label, whether that is simple, and how much it says."""
+    return study.labelled
+
+
+def counts(study: LanguageStudy) -> pd.DataFrame:
+    """How many vectors are kept and have a simple label, by kind of trajectory, beside chance (v3: 26 and 22 of 30).
+
+    Returns:
+        ``vectors``; ``kept``: those whose mean falls; ``clustered``: those with a cluster; ``simple_label``: those with
+        a cluster whose label is simple (see :func:`polca_lib.labeling.label_clusters`), ``simple_all`` by the stricter
+        reading; ``simple_by_chance`` and ``simple_all_by_chance``: mean of the same over clusters of the same sizes
+        drawn at random, ``simple_p`` the share of draws with at least as many; ``clusters``, ``simple_clusters``;
+        ``tokens``; ``dropped_mean``, ``outliers_mean``: over vectors kept; ``hidden``: share of clusters with a hidden
+        breakthrough.
+    """
+    rows = []
+    for name, kind in study.kinds.items():
+        each = by_vector(kind.labels)
+        kept = (each != DROPPED).any("token").values
+        own = study.labelled[study.labelled["kind"] == name]
+        chance = labeling.simple_by_chance(kind.labels, study.tags, seed=study.run.config.seed)
+        mean = by_vector(kind.curves.mean("token"))
+        rows.append(
+            {
+                "kind": name,
+                "basis": kind.basis,
+                "trajectory": kind.trajectory,
+                "scaling": kind.scaling,
+                "vectors": each.sizes["vector"],
+                "kept": int(falls(mean).sum()) if kind.only_falling else each.sizes["vector"],
+                "clustered": own["vector"].nunique(),
+                "simple_label": own.loc[own["simple"], "vector"].nunique(),
+                "simple_by_chance": chance["simple"],
+                "simple_p": chance["simple_p"],
+                "simple_all": own.loc[own["simple_all"], "vector"].nunique(),
+                "simple_all_by_chance": chance["simple_all"],
+                "clusters": len(own),
+                "simple_clusters": int(own["simple"].sum()),
+                "tokens": each.sizes["token"],
+                "dropped_mean": float((each == DROPPED).sum("token").values[kept].mean()) if kept.any() else np.nan,
+                "outliers_mean": float((each == OUTLIER).sum("token").values[kept].mean()) if kept.any() else np.nan,
+                "hidden": own["hidden"].astype(float).mean(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def contexts(study: LanguageStudy) -> pd.DataFrame:
+    """The tokens nearest the medoid of each cluster, in context, of the kinds in ``SHOWN``."""
+    parts = []
+    about = study.task.sources
+    for name in SHOWN:
+        kind = study.kinds[name]
+        near = labeling.nearest(kind.curves, kind.labels, kind.scaling)
+        found = labeling.contexts(near, study.task.texts, study.run.tokens)
+        if about is not None:
+            found = found.assign(**about.iloc[study.run.tokens["example"].to_numpy()[found["token"]]].to_dict("list"))
+        parts.append(found.assign(kind=name))
+    return pd.concat(parts, ignore_index=True)
+
+
+def mirrored(study: LanguageStudy) -> pd.DataFrame:
+    """Pairs of clusters of one vector that move against each other, of every kind of projected loss."""
+    parts = []
+    for name, kind in study.kinds.items():
+        if kind.basis:
+            summary = summarise_clusters(kind.curves, study.main["loss"], kind.labels, kind.scaling, study.by)
+            parts.append(labeling.mirrored(summary["median"]).assign(kind=name))
+    return pd.concat(parts, ignore_index=True)
+
+
+def constructions(study: LanguageStudy) -> pd.DataFrame:
+    """The best cluster for each known construction (or part of speech), by kind of trajectory."""
+    what = study.main[study.by].values
+    parts = [
+        labeling.best_clusters(labeling.construction_table(kind.labels, what)).assign(kind=name)
+        for name, kind in study.kinds.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def rand(study: LanguageStudy) -> pd.DataFrame:
+    """Agreement of the clusters of each vector with known constructions (or parts of speech)."""
+    what = study.main[study.by].values
+    parts = [labeling.adjusted_rand(kind.labels, what).assign(kind=name) for name, kind in study.kinds.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def vectors(study: LanguageStudy) -> pd.DataFrame:
+    """One row per vector of the run's own basis and kind of trajectory: birth, eigenvalue, fall, clusters, labels."""
+    rows = []
+    for name, kind in study.kinds.items():
+        if kind.basis != study.run.config.basis.kind:
+            continue
+        table = study.main[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
+        mean = kind.curves.mean("token")
+        table["projected_loss"] = mean.isel(step=-1).values
+        table["falls"] = falls(mean).values
+        table["dropped"] = (kind.labels == DROPPED).sum("token").values
+        own = study.labelled[study.labelled["kind"] == name].groupby("vector")
+        table["clusters"] = own.size().reindex(table.index, fill_value=0)
+        table["simple"] = own["simple"].sum().reindex(table.index, fill_value=0)
+        rows.append(table.reset_index().assign(kind=name))
+    return pd.concat(rows, ignore_index=True)
+
+
+def cluster_summary(study: LanguageStudy) -> xr.Dataset:
+    """Medoids, quartiles and composition of the clusters of the kinds in ``SHOWN``, and curves nearest the medoids."""
+    parts = {}
+    for name in SHOWN:
+        kind = study.kinds[name]
+        curves = by_vector(kind.curves)
+        summary = summarise_clusters(kind.curves, study.main["loss"], kind.labels, kind.scaling, study.by)
+        near = labeling.nearest(kind.curves, kind.labels, kind.scaling)
+        shape = (*summary["medoid"].shape[:2], 10, summary.sizes["step"])
+        single = np.full(shape, np.nan, np.float32)
+        place = {vector: row for row, vector in enumerate(summary["vector"].values)}
+        for one in near.itertuples():
+            single[place[one.vector], one.cluster - 1, one.rank - 1] = curves.sel(vector=one.vector).values[
+                :, one.token
+            ]
+        summary = summary.assign_coords(rank=np.arange(1, 11))
+        summary["nearest"] = (("vector", "cluster", "rank", "step"), single)
+        parts[name] = summary.drop_vars(["eigenvalue", "residual", "products", "birth_step"], errors="ignore")
+    whole = xr.concat(parts.values(), dim=pd.Index(list(parts), name="kind"), join="outer", fill_value={"tokens": 0})
+    births = study.main["birth_step"]
+    whole["birth_step"] = births.reindex(vector=whole["vector"]).drop_vars(["eigenvalue", "residual", "products"])
+    whole.attrs["hidden_after"] = study.hidden_after
+    return whole.map(lambda values: values.astype(np.float16) if values.dtype == np.float32 else values)
+
+
+def explorer_of(
+    summary: xr.Dataset,
+    clusters: pd.DataFrame,
+    contexts: pd.DataFrame,
+    pairs: pd.DataFrame,
+    kind: str,
+    *,
+    title: str,
+    note: str = "",
+) -> Explorer:
+    """The explorer of one kind of trajectory of a study, at hand or kept.
+
+    Args:
+        summary: from :func:`cluster_summary`.
+        clusters, contexts, pairs: tables ``labels``, ``contexts`` and ``mirrored``.
+        kind: one of ``SHOWN``.
+        title, note: shown above.
+
+    Raises:
+        ValueError: a kind whose curves are not kept.
+    """
+    if kind not in SHOWN:
+        raise ValueError(f"kind = {kind!r} has no curves kept; allowed: {', '.join(SHOWN)}")
+    own = {name: table[table["kind"] == kind] for name, table in (("c", clusters), ("t", contexts), ("p", pairs))}
+    both = [*zip(own["p"]["vector"], own["p"]["one"], own["p"]["other"], strict=True)]
+    against: dict[tuple[int, int], list[int]] = {}
+    for vector, one, other in both:
+        against.setdefault((vector, one), []).append(other)
+        against.setdefault((vector, other), []).append(one)
+    keys = zip(own["c"]["vector"], own["c"]["cluster"], strict=True)
+    mirrors = [", ".join(map(str, sorted(against.get(key, [])))) for key in keys]
+    vectors = sorted(own["c"]["vector"].unique())
+    return Explorer(
+        summary.sel(kind=kind, vector=vectors),
+        own["c"].assign(mirrors=mirrors),
+        own["t"],
+        title=title,
+        note=note,
+        hidden_after=summary.attrs.get("hidden_after"),
+    )
+
+
+TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
+    "losses": losses,
+    "labels": labels,
+    "counts": counts,
+    "vectors": vectors,
+    "contexts": contexts,
+    "mirrored": mirrored,
+    "constructions": constructions,
+    "rand": rand,
+    "closure": closure,
+    "closure_curves": closure_curves,
+    "agreement": agreement,
+}
+"""What is kept of a study of text, in the order in which it is made."""
