@@ -1,12 +1,17 @@
-"""When does a trajectory start to drop, and does the loss curve hide it? (v3, Eq. 9-10)"""
+"""When does a trajectory start to drop, does the loss curve hide it (v3, Eq. 9-10), and what moves against it?"""
 
 from __future__ import annotations
 
+from itertools import combinations
+
+import numpy as np
 import pandas as pd
 import xarray as xr
 
 from polca_lib.clustering import by_vector, cluster_tokens, homogeneity_table
 from polca_lib.config import ClusteringConfig
+
+_MIRRORED = {"vector": int, "one": int, "other": int, "correlation": float, "share": float, "ratio": float}
 
 
 def flat_after(loss: xr.DataArray, drop: float = 7 / 8) -> int:
@@ -104,3 +109,49 @@ def cluster_breakthroughs(
     labels = cluster_tokens(trajectories, config, only_falling=only_falling)
     table = homogeneity_table(labels)
     return labels, mark_hidden(table, labels, trajectories, config.breakthrough_window, hidden_after)
+
+
+def mirrored(curves: xr.DataArray, *, threshold: float = -0.5, at_least: float = 0.1, window: int = 1) -> pd.DataFrame:
+    """Pairs of clusters of one vector that move against each other: the paper's "mirror each other's movement".
+
+    Increments of the two curves are compared by their cosine: the correlation without removing the mean, so that one
+    that falls and one that rises are mirrored even if both are straight. Independent noise of k increments has a cosine
+    of about 1/sqrt(k), far from -0.5 with the paper's 70 checkpoints. Increments over more steps would bring out a slow
+    movement under noise, but leave fewer that are independent, so that noise gets nearer: the default is single steps.
+    Clusters of one vector share the weights' movement along it: what has opposite signs is their gradients.
+
+    Args:
+        curves: median curve of each cluster, (vector, cluster, step); NaN where a vector has fewer clusters.
+        threshold: largest cosine that counts.
+        at_least: share of the larger total variation that the smaller must have: noise alone mirrors nothing.
+        window: recorded steps of an increment.
+
+    Returns:
+        A row per pair: ``vector``, clusters ``one`` and ``other``, ``correlation``, ``share`` of the movement that is
+        opposed (of each curve's total variation the part made while the other moves the other way; mean of both),
+        ``ratio`` of the smaller total variation to the larger.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    if not -1 <= threshold < 0:
+        raise ValueError(f"threshold = {threshold}; allowed: from -1 to below 0, for curves that move against another")
+    if not 0 < at_least <= 1:
+        raise ValueError(f"at_least = {at_least}; allowed: above 0, up to 1")
+    if not 1 <= window < curves.sizes["step"]:
+        raise ValueError(f"window = {window}; allowed: 1 to {curves.sizes['step'] - 1}, for there must be an increment")
+    rows, steps = [], by_vector(curves).transpose("vector", "cluster", "step").astype(np.float64)
+    steps = steps.values[..., window:] - steps.values[..., :-window]
+    for vector, own in zip(by_vector(curves)["vector"].values, steps, strict=True):
+        moves = [i for i, step in enumerate(own) if np.abs(step).sum() > 0]  # False of NaN
+        for i, j in combinations(moves, 2):
+            one, other = own[i], own[j]
+            sizes = np.abs(own[[i, j]])
+            total = sizes.sum(axis=1)
+            correlation = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
+            ratio = total.min() / total.max()
+            if correlation <= threshold and ratio >= at_least:
+                share = (sizes[:, one * other < 0].sum(axis=1) / total).mean()
+                pair = curves["cluster"].values[[i, j]].tolist()
+                rows.append((vector, *pair, correlation, share, ratio))
+    return pd.DataFrame(rows, columns=list(_MIRRORED)).astype(_MIRRORED)

@@ -139,8 +139,16 @@ def medoid(trajectories: xr.DataArray, scaling: Scaling = "raw") -> int:
     """Index along ``token`` of the trajectory with the least total distance to the others, as HDBSCAN sees them."""
     values = scale(trajectories.transpose("token", "step").values.astype(np.float64), scaling)
     squares = (values**2).sum(axis=1)
-    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * values @ values.T, 0))
-    return int(distances.sum(axis=1).argmin())
+    totals = [
+        np.sqrt(np.maximum(square[:, None] + squares - 2 * block @ values.T, 0)).sum(axis=1)
+        for block, square in zip(_blocks(values), _blocks(squares), strict=True)
+    ]
+    return int(np.concatenate(totals).argmin())
+
+
+def _blocks(rows: np.ndarray, size: int = 1024) -> list[np.ndarray]:
+    """Rows in blocks: distances of all pairs at once may not fit into memory."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def composition(labels: xr.DataArray, by: str = "skill") -> pd.DataFrame:

@@ -8,21 +8,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import joblib
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from polca_lib import decomposition, labeling, tables
-from polca_lib.breakthroughs import mark_hidden
+if TYPE_CHECKING:
+    import spacy
+
+from polca_lib import breakthroughs, decomposition, labeling, tables
 from polca_lib.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, falls, summarise_clusters
 from polca_lib.config import Scaling
+from polca_lib.constructions import adjusted_rand, best_clusters, construction_table
 from polca_lib.evidence import agreement, available_orders, closure, closure_curves
 from polca_lib.explorer import Explorer
 from polca_lib.pipeline import Run
 from polca_lib.study import Study
+from polca_lib.tagging import load_pipeline, preceding_tags, tag_windows
 from polca_lib.tasks.language import CONTEXT, Language, Wikipedia
 
 SHOWN = ("POLCA second, raw", "POLCA first, unit", "exact loss, raw")
@@ -77,7 +81,7 @@ class LanguageStudy(Study):
         self, run: Run, bases: Sequence[str] = ("hessian", "random"), ablation_curvature: int = 8, pipeline: str = ""
     ):
         super().__init__(run, bases, ablation_curvature, variants=False)
-        self._pipeline = pipeline or os.environ.get("POLCA_SPACY") or "en_core_web_sm"
+        self._name = pipeline or os.environ.get("POLCA_SPACY") or "en_core_web_sm"
 
     @property
     def task(self) -> Language:
@@ -90,11 +94,16 @@ class LanguageStudy(Study):
         return "construction" if self.run.config.task == "grammar" else "tag"
 
     @cached_property
+    def pipeline(self) -> spacy.Language:
+        """spaCy's."""
+        return load_pipeline(self._name)
+
+    @cached_property
     def notes(self) -> dict[str, str]:
         """What made the labels: corpus and tagger."""
         if not isinstance(self.task, Wikipedia):
             return {"corpus": self.task.description, "tags": "of the grammar"}
-        meta = labeling.load_pipeline(self._pipeline).meta
+        meta = self.pipeline.meta
         tagger = f"spaCy pipeline {meta['lang']}_{meta['name']} {meta['version']}"
         return {"corpus": self.task.description, "tags": tagger}
 
@@ -102,10 +111,8 @@ class LanguageStudy(Study):
     def tags(self) -> pd.DataFrame:
         """Part of speech of each token and of the three before it: ``tag``, ``tag_1``, ``tag_2``, ``tag_3``."""
         task = self.task
-        windows = task.tags
-        if isinstance(task, Wikipedia):
-            windows = labeling.tag_windows(task, labeling.load_pipeline(self._pipeline))
-        return labeling.preceding_tags(windows, range(CONTEXT, windows.shape[1]))
+        windows = tag_windows(task, self.pipeline) if isinstance(task, Wikipedia) else task.tags
+        return preceding_tags(windows, range(CONTEXT, windows.shape[1]))
 
     @cached_property
     def main(self) -> xr.Dataset:
@@ -139,7 +146,7 @@ class LanguageStudy(Study):
         for name, kind in self.kinds.items():
             table = labeling.label_clusters(kind.labels, self.tags, self.run.tokens["text"].tolist())
             window = self.run.config.clustering.breakthrough_window
-            table = mark_hidden(table, kind.labels, kind.curves, window, self.hidden_after)
+            table = breakthroughs.mark_hidden(table, kind.labels, kind.curves, window, self.hidden_after)
             parts.append(table.assign(kind=name))
         return pd.concat(parts, ignore_index=True)
 
@@ -217,7 +224,7 @@ def mirrored(study: LanguageStudy) -> pd.DataFrame:
     for name, kind in study.kinds.items():
         if kind.basis:
             summary = summarise_clusters(kind.curves, study.main["loss"], kind.labels, kind.scaling, study.by)
-            parts.append(labeling.mirrored(summary["median"]).assign(kind=name))
+            parts.append(breakthroughs.mirrored(summary["median"]).assign(kind=name))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -225,8 +232,7 @@ def constructions(study: LanguageStudy) -> pd.DataFrame:
     """The best cluster for each known construction (or part of speech), by kind of trajectory."""
     what = study.main[study.by].values
     parts = [
-        labeling.best_clusters(labeling.construction_table(kind.labels, what)).assign(kind=name)
-        for name, kind in study.kinds.items()
+        best_clusters(construction_table(kind.labels, what)).assign(kind=name) for name, kind in study.kinds.items()
     ]
     return pd.concat(parts, ignore_index=True)
 
@@ -234,7 +240,7 @@ def constructions(study: LanguageStudy) -> pd.DataFrame:
 def rand(study: LanguageStudy) -> pd.DataFrame:
     """Agreement of the clusters of each vector with known constructions (or parts of speech)."""
     what = study.main[study.by].values
-    parts = [labeling.adjusted_rand(kind.labels, what).assign(kind=name) for name, kind in study.kinds.items()]
+    parts = [adjusted_rand(kind.labels, what).assign(kind=name) for name, kind in study.kinds.items()]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -275,8 +281,8 @@ def cluster_summary(study: LanguageStudy) -> xr.Dataset:
         summary["nearest"] = (("vector", "cluster", "rank", "step"), single)
         parts[name] = summary.drop_vars(["eigenvalue", "residual", "products", "birth_step"], errors="ignore")
     whole = xr.concat(parts.values(), dim=pd.Index(list(parts), name="kind"), join="outer", fill_value={"tokens": 0})
-    births = study.main["birth_step"]
-    whole["birth_step"] = births.reindex(vector=whole["vector"]).drop_vars(["eigenvalue", "residual", "products"])
+    births = study.main["birth_step"].to_series().reindex(whole["vector"].values)
+    whole["birth_step"] = ("vector", births.to_numpy(float))
     whole.attrs["hidden_after"] = study.hidden_after
     return whole.map(lambda values: values.astype(np.float16) if values.dtype == np.float32 else values)
 

@@ -1,21 +1,17 @@
-"""What a cluster of text tokens is: its label and how much that says, contexts, mirrored clusters, constructions."""
+"""What a cluster of text tokens is: its label, how much that says, and the tokens nearest its medoid in context."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Int
-from sklearn.metrics import adjusted_mutual_info_score
 
 from polca_lib.clustering import DROPPED, by_vector, medoid, scale
 from polca_lib.config import Scaling
-from polca_lib.significance import rand_indices
 from polca_lib.tagging import PAD as PAD_TAG
-from polca_lib.tagging import load_pipeline, preceding_tags, tag_windows  # noqa: F401  (one door for studies)
 from polca_lib.tasks.tokenization import PAD
 
 MOST_TOKENS = 25
@@ -29,11 +25,6 @@ _LABELS = {
     "inside": float, "outside": float, "precision": float, "lift": float,
 }  # fmt: skip
 _NEAR = {"vector": int, "cluster": int, "rank": int, "token": int, "distance": float}
-_MIRRORED = {"vector": int, "one": int, "other": int, "correlation": float, "share": float, "ratio": float}
-_CONSTRUCTIONS = {
-    "vector": int, "cluster": int, "construction": object, "tokens": int, "hits": int,
-    "homogeneity": float, "recall": float, "f1": float, "base_rate": float, "lift": float,
-}  # fmt: skip
 
 
 def label_clusters(
@@ -50,8 +41,8 @@ def label_clusters(
     The label has four positions: the token and the three before it. At each it is the smallest set of tags that covers
     70% of the cluster: tags are taken by falling share, those of equal share in alphabetical order. A position is
     simple if it needs at most two tags; PAD is a tag like others, but is not counted. The paper does not say whether
-    one position must be simple or all four. One is the default reading, ``simple``: its examples name one or two
-    positions and leave the others open. ``simple_all`` asks for all four.
+    one position must be simple or all four. One is the default reading, ``simple``, for one is all that the paper's
+    label "Token after proper noun" (Figure 12) speaks of. ``simple_all`` asks for all four.
 
     A label as such says little: at 70%, half of the kept tokens may fit it, too. So it is also read as a pattern, which
     a token fits if it has one of the tags at each simple position. PAD fits PAD alone. Without any simple position all
@@ -224,147 +215,6 @@ def contexts(
         target=[texts[i, j] for i, j in places],
         after=[_join(texts[i, j + 1 : j + 1 + after]) for i, j in places],
     )
-
-
-def mirrored(curves: xr.DataArray, *, threshold: float = -0.5, at_least: float = 0.1, window: int = 1) -> pd.DataFrame:
-    """Pairs of clusters of one vector that move against each other: the paper's "mirror each other's movement".
-
-    Increments of the two curves are compared by their cosine: the correlation without removing the mean, so that one
-    that falls and one that rises are mirrored even if both are straight. Independent noise of k increments has a cosine
-    of about 1/sqrt(k), far from -0.5 with the paper's 70 checkpoints. Increments over more steps would bring out a slow
-    movement under noise, but leave fewer that are independent, so that noise gets nearer: the default is single steps.
-    Clusters of one vector share the weights' movement along it: what has opposite signs is their gradients.
-
-    Args:
-        curves: median curve of each cluster, (vector, cluster, step); NaN where a vector has fewer clusters.
-        threshold: largest cosine that counts.
-        at_least: share of the larger total variation that the smaller must have: noise alone mirrors nothing.
-        window: recorded steps of an increment.
-
-    Returns:
-        A row per pair: ``vector``, clusters ``one`` and ``other``, ``correlation``, ``share`` of the movement that is
-        opposed (of each curve's total variation the part made while the other moves the other way; mean of both),
-        ``ratio`` of the smaller total variation to the larger.
-
-    Raises:
-        ValueError: a setting out of range.
-    """
-    if not -1 <= threshold < 0:
-        raise ValueError(f"threshold = {threshold}; allowed: from -1 to below 0, for curves that move against another")
-    if not 0 < at_least <= 1:
-        raise ValueError(f"at_least = {at_least}; allowed: above 0, up to 1")
-    if not 1 <= window < curves.sizes["step"]:
-        raise ValueError(f"window = {window}; allowed: 1 to {curves.sizes['step'] - 1}, for there must be an increment")
-    rows, steps = [], by_vector(curves).transpose("vector", "cluster", "step").astype(np.float64)
-    steps = steps.values[..., window:] - steps.values[..., :-window]
-    for vector, own in zip(by_vector(curves)["vector"].values, steps, strict=True):
-        moves = [i for i, step in enumerate(own) if np.abs(step).sum() > 0]  # False of NaN
-        for i, j in combinations(moves, 2):
-            one, other = own[i], own[j]
-            sizes = np.abs(own[[i, j]])
-            total = sizes.sum(axis=1)
-            correlation = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
-            ratio = total.min() / total.max()
-            if correlation <= threshold and ratio >= at_least:
-                share = (sizes[:, one * other < 0].sum(axis=1) / total).mean()
-                pair = curves["cluster"].values[[i, j]].tolist()
-                rows.append((vector, *pair, correlation, share, ratio))
-    return _table(rows, _MIRRORED)
-
-
-def construction_table(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataFrame:
-    """How purely and how completely each cluster is made of each known construction.
-
-    Args:
-        labels: (token,) or (vector, token).
-        construction: of each token.
-
-    Returns:
-        A row per cluster and construction, also where they share nothing: ``vector``, ``cluster``, ``construction``,
-        ``tokens`` of the cluster, ``hits`` of them of this construction, ``homogeneity`` (their share), ``recall``
-        (share of the construction's tokens in any cluster of this vector that lie in this one, as in
-        :func:`polca_lib.clustering.homogeneity_table`), ``f1``, ``base_rate`` (the construction's share of the vector's
-        kept tokens), ``lift`` (homogeneity by base rate; NaN if none is kept).
-
-    Raises:
-        ValueError: constructions that are not one per token.
-    """
-    _check_length(labels, construction, "construction")
-    names, codes = np.unique(np.asarray(construction, str), return_inverse=True)
-    parts = []
-    for one in by_vector(labels):
-        label = one.values
-        clustered, kept = np.flatnonzero(label >= 1), codes[label != DROPPED]
-        hits = _count_tags(codes[None], clustered[None], label[clustered] - 1, len(names))[0, :, 0]
-        base_rate = np.bincount(kept, minlength=len(names)) / max(len(kept), 1)
-        tokens, total = hits.sum(axis=1, keepdims=True), np.maximum(hits.sum(axis=0), 1)
-        homogeneity = hits / tokens
-        columns = {
-            "vector": int(one["vector"]),
-            "cluster": 1 + np.arange(len(hits))[:, None],
-            "construction": names,
-            "tokens": tokens,
-            "hits": hits,
-            "homogeneity": homogeneity,
-            "recall": hits / total,
-            # 2 / (1 / homogeneity + 1 / recall), and 0 without hits.
-            "f1": 2 * hits / (tokens + total),
-            "base_rate": base_rate,
-            "lift": homogeneity / np.where(base_rate > 0, base_rate, np.nan),
-        }
-        parts.append(pd.DataFrame({name: np.broadcast_to(v, hits.shape).ravel() for name, v in columns.items()}))
-    return pd.concat(parts, ignore_index=True).astype(_CONSTRUCTIONS)
-
-
-def best_clusters(table: pd.DataFrame) -> pd.DataFrame:
-    """The cluster that finds each construction best, over all vectors.
-
-    Args:
-        table: from :func:`construction_table`.
-
-    Returns:
-        One row per construction: that of the largest F1, of equal ones the more homogeneous; and, with ``purest_``
-        before their names, vector, cluster, tokens, homogeneity and recall of the most homogeneous cluster, of equal
-        ones the larger. Their ``hits`` are 0 if no cluster has a token of it.
-    """
-    best, purest = (
-        table.sort_values(list(by), ascending=False, kind="stable").drop_duplicates("construction")
-        for by in (("f1", "homogeneity"), ("homogeneity", "tokens"))
-    )
-    columns = ["vector", "cluster", "tokens", "homogeneity", "recall"]
-    purest = purest.set_index("construction")[columns].add_prefix("purest_")
-    return best.join(purest, on="construction").sort_values("construction").reset_index(drop=True)
-
-
-def adjusted_rand(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataFrame:
-    """Agreement of the clusters of each vector with known constructions, over clustered tokens.
-
-    Args:
-        labels: (token,) or (vector, token).
-        construction: of each token.
-
-    Returns:
-        One row per vector: ``vector``, ``clusters``, ``tokens`` in these, ``adjusted_rand`` and
-        ``adjusted_mutual_information``: 1 if they are the same, 0 as chance would have it, NaN with fewer than two
-        clusters.
-
-    Raises:
-        ValueError: constructions that are not one per token.
-    """
-    _check_length(labels, construction, "construction")
-    construction = np.asarray(construction, str)
-    each = by_vector(labels).assign_coords(construction=("token", construction))
-    rand = rand_indices(each, ["construction"])["construction"]
-    rows = []
-    for one in each.values:
-        inside = one >= 1
-        clusters = len(np.unique(one[inside]))
-        shared = adjusted_mutual_info_score(construction[inside], one[inside]) if clusters > 1 else np.nan
-        rows.append({"clusters": clusters, "tokens": inside.sum(), "adjusted_mutual_information": shared})
-    table = pd.DataFrame(rows)
-    table.insert(0, "vector", rand.index.to_numpy())
-    table.insert(3, "adjusted_rand", rand.to_numpy())
-    return table
 
 
 def _check_length(labels: xr.DataArray, values: Sequence[object] | pd.DataFrame, name: str) -> None:

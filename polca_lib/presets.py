@@ -55,18 +55,17 @@ _GRAMMAR_WORDS = {"d_vocab": len(VOCABULARY), "d_vocab_out": len(VOCABULARY)}
 _GRAMMAR: dict[str, Settings] = {
     "paper": {**_ENGLISH, "model": {"n_ctx": 128, **_GRAMMAR_WORDS}},
     "laptop": {
-        "data": {"validation_examples": 120, "hessian_examples": 100},
+        "data": {"validation_examples": 100, "hessian_examples": 100},
         "model": {"n_layers": 2, "d_model": 128, "d_mlp": 512, "n_ctx": 48, **_GRAMMAR_WORDS},
         "training": {
             "steps": 1500,
             "batch_size": 32,
             "learning_rate": 1e-3,
-            "checkpoint_every": 30,
-            "state_every": 300,
+            "checkpoint_every": 50,
         },
-        "basis": {"every": 90, "n_vectors": 16},
+        "basis": {"every": 100, "n_vectors": 15},
         "projection": {"curvature_examples": 8},
-        "clustering": {"min_cluster_size": 60, "breakthrough_window": 60},
+        "clustering": {"min_cluster_size": 60, "breakthrough_window": 100},
     },
     "smoke": {
         "data": {"validation_examples": 16, "hessian_examples": 8},

@@ -21,8 +21,8 @@ ROOMS = (
     "tasks.task", "artefacts", "tasks.corpus", "tasks.prepared", "tasks.language", "checkpoints", "training",
     "curvature", "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "projection",
     "interventions", "decomposition", "clustering", "breakthroughs", "significance", "specification", "tagging",
-    "labeling", "figures", "explorer", "tables", "pipeline", "study", "robustness", "evidence", "english", "reproduce",
-    "charts", "claims", "verdicts",
+    "labeling", "constructions", "figures", "explorer", "tables", "pipeline", "study", "robustness", "evidence",
+    "english", "reproduce", "charts", "claims", "verdicts",
 )  # fmt: skip
 
 

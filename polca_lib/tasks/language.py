@@ -199,10 +199,22 @@ class Wikipedia(Language):
         return self.corpus.train
 
     @cached_property
-    def vocabulary(self) -> list[str]:
-        """Text of each token by itself; bytes that are no whole character show as a replacement character."""
-        tokenizer = self.corpus.tokenizer
-        return [tokenizer.decode([i], skip_special_tokens=False) for i in range(tokenizer.get_vocab_size())]
+    def texts(self) -> np.ndarray:
+        """Text of each token of each validation window, from its article, (window, width).
+
+        Of the pieces of a character that is split over several tokens the first has it whole, and the others are empty.
+        """
+        corpus, texts = self.corpus, np.empty(self.validation.shape, dtype=object)
+        for row, window in enumerate(self.rows):
+            text, starts, ends = (
+                corpus.articles[corpus.article[window]].text,
+                corpus.starts[window],
+                corpus.ends[window],
+            )
+            texts[row] = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+            texts[row, 1:][(starts[1:] == starts[:-1]) & (ends[1:] == ends[:-1])] = ""
+        texts[self.validation.numpy() == corpus.pad] = PAD
+        return texts
 
     @cached_property
     def rows(self) -> Int[np.ndarray, " window"]:

@@ -73,6 +73,10 @@ class PreparedCorpus:
         """Id of PAD: the last one."""
         return self.tokenizer.get_vocab_size() - 1
 
+    def spans(self, window: int) -> tuple[Int[np.ndarray, " width"], Int[np.ndarray, " width"]]:
+        """Where the tokens of a validation window start and end in the text of its article, in characters."""
+        return self.starts[window], self.ends[window]
+
     @cached_property
     def articles(self) -> list[Article]:
         """Validation articles, in the order of the source."""

@@ -1,0 +1,122 @@
+"""How well clusters find constructions that are known, as those of the grammar are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from sklearn.metrics import adjusted_mutual_info_score
+
+from polca_lib.clustering import DROPPED, by_vector
+from polca_lib.significance import rand_indices
+
+_COLUMNS = {
+    "vector": int, "cluster": int, "construction": object, "tokens": int, "hits": int,
+    "homogeneity": float, "recall": float, "f1": float, "base_rate": float, "lift": float,
+}  # fmt: skip
+
+
+def construction_table(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataFrame:
+    """How purely and how completely each cluster is made of each known construction.
+
+    Args:
+        labels: (token,) or (vector, token).
+        construction: of each token.
+
+    Returns:
+        A row per cluster and construction, also where they share nothing: ``vector``, ``cluster``, ``construction``,
+        ``tokens`` of the cluster, ``hits`` of them of this construction, ``homogeneity`` (their share), ``recall``
+        (share of the construction's tokens in any cluster of this vector that lie in this one, as in
+        :func:`polca_lib.clustering.homogeneity_table`), ``f1``, ``base_rate`` (the construction's share of the vector's
+        kept tokens), ``lift`` (homogeneity by base rate; NaN if none is kept).
+
+    Raises:
+        ValueError: constructions that are not one per token.
+    """
+    _check(labels, construction)
+    names, codes = np.unique(np.asarray(construction, str), return_inverse=True)
+    parts = []
+    for one in by_vector(labels):
+        label = one.values
+        clustered, kept = np.flatnonzero(label >= 1), codes[label != DROPPED]
+        shape = (label.max(initial=0) if len(clustered) else 0, len(names))
+        cells = (label[clustered] - 1) * len(names) + codes[clustered]
+        hits = np.bincount(cells, minlength=np.prod(shape)).reshape(shape)
+        base_rate = np.bincount(kept, minlength=len(names)) / max(len(kept), 1)
+        tokens, total = hits.sum(axis=1, keepdims=True), np.maximum(hits.sum(axis=0), 1)
+        homogeneity = hits / tokens
+        columns = {
+            "vector": int(one["vector"]),
+            "cluster": 1 + np.arange(len(hits))[:, None],
+            "construction": names,
+            "tokens": tokens,
+            "hits": hits,
+            "homogeneity": homogeneity,
+            "recall": hits / total,
+            # 2 / (1 / homogeneity + 1 / recall), and 0 without hits.
+            "f1": 2 * hits / (tokens + total),
+            "base_rate": base_rate,
+            "lift": homogeneity / np.where(base_rate > 0, base_rate, np.nan),
+        }
+        parts.append(pd.DataFrame({name: np.broadcast_to(v, hits.shape).ravel() for name, v in columns.items()}))
+    return pd.concat(parts, ignore_index=True).astype(_COLUMNS)
+
+
+def best_clusters(table: pd.DataFrame) -> pd.DataFrame:
+    """The cluster that finds each construction best, over all vectors.
+
+    Args:
+        table: from :func:`construction_table`.
+
+    Returns:
+        One row per construction: that of the largest F1, of equal ones the more homogeneous; and, with ``purest_``
+        before their names, vector, cluster, tokens, homogeneity and recall of the most homogeneous cluster, of equal
+        ones the larger. Their ``hits`` are 0 if no cluster has a token of it.
+    """
+    best, purest = (
+        table.sort_values(list(by), ascending=False, kind="stable").drop_duplicates("construction")
+        for by in (("f1", "homogeneity"), ("homogeneity", "tokens"))
+    )
+    columns = ["vector", "cluster", "tokens", "homogeneity", "recall"]
+    purest = purest.set_index("construction")[columns].add_prefix("purest_")
+    return best.join(purest, on="construction").sort_values("construction").reset_index(drop=True)
+
+
+def adjusted_rand(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataFrame:
+    """Agreement of the clusters of each vector with known constructions, over clustered tokens.
+
+    Args:
+        labels: (token,) or (vector, token).
+        construction: of each token.
+
+    Returns:
+        One row per vector: ``vector``, ``clusters``, ``tokens`` in these, ``adjusted_rand`` and
+        ``adjusted_mutual_information``: 1 if they are the same, 0 as chance would have it, NaN with fewer than two
+        clusters.
+
+    Raises:
+        ValueError: constructions that are not one per token.
+    """
+    _check(labels, construction)
+    construction = np.asarray(construction, str)
+    each = by_vector(labels).assign_coords(construction=("token", construction))
+    rand = rand_indices(each, ["construction"])["construction"]
+    rows = []
+    for one in each.values:
+        inside = one >= 1
+        clusters = len(np.unique(one[inside]))
+        shared = adjusted_mutual_info_score(construction[inside], one[inside]) if clusters > 1 else np.nan
+        rows.append({"clusters": clusters, "tokens": inside.sum(), "adjusted_mutual_information": shared})
+    table = pd.DataFrame(rows)
+    table.insert(0, "vector", rand.index.to_numpy())
+    table.insert(3, "adjusted_rand", rand.to_numpy())
+    return table
+
+
+def _check(labels: xr.DataArray, construction: Sequence[str]) -> None:
+    if len(construction) != labels.sizes["token"]:
+        raise ValueError(
+            f"construction has {len(construction)} rows; allowed: {labels.sizes['token']}, one for each token of labels"
+        )
