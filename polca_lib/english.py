@@ -72,15 +72,20 @@ class LanguageStudy(Study):
     Args:
         run: of task ``grammar`` or ``wikipedia``.
         bases: that are compared.
-        ablation_curvature: see :class:`polca_lib.study.Study`.
+        ablation_curvature: see :class:`polca_lib.study.Study`; as many examples as on the run's own basis if not given.
         pipeline: spaCy's, which tags the words of Wikipedia: its name, or a path; the environment variable
             ``POLCA_SPACY``, or else ``en_core_web_sm``, if not given. The grammar knows its own tags.
     """
 
     def __init__(
-        self, run: Run, bases: Sequence[str] = ("hessian", "random"), ablation_curvature: int = 8, pipeline: str = ""
+        self,
+        run: Run,
+        bases: Sequence[str] = ("hessian", "random"),
+        ablation_curvature: int | None = None,
+        pipeline: str = "",
     ):
-        super().__init__(run, bases, ablation_curvature, variants=False)
+        measured = run.config.projection.curvature_examples or 0
+        super().__init__(run, bases, measured if ablation_curvature is None else ablation_curvature, variants=False)
         self._name = pipeline or os.environ.get("POLCA_SPACY") or "en_core_web_sm"
 
     @property

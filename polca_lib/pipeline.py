@@ -226,7 +226,12 @@ def main() -> None:
     own = {"task": arguments.task, "seed": arguments.seed, "device": arguments.device}
     try:
         run = Run.from_preset(arguments.preset, **{**own, **parse_assignments(arguments.set)})
-        beside = [run.on_basis(kind, curvature=False) for kind in arguments.beside.split(",") if kind]
+        sample = run.config.projection.curvature_examples
+        beside = [
+            run.on_basis(kind, curvature=sample is not None, curvature_examples=sample)
+            for kind in arguments.beside.split(",")
+            if kind
+        ]
         project_together([run, *beside])
     except ValueError as error:
         parser.error(str(error))

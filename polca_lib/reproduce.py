@@ -176,9 +176,9 @@ def main() -> None:
     parser.add_argument(
         "--ablation-curvature",
         type=int,
-        default=16,
         metavar="N",
-        help="examples on which curvature along the bases beside the first is measured; 0 for none",
+        help="examples on which curvature along the bases beside the first is measured; 0 for none; default: 16, or as "
+        "many as along the first for a task of text",
     )
     parser.add_argument("--no-variants", action="store_true", help="specification curve on one Hessian basis alone")
     parser.add_argument(
@@ -192,7 +192,8 @@ def main() -> None:
         name = arguments.name or f"{arguments.preset}-{arguments.seed}"
         if arguments.task == "addition":
             bases = tuple((arguments.bases or ",".join(BASES)).split(","))
-            study = Study(run, bases, arguments.ablation_curvature, not arguments.no_variants)
+            sample = 16 if arguments.ablation_curvature is None else arguments.ablation_curvature
+            study = Study(run, bases, sample, not arguments.no_variants)
         else:
             bases = tuple((arguments.bases or "hessian,random").split(","))
             study = LanguageStudy(run, bases, arguments.ablation_curvature, arguments.spacy)
