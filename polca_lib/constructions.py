@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from sklearn.metrics import adjusted_mutual_info_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
 
 from polca_lib.clustering import DROPPED, by_vector
 from polca_lib.significance import rand_indices
@@ -113,6 +115,36 @@ def adjusted_rand(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataF
     table.insert(0, "vector", rand.index.to_numpy())
     table.insert(3, "adjusted_rand", rand.to_numpy())
     return table
+
+
+def neighbours_agree(
+    trajectories: xr.DataArray, construction: Sequence[str], group: Sequence[int], neighbours: int = 15
+) -> pd.Series:
+    """How well the construction of a token can be told from the tokens whose trajectories are nearest to its own.
+
+    This asks whether the curves hold the construction at all, whatever a clustering makes of them: a vote of the
+    nearest neighbours, by Euclidean distance, among tokens of other groups. No token is dropped, and with several
+    vectors each is divided by its root mean square, so that all count alike.
+
+    Args:
+        trajectories: (step, token) or (step, token, vector).
+        construction: of each token.
+        group: of each token; those of its own group do not vote, such as tokens of the same window.
+        neighbours: that vote.
+
+    Returns:
+        Share of the tokens of each construction that are told rightly (recall), by construction; and, under ``mean``,
+        the mean over constructions (balanced accuracy): chance is one by their number.
+    """
+    values = by_vector(trajectories).transpose("token", "vector", "step").values.astype(np.float32)
+    size = np.sqrt((values**2).mean(axis=(0, 2), keepdims=True))
+    points = (values / np.where(size > 0, size, 1)).reshape(len(values), -1)
+    construction = np.asarray(construction, str)
+    told = cross_val_predict(
+        KNeighborsClassifier(neighbours), points, construction, groups=np.asarray(group), cv=GroupKFold(5)
+    )
+    right = pd.Series(told == construction).groupby(construction).mean()
+    return pd.concat([right, pd.Series({"mean": right.mean()})])
 
 
 def _check(labels: xr.DataArray, construction: Sequence[str]) -> None:

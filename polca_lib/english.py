@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 from polca_lib import breakthroughs, decomposition, labeling, tables
 from polca_lib.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, falls, summarise_clusters
 from polca_lib.config import Scaling
-from polca_lib.constructions import adjusted_rand, best_clusters, construction_table
+from polca_lib.constructions import adjusted_rand, best_clusters, construction_table, neighbours_agree
 from polca_lib.evidence import agreement, available_orders, closure, closure_curves
 from polca_lib.explorer import Explorer
 from polca_lib.pipeline import Run
@@ -249,6 +249,20 @@ def rand(study: LanguageStudy) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def neighbours(study: LanguageStudy) -> pd.DataFrame:
+    """How well known constructions (or parts of speech) can be told from nearest trajectories, without any clustering.
+
+    Rows ``kind``, ``construction`` and ``recall``, see :func:`polca_lib.constructions.neighbours_agree`; of projected
+    losses all vectors are taken together.
+    """
+    parts = []
+    for name, kind in study.kinds.items():
+        if kind.scaling == "raw":
+            told = neighbours_agree(kind.curves, study.main[study.by].values, study.main["example"].values)
+            parts.append(told.rename_axis("construction").rename("recall").reset_index().assign(kind=name))
+    return pd.concat(parts, ignore_index=True)
+
+
 def vectors(study: LanguageStudy) -> pd.DataFrame:
     """One row per vector of the run's own basis and kind of trajectory: birth, eigenvalue, fall, clusters, labels."""
     rows = []
@@ -343,6 +357,7 @@ TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
     "mirrored": mirrored,
     "constructions": constructions,
     "rand": rand,
+    "neighbours": neighbours,
     "closure": closure,
     "closure_curves": closure_curves,
     "agreement": agreement,

@@ -54,8 +54,8 @@ _GRAMMAR_WORDS = {"d_vocab": len(VOCABULARY), "d_vocab_out": len(VOCABULARY)}
 
 _GRAMMAR: dict[str, Settings] = {
     "paper": {**_ENGLISH, "model": {"n_ctx": 128, **_GRAMMAR_WORDS}},
-    # At this learning rate constructions are learned one after another, between steps 50 and 1500: at 1e-3 nearly all are
-    # before step 200, where there are few checkpoints.
+    # At this learning rate constructions are learned one after another, between steps 50 and 1500: at 1e-3 nearly all
+    # are before step 200, where there are few checkpoints.
     "laptop": {
         "data": {"validation_examples": 100, "hessian_examples": 100},
         "model": {"n_layers": 2, "d_model": 128, "d_mlp": 512, "n_ctx": 48, **_GRAMMAR_WORDS},

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import spacy
 import torch
@@ -11,8 +12,9 @@ from spacy.language import Language as Pipeline
 
 from polca_lib import english
 from polca_lib.basis import read_vectors
+from polca_lib.charts import label_table
 from polca_lib.config import RunConfig
-from polca_lib.english import SHOWN, TABLES, LanguageStudy
+from polca_lib.english import SHOWN, TABLES, LanguageStudy, explorer_of
 from polca_lib.models import ENGLISH, build_model
 from polca_lib.pipeline import Run
 from polca_lib.reproduce import Kept, complete
@@ -20,6 +22,7 @@ from polca_lib.tasks import grammar
 from polca_lib.tasks.corpus import Article, is_validation
 from polca_lib.tasks.language import CONTEXT, Grammar, Wikipedia, next_token_loss
 from polca_lib.token_loss import TokenLoss
+from polca_lib.verdicts import PAPER_ENGLISH, english_counts, judge_english
 
 TINY = {
     **{name: value for name, value in TINY_RUN.items() if not name.startswith("clustering")},
@@ -194,6 +197,61 @@ def test_study_of_text_is_kept_with_every_table_and_no_path(study, tmp_path):
     contexts = kept.table("contexts")
     assert (contexts.groupby(["kind", "vector", "cluster"])["rank"].max() <= 10).all()
     assert ("title" in contexts) == (study.run.config.task == "wikipedia")
+
+
+def kept_study(study):
+    complete(study, "tiny")
+    return Kept("tiny", setting="english")
+
+
+def test_counts_and_verdicts_on_english_follow_from_the_tables(wikipedia, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLCA_STUDIES", str(tmp_path))
+    kept = kept_study(LanguageStudy(wikipedia, pipeline=pipeline))
+    kind = "POLCA first, unit"
+    counts, row = english_counts(kept, kind), kept.table("counts").set_index("kind").loc[kind]
+    assert {name: counts[name] for name in PAPER_ENGLISH} == row[list(PAPER_ENGLISH)].to_dict()
+    assert counts["corpus"] == wikipedia.task.description
+    assert "task = " not in counts["preset"]
+    verdicts = judge_english(kept, kind).set_index("claim")
+    falling = verdicts.loc["share of vectors whose mean falls"]
+    assert falling["ours"] == row["kept"] / row["vectors"]
+    assert (falling["verdict"] == "reproduced") == (abs(falling["ours"] - 26 / 30) <= 0.05)
+    mirrored = verdicts.loc["clusters that mirror each other"]
+    pairs = kept.table("mirrored")
+    assert (mirrored["verdict"] == "reproduced") == (pairs["kind"] == kind).any()
+
+
+def test_explorer_and_tables_of_contexts_show_what_a_study_keeps(study, tmp_path):
+    kept = kept_study(study)
+    tables = {name: kept.table(name) for name in ("labels", "contexts", "mirrored")}
+    for kind in SHOWN:
+        own = tables["labels"][tables["labels"]["kind"] == kind]
+        shown = explorer_of(kept.clusters, *tables.values(), kind, title="tiny")
+        assert len(shown._data["vectors"]) == own["vector"].nunique()
+        for number, clusters in own.groupby("vector"):
+            near = tables["contexts"].query("kind == @kind and vector == @number")
+            html = label_table(clusters, near).data
+            assert html.count("<tr>") == 1 + len(clusters)
+            assert html.count("<mark>") == sum(min(3, n) for n in near.groupby("cluster").size())
+    with pytest.raises(ValueError, match="kind = 'LCA' has no curves kept; allowed: POLCA second, raw"):
+        explorer_of(kept.clusters, *tables.values(), "LCA", title="tiny")
+
+
+def test_text_of_a_corpus_is_escaped_in_tables_of_contexts():
+    clusters = pd.DataFrame({"cluster": [1], "label": ["<b>"], "simple": [True], "tokens": [3]})
+    contexts = pd.DataFrame(
+        {
+            "cluster": [1],
+            "rank": [1],
+            "before": ["<script>\n"],
+            "target": ["&amp;"],
+            "after": [np.nan],
+            "title": ["<i>"],
+        }
+    )
+    html = label_table(clusters, contexts).data
+    assert not any(tag in html for tag in ("<script>", "<b>", "<i>"))
+    assert "&lt;script&gt;⏎<mark>&amp;amp;</mark>" in html
 
 
 def test_tags_of_wikipedia_are_those_of_the_words_in_the_whole_article(wikipedia, pipeline):
