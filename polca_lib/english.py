@@ -33,6 +33,9 @@ SHOWN = ("POLCA second, raw", "POLCA first, unit", "exact loss, raw")
 """Kinds of trajectory whose clusters are kept with curves and contexts."""
 
 
+GRID_KINDS = ("exact loss, raw", "POLCA second, raw", "POLCA first, unit")
+"""Kinds for which other settings of HDBSCAN are tried."""
+
 COMPARED = (
     "exact loss, raw",
     "change in loss, raw",
@@ -152,7 +155,12 @@ class LanguageStudy(Study):
             table = labeling.label_clusters(kind.labels, self.tags, self.run.tokens["text"].tolist())
             window = self.run.config.clustering.breakthrough_window
             table = breakthroughs.mark_hidden(table, kind.labels, kind.curves, window, self.hidden_after)
-            parts.append(table.assign(kind=name))
+            # A label of nothing but PAD is simple by the paper's rule, and says nothing of words.
+            said = [
+                any(row[f"label_{back}"] != "PAD" for back in row["simple_positions"])
+                for row in table.to_dict("records")
+            ]
+            parts.append(table.assign(words=np.array(said, bool), kind=name))
         return pd.concat(parts, ignore_index=True)
 
 
@@ -171,11 +179,11 @@ def counts(study: LanguageStudy) -> pd.DataFrame:
 
     Returns:
         ``vectors``; ``kept``: those whose mean falls; ``clustered``: those with a cluster; ``simple_label``: those with
-        a cluster whose label is simple (see :func:`polca_lib.labeling.label_clusters`), ``simple_all`` by the stricter
-        reading; ``simple_by_chance`` and ``simple_all_by_chance``: mean of the same over clusters of the same sizes
-        drawn at random, ``simple_p`` the share of draws with at least as many; ``clusters``, ``simple_clusters``;
-        ``tokens``; ``dropped_mean``, ``outliers_mean``: over vectors kept; ``hidden``: share of clusters with a hidden
-        breakthrough.
+        a cluster whose label is simple (see :func:`polca_lib.labeling.label_clusters`); ``simple_by_chance``: mean of
+        the same over clusters of the same sizes drawn at random, and ``simple_p`` the share of draws with at least as
+        many; ``simple_words``: those with a simple label of more than PAD; ``simple_all``, ``simple_all_by_chance``: by
+        the stricter reading; ``clusters``, ``simple_clusters``; ``tokens``; ``dropped_mean``, ``outliers_mean``: over
+        vectors kept; ``hidden``: share of clusters with a hidden breakthrough.
     """
     rows = []
     for name, kind in study.kinds.items():
@@ -196,6 +204,7 @@ def counts(study: LanguageStudy) -> pd.DataFrame:
                 "simple_label": own.loc[own["simple"], "vector"].nunique(),
                 "simple_by_chance": chance["simple"],
                 "simple_p": chance["simple_p"],
+                "simple_words": own.loc[own["words"], "vector"].nunique(),
                 "simple_all": own.loc[own["simple_all"], "vector"].nunique(),
                 "simple_all_by_chance": chance["simple_all"],
                 "clusters": len(own),
@@ -247,6 +256,35 @@ def rand(study: LanguageStudy) -> pd.DataFrame:
     what = study.main[study.by].values
     parts = [adjusted_rand(kind.labels, what).assign(kind=name) for name, kind in study.kinds.items()]
     return pd.concat(parts, ignore_index=True)
+
+
+def grid(study: LanguageStudy) -> pd.DataFrame:
+    """What ``min_samples`` does: clusters, and how well they find what is known, by its share of the kept tokens.
+
+    Rows ``kind`` and ``min_samples_divisor``: ``clustered`` vectors, ``clusters``; means over constructions (or parts
+    of speech) but padding of the F1 of the best cluster, ``f1``, and of the largest homogeneity, ``purest``.
+    """
+    what, rows = study.main[study.by].values, []
+    for name in GRID_KINDS:
+        kind = study.kinds[name]
+        for divisor in (15, 60, 240):
+            settings = study.clustering(kind.scaling).model_copy(update={"min_samples_divisor": divisor})
+            each = by_vector(kind.labels)["vector"].values
+            jobs = (joblib.delayed(cluster_tokens)(by_vector(kind.curves).sel(vector=[v]), settings) for v in each)
+            labels = xr.concat(joblib.Parallel(n_jobs=-1)(jobs), dim="vector", coords="different", compat="equals")
+            best = best_clusters(construction_table(labels, what)).set_index("construction")
+            best = best.drop(index=["padding", "PAD"], errors="ignore")
+            rows.append(
+                {
+                    "kind": name,
+                    "min_samples_divisor": divisor,
+                    "clustered": int((labels >= 1).any("token").sum()),
+                    "clusters": int(labels.max("token").clip(0).sum()),
+                    "f1": best["f1"].mean(),
+                    "purest": best["purest_homogeneity"].mean(),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def neighbours(study: LanguageStudy) -> pd.DataFrame:
@@ -358,6 +396,7 @@ TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
     "constructions": constructions,
     "rand": rand,
     "neighbours": neighbours,
+    "grid": grid,
     "closure": closure,
     "closure_curves": closure_curves,
     "agreement": agreement,

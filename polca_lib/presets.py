@@ -89,17 +89,17 @@ _GRAMMAR: dict[str, Settings] = {
 _WIKIPEDIA: dict[str, Settings] = {
     "paper": {**_ENGLISH, "corpus": {"tokenizer_articles": 100_000}},
     "laptop": {
-        "data": {"validation_examples": 100, "hessian_examples": 100},
+        "data": {"validation_examples": 80, "hessian_examples": 80},
         "corpus": {"articles": 3000, "tokenizer_articles": 1000},
         "model": {"d_model": 128, "d_mlp": 512, "n_ctx": 64, "d_vocab": 4097, "d_vocab_out": 4097},
         "training": {
-            "steps": 3000,
+            "steps": 2000,
             "batch_size": 32,
             "learning_rate": 1e-3,
             "checkpoint_every": 100,
             "state_every": 500,
         },
-        "basis": {"every": 200, "n_vectors": 15},
+        "basis": {"every": 200, "n_vectors": 10},
         "projection": {"curvature_examples": 8},
         "clustering": {"min_cluster_size": 120, "breakthrough_window": 200},
     },

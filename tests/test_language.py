@@ -229,7 +229,8 @@ def test_explorer_and_tables_of_contexts_show_what_a_study_keeps(study, tmp_path
         shown = explorer_of(kept.clusters, *tables.values(), kind, title="tiny")
         assert len(shown._data["vectors"]) == own["vector"].nunique()
         for number, clusters in own.groupby("vector"):
-            near = tables["contexts"].query("kind == @kind and vector == @number")
+            near = tables["contexts"]
+            near = near[(near["kind"] == kind) & (near["vector"] == number)]
             html = label_table(clusters, near).data
             assert html.count("<tr>") == 1 + len(clusters)
             assert html.count("<mark>") == sum(min(3, n) for n in near.groupby("cluster").size())
