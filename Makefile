@@ -1,9 +1,11 @@
 # make book [PRESET=laptop|smoke|paper] [DEVICE=cpu|cuda]   set up, run the pipeline and the notebooks, build the book
 # make test                               set up, run all tests
-# make studies [PRESET=laptop|paper] [SEEDS="0 1 2"] [DEVICE=cpu|cuda]   make the kept studies anew; hours for paper on a CPU
+# make studies [TASK=addition|grammar|wikipedia] [PRESET=laptop|paper] [SEEDS="0 1 2"] [DEVICE=cpu|cuda]
+#                                         make the kept studies anew; hours for paper on a CPU
 # make benchmarks [SIZES="smoke laptop"] [REPEATS=5] [DEVICE=cpu|cuda]   measure against other libraries; takes hours
 PRESET ?= laptop
 DEVICE ?= cpu
+TASK ?= addition
 SEEDS ?= 0
 SIZES ?= smoke laptop paper
 REPEATS ?= 5
@@ -38,9 +40,9 @@ notebooks: $(VENV)/.ready
 	$(BIN)/python -m polca_lib.pipeline --task grammar --preset laptop --beside random
 	$(BIN)/python book/build.py --preset laptop --in-place
 
-# What is kept in data/addition is finished, not made over: delete a folder to have it made anew.
+# What is kept in data is finished, not made over: delete a folder to have it made anew.
 studies: $(VENV)/.ready
-	for seed in $(SEEDS); do $(BIN)/python -m polca_lib.reproduce --preset $(PRESET) --seed $$seed --device $(DEVICE) || exit; done
+	for seed in $(SEEDS); do $(BIN)/python -m polca_lib.reproduce --task $(TASK) --preset $(PRESET) --seed $$seed --device $(DEVICE) || exit; done
 	$(BIN)/python -m polca_lib.verdicts
 
 # Nothing here uses torchvision, which one of the libraries asks for: beside a CPU build of torch, PyPI's breaks transformers.

@@ -248,9 +248,9 @@ def loss_by_kind(quantiles: pd.DataFrame, by: str) -> Figure:
     own = quantiles[quantiles["by"] == by]
     kinds = sorted(own["value"].unique())
     colours = kind_colours(kinds)
-    columns = 4
+    columns = 5
     figure, panels = plt.subplots(
-        -(-len(kinds) // columns), columns, figsize=(10, 1.9 * -(-len(kinds) // columns)), sharex=True, sharey=True
+        -(-len(kinds) // columns), columns, figsize=(10, 1.7 * -(-len(kinds) // columns)), sharex=True, sharey=True
     )
     for axes, kind in zip(panels.flat, kinds, strict=False):
         for other in kinds:
@@ -277,9 +277,9 @@ def simple_labels(counts: pd.DataFrame, paper: tuple[int, int]) -> Figure:
     own = counts[counts["vectors"] > 1].reset_index(drop=True)
     place = np.arange(len(own))
     figure, axes = plt.subplots(figsize=(8, 0.36 * len(own) + 1.2))
-    axes.barh(place, own["kept"], color="#E4E4E4", height=0.75, label="mean falls")
-    axes.barh(place, own["clustered"], color=OKABE_ITO[5], height=0.5, label="has a cluster")
-    axes.barh(place, own["simple_label"], color=OKABE_ITO[0], height=0.25, label="has a simple label")
+    axes.barh(place, own["kept"], color="#E4E4E4", height=0.75, linewidth=0, label="mean falls")
+    axes.barh(place, own["clustered"], color=OKABE_ITO[5], height=0.5, linewidth=0, label="has a cluster")
+    axes.barh(place, own["simple_label"], color=OKABE_ITO[0], height=0.25, linewidth=0, label="has a simple label")
     axes.plot(own["simple_by_chance"], place, "|", color="black", markersize=13, label="simple by chance")
     scale = own["vectors"].max() / 30
     for value, name, style in zip(paper, ("paper: kept", "paper: simple"), ("-", ":"), strict=True):
@@ -291,18 +291,19 @@ def simple_labels(counts: pd.DataFrame, paper: tuple[int, int]) -> Figure:
     return figure
 
 
-def constructions_found(best: pd.DataFrame, measure: str = "f1") -> Figure:
-    """How well the best cluster of each kind of trajectory finds each construction.
+def constructions_found(table: pd.DataFrame, measure: str, label: str) -> Figure:
+    """How well each kind of trajectory finds each construction: the median, if there are several studies.
 
     Args:
-        best: table ``constructions`` of one study of text, or its median over several.
+        table: ``constructions`` or ``neighbours`` of studies of text.
         measure: a column of it.
+        label: of the colour bar.
     """
-    values = best.pivot_table(index="construction", columns="kind", values=measure, aggfunc="median", sort=False)
+    values = table.pivot_table(index="construction", columns="kind", values=measure, aggfunc="median", sort=False)
     figure, axes = plt.subplots(figsize=(1.2 + 0.62 * values.shape[1], 0.34 * len(values) + 1.8))
     sns.heatmap(
         values, ax=axes, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="crest", annot_kws={"size": 7},
-        cbar_kws={"label": f"{measure} of the best cluster"},
+        cbar_kws={"label": label},
     )  # fmt: skip
     axes.set(xlabel="", ylabel="")
     axes.tick_params(axis="x", rotation=90)
