@@ -328,7 +328,7 @@ def label_table(clusters: pd.DataFrame, contexts: pd.DataFrame, n: int = 3) -> H
         dot = f'<span style="color:{cluster_colour(row.cluster)}">●</span>'
         rows.append(f"<tr><td>{dot}&nbsp;{row.cluster}</td><td>{label}</td><td>{lines}</td></tr>")
     head = "<thead><tr><th>cluster</th><th>label</th><th>contexts nearest the medoid</th></tr></thead>"
-    return HTML(f'<table class="contexts">{head}<tbody>{"".join(rows)}</tbody></table>')
+    return HTML(f'<table class="contexts tex2jax_ignore mathjax_ignore">{head}<tbody>{"".join(rows)}</tbody></table>')
 
 
 def _context(row: dict[str, object]) -> str:
@@ -357,4 +357,4 @@ def annotated_text(texts: Sequence[str], kinds: Sequence[str], plain: str = "cla
 
     body = "".join(span(text, kind) for text, kind in zip(texts, kinds, strict=True))
     legend = " ".join(span(kind, kind) for kind in shown)
-    return HTML(f'<div class="annotated"><p>{legend}</p><div>{body}</div></div>')
+    return HTML(f'<div class="annotated tex2jax_ignore mathjax_ignore"><p>{legend}</p><div>{body}</div></div>')

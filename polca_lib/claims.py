@@ -58,16 +58,27 @@ class Claim:
             return "does not apply"
         except NotRun:
             return "not run"
-        if self.paper is None:
-            return "reproduced" if holds else "not reproduced"
-        beyond = ours - self.paper  # not finite, and hence no match, where there is nothing to measure
-        matches = abs(beyond) <= self.tolerance
-        if matches and holds is not False:
-            return "reproduced"
-        stronger = {True: beyond > 0, False: beyond < 0, None: False}[self.larger_is_stronger]
-        if holds and stronger and not matches:
-            return "stronger here"
-        return "partly" if holds or matches else "not reproduced"
+        return verdict(self.paper, ours, holds, self.tolerance, self.larger_is_stronger)
+
+
+def verdict(
+    paper: float | None,
+    ours: float,
+    holds: bool | None,
+    tolerance: float = TOLERANCE,
+    larger_is_stronger: bool | None = None,
+) -> str:
+    """The verdict on a number, and on what it is cited for: see :class:`Claim`."""
+    if paper is None:
+        return "reproduced" if holds else "not reproduced"
+    beyond = ours - paper  # not finite, and hence no match, where there is nothing to measure
+    matches = abs(beyond) <= tolerance
+    if matches and holds is not False:
+        return "reproduced"
+    stronger = {True: beyond > 0, False: beyond < 0, None: False}[larger_is_stronger]
+    if holds and stronger and not matches:
+        return "stronger here"
+    return "partly" if holds or matches else "not reproduced"
 
 
 def _table(kept: Kept, name: str, **where: object) -> pd.DataFrame:

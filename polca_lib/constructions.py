@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from sklearn.metrics import adjusted_mutual_info_score
-from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
 from polca_lib.clustering import DROPPED, by_vector
@@ -16,7 +16,8 @@ from polca_lib.significance import rand_indices
 
 _COLUMNS = {
     "vector": int, "cluster": int, "construction": object, "tokens": int, "hits": int,
-    "homogeneity": float, "recall": float, "f1": float, "base_rate": float, "lift": float,
+    "homogeneity": float, "recall": float, "f1": float, "recall_all": float, "f1_all": float,
+    "base_rate": float, "lift": float,
 }  # fmt: skip
 
 
@@ -31,14 +32,15 @@ def construction_table(labels: xr.DataArray, construction: Sequence[str]) -> pd.
         A row per cluster and construction, also where they share nothing: ``vector``, ``cluster``, ``construction``,
         ``tokens`` of the cluster, ``hits`` of them of this construction, ``homogeneity`` (their share), ``recall``
         (share of the construction's tokens in any cluster of this vector that lie in this one, as in
-        :func:`polca_lib.clustering.homogeneity_table`), ``f1``, ``base_rate`` (the construction's share of the vector's
-        kept tokens), ``lift`` (homogeneity by base rate; NaN if none is kept).
+        :func:`polca_lib.clustering.homogeneity_table`), ``f1``, ``recall_all`` and ``f1_all`` (the same of all tokens
+        of the construction, also those dropped or set aside: a vector that keeps little can't do well), ``base_rate``
+        (the construction's share of the vector's kept tokens), ``lift`` (homogeneity by base rate; NaN if none is).
 
     Raises:
         ValueError: constructions that are not one per token.
     """
     _check(labels, construction)
-    names, codes = np.unique(np.asarray(construction, str), return_inverse=True)
+    names, codes, every = np.unique(np.asarray(construction, str), return_inverse=True, return_counts=True)
     parts = []
     for one in by_vector(labels):
         label = one.values
@@ -59,6 +61,8 @@ def construction_table(labels: xr.DataArray, construction: Sequence[str]) -> pd.
             "recall": hits / total,
             # 2 / (1 / homogeneity + 1 / recall), and 0 without hits.
             "f1": 2 * hits / (tokens + total),
+            "recall_all": hits / every,
+            "f1_all": 2 * hits / (tokens + every),
             "base_rate": base_rate,
             "lift": homogeneity / np.where(base_rate > 0, base_rate, np.nan),
         }
@@ -75,7 +79,8 @@ def best_clusters(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per construction: that of the largest F1, of equal ones the more homogeneous; and, with ``purest_``
         before their names, vector, cluster, tokens, homogeneity and recall of the most homogeneous cluster, of equal
-        ones the larger. Their ``hits`` are 0 if no cluster has a token of it.
+        ones the larger; and ``best_f1_all``, the largest ``f1_all`` of any. Their ``hits`` are 0 if no cluster has a
+        token of it.
     """
     best, purest = (
         table.sort_values(list(by), ascending=False, kind="stable").drop_duplicates("construction")
@@ -83,6 +88,8 @@ def best_clusters(table: pd.DataFrame) -> pd.DataFrame:
     )
     columns = ["vector", "cluster", "tokens", "homogeneity", "recall"]
     purest = purest.set_index("construction")[columns].add_prefix("purest_")
+    largest = table.groupby("construction")["f1_all"].max().rename("best_f1_all")
+    best = best.join(largest, on="construction")
     return best.join(purest, on="construction").sort_values("construction").reset_index(drop=True)
 
 
@@ -118,7 +125,12 @@ def adjusted_rand(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataF
 
 
 def neighbours_agree(
-    trajectories: xr.DataArray, construction: Sequence[str], group: Sequence[int], neighbours: int = 15
+    trajectories: xr.DataArray | None,
+    construction: Sequence[str],
+    group: Sequence[int],
+    *,
+    among: Sequence[object] | None = None,
+    neighbours: int = 15,
 ) -> pd.Series:
     """How well the construction of a token can be told from the tokens whose trajectories are nearest to its own.
 
@@ -126,24 +138,58 @@ def neighbours_agree(
     nearest neighbours, by Euclidean distance, among tokens of other groups. No token is dropped, and with several
     vectors each is divided by its root mean square, so that all count alike.
 
+    A gradient says which token is the target, and that alone tells much of the construction. With ``among`` only like
+    tokens vote, and only those are asked that occur in more than one construction: what is told then is not the token.
+
     Args:
-        trajectories: (step, token) or (step, token, vector).
+        trajectories: (step, token) or (step, token, vector); none for a vote of all tokens, each alike.
         construction: of each token.
         group: of each token; those of its own group do not vote, such as tokens of the same window.
+        among: of each token, what those that vote must share with it, such as its id.
         neighbours: that vote.
 
     Returns:
         Share of the tokens of each construction that are told rightly (recall), by construction; and, under ``mean``,
         the mean over constructions (balanced accuracy): chance is one by their number.
     """
-    values = by_vector(trajectories).transpose("token", "vector", "step").values.astype(np.float32)
-    size = np.sqrt((values**2).mean(axis=(0, 2), keepdims=True))
-    points = (values / np.where(size > 0, size, 1)).reshape(len(values), -1)
     construction = np.asarray(construction, str)
-    told = cross_val_predict(
-        KNeighborsClassifier(neighbours), points, construction, groups=np.asarray(group), cv=GroupKFold(5)
-    )
-    right = pd.Series(told == construction).groupby(construction).mean()
+    if trajectories is None:
+        points = np.zeros((len(construction), 1), np.float32)
+    else:
+        values = by_vector(trajectories).transpose("token", "vector", "step").values.astype(np.float32)
+        size = np.sqrt((values**2).mean(axis=(0, 2), keepdims=True))
+        points = (values / np.where(size > 0, size, 1)).reshape(len(values), -1)
+    told, group = np.full(len(construction), "", dtype=object), np.asarray(group)
+    key = np.zeros(len(construction), int) if among is None else pd.factorize(np.asarray(among))[0]
+    for value in np.unique(key):
+        own = np.flatnonzero(key == value)
+        if among is not None and len(set(construction[own])) < 2:
+            continue
+        for train, test in GroupKFold(5).split(own, groups=group[own]) if len(set(group[own])) >= 5 else ():
+            if trajectories is None:
+                names, counts = np.unique(construction[own[train]], return_counts=True)
+                told[own[test]] = names[counts.argmax()]
+            else:
+                voters = KNeighborsClassifier(min(neighbours, len(train))).fit(
+                    points[own[train]], construction[own[train]]
+                )
+                told[own[test]] = voters.predict(points[own[test]])
+    asked = told != ""
+    right = pd.Series(told[asked] == construction[asked]).groupby(construction[asked]).mean()
+    return pd.concat([right, pd.Series({"mean": right.mean()})])
+
+
+def told_by_key(key: Sequence[object], construction: Sequence[str], group: Sequence[int]) -> pd.Series:
+    """As :func:`neighbours_agree`, by a vote of the tokens of other groups that share a key, such as their text.
+
+    A token whose key occurs in no other group is told wrongly.
+    """
+    table = pd.DataFrame({"key": key, "construction": np.asarray(construction, str), "group": np.asarray(group)})
+    told = np.full(len(table), "", dtype=object)
+    for train, test in GroupKFold(5).split(table, groups=table["group"]):
+        most = table.iloc[train].groupby("key")["construction"].agg(lambda own: own.value_counts().idxmax())
+        told[test] = table["key"].iloc[test].map(most).fillna("").to_numpy()
+    right = (told == table["construction"]).groupby(table["construction"]).mean()
     return pd.concat([right, pd.Series({"mean": right.mean()})])
 
 

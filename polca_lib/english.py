@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import joblib
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 from polca_lib import breakthroughs, decomposition, labeling, tables
 from polca_lib.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, falls, summarise_clusters
 from polca_lib.config import Scaling
-from polca_lib.constructions import adjusted_rand, best_clusters, construction_table, neighbours_agree
+from polca_lib.constructions import adjusted_rand, best_clusters, construction_table, neighbours_agree, told_by_key
 from polca_lib.evidence import agreement, available_orders, closure, closure_curves
 from polca_lib.explorer import Explorer
 from polca_lib.pipeline import Run
@@ -38,16 +39,11 @@ GRID_KINDS = ("exact loss, raw", "POLCA second, raw", "POLCA first, unit")
 
 COMPARED = (
     "exact loss, raw",
+    "exact loss, unit",
     "change in loss, raw",
-    "POLCA first, raw",
-    "POLCA first, unit",
-    "POLCA second, raw",
-    "POLCA second, unit",
-    "POLCA trapezoid, raw",
-    "POLCA trapezoid, unit",
-    "POLCA first on random, unit",
-    "POLCA second on random, raw",
-    "POLCA second on random, unit",
+    "change in loss, zscore",
+    *(f"POLCA {order}, {scaling}" for order in ("first", "second") for scaling in ("raw", "unit")),
+    *(f"POLCA {order} on random, {scaling}" for order in ("first", "second") for scaling in ("raw", "unit")),
 )
 """Kinds that pages set side by side."""
 
@@ -87,9 +83,22 @@ class LanguageStudy(Study):
         ablation_curvature: int | None = None,
         pipeline: str = "",
     ):
-        measured = run.config.projection.curvature_examples or 0
+        config = run.config
+        if config.basis.kind != "hessian" or not config.projection.curvature:
+            raise ValueError(
+                f"basis.kind = {config.basis.kind!r} and projection.curvature = {config.projection.curvature}; allowed "
+                "for the run of a study of text: 'hessian' and True; name other bases in bases"
+            )
+        measured = config.projection.curvature_examples or config.data.validation_examples
         super().__init__(run, bases, measured if ablation_curvature is None else ablation_curvature, variants=False)
         self._name = pipeline or os.environ.get("POLCA_SPACY") or "en_core_web_sm"
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Everything that tables depend on; of the corpus its name, for where it lies is nobody's business."""
+        found = super().settings
+        corpus = found["run"]["corpus"]
+        return {**found, "run": {**found["run"], "corpus": {**corpus, "source": Path(corpus["source"]).name}}}
 
     @property
     def task(self) -> Language:
@@ -155,12 +164,7 @@ class LanguageStudy(Study):
             table = labeling.label_clusters(kind.labels, self.tags, self.run.tokens["text"].tolist())
             window = self.run.config.clustering.breakthrough_window
             table = breakthroughs.mark_hidden(table, kind.labels, kind.curves, window, self.hidden_after)
-            # A label of nothing but PAD is simple by the paper's rule, and says nothing of words.
-            said = [
-                any(row[f"label_{back}"] != "PAD" for back in row["simple_positions"])
-                for row in table.to_dict("records")
-            ]
-            parts.append(table.assign(words=np.array(said, bool), kind=name))
+            parts.append(table.assign(kind=name))
         return pd.concat(parts, ignore_index=True)
 
 
@@ -199,12 +203,16 @@ def counts(study: LanguageStudy) -> pd.DataFrame:
                 "trajectory": kind.trajectory,
                 "scaling": kind.scaling,
                 "vectors": each.sizes["vector"],
-                "kept": int(falls(mean).sum()) if kind.only_falling else each.sizes["vector"],
+                "kept": int(falls(mean, study.run.config.clustering.falls_by).sum())
+                if kind.only_falling
+                else each.sizes["vector"],
                 "clustered": own["vector"].nunique(),
                 "simple_label": own.loc[own["simple"], "vector"].nunique(),
                 "simple_by_chance": chance["simple"],
                 "simple_p": chance["simple_p"],
-                "simple_words": own.loc[own["words"], "vector"].nunique(),
+                "simple_words": own.loc[own["simple_words"], "vector"].nunique(),
+                "simple_words_by_chance": chance["simple_words"],
+                "simple_words_p": chance["simple_words_p"],
                 "simple_all": own.loc[own["simple_all"], "vector"].nunique(),
                 "simple_all_by_chance": chance["simple_all"],
                 "clusters": len(own),
@@ -262,7 +270,7 @@ def grid(study: LanguageStudy) -> pd.DataFrame:
     """What ``min_samples`` does: clusters, and how well they find what is known, by its share of the kept tokens.
 
     Rows ``kind`` and ``min_samples_divisor``: ``clustered`` vectors, ``clusters``; means over constructions (or parts
-    of speech) but padding of the F1 of the best cluster, ``f1``, and of the largest homogeneity, ``purest``.
+    of speech) but padding of the largest ``f1_all`` of a cluster and of the largest homogeneity, ``purest``.
     """
     what, rows = study.main[study.by].values, []
     for name in GRID_KINDS:
@@ -280,8 +288,8 @@ def grid(study: LanguageStudy) -> pd.DataFrame:
                     "min_samples_divisor": divisor,
                     "clustered": int((labels >= 1).any("token").sum()),
                     "clusters": int(labels.max("token").clip(0).sum()),
-                    "f1": best["f1"].mean(),
-                    "purest": best["purest_homogeneity"].mean(),
+                    "f1_all": best["best_f1_all"].mean() if len(best) else 0.0,
+                    "purest": best["purest_homogeneity"].mean() if len(best) else 0.0,
                 }
             )
     return pd.DataFrame(rows)
@@ -290,14 +298,34 @@ def grid(study: LanguageStudy) -> pd.DataFrame:
 def neighbours(study: LanguageStudy) -> pd.DataFrame:
     """How well known constructions (or parts of speech) can be told from nearest trajectories, without any clustering.
 
-    Rows ``kind``, ``construction`` and ``recall``, see :func:`polca_lib.constructions.neighbours_agree`; of projected
-    losses all vectors are taken together.
+    Rows ``kind``, ``construction``, ``recall``, and ``recall_like``, where only tokens of the same text vote and only
+    such are asked that have more than one construction, see :func:`polca_lib.constructions.neighbours_agree`; of
+    projected losses all vectors are taken together. Beside the kinds of trajectory stand ``token``, for which tokens of
+    the same text vote, whatever their curves, and ``token and the one before``. Groups are articles, or windows.
     """
+    what, tokens = study.main[study.by].values, study.run.tokens
+    group = tokens["example"].to_numpy()
+    if (sources := study.task.sources) is not None:
+        group = pd.factorize(sources["title"])[0][group]
+    text = tokens["text"].to_numpy()
+    pair = study.task.texts[:, CONTEXT - 1 : -1].ravel() + "|" + text
     parts = []
+
+    def add(name: str, plain: pd.Series, like: pd.Series) -> None:
+        both = pd.DataFrame({"recall": plain, "recall_like": like}).rename_axis("construction").reset_index()
+        parts.append(both.assign(kind=name))
+
+    # Of a key that has one construction everywhere all is told; the rest by the most frequent one.
+    for name, key in (("token", text), ("token and the one before", pair)):
+        add(
+            name,
+            told_by_key(key, what, group),
+            neighbours_agree(None, what, group, among=text if key is text else pair),
+        )
     for name, kind in study.kinds.items():
         if kind.scaling == "raw":
-            told = neighbours_agree(kind.curves, study.main[study.by].values, study.main["example"].values)
-            parts.append(told.rename_axis("construction").rename("recall").reset_index().assign(kind=name))
+            curves = kind.curves - kind.curves.isel(step=0, drop=True) if kind.only_falling else kind.curves
+            add(name, neighbours_agree(curves, what, group), neighbours_agree(curves, what, group, among=text))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -310,7 +338,7 @@ def vectors(study: LanguageStudy) -> pd.DataFrame:
         table = study.main[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
         mean = kind.curves.mean("token")
         table["projected_loss"] = mean.isel(step=-1).values
-        table["falls"] = falls(mean).values
+        table["falls"] = falls(mean, study.run.config.clustering.falls_by).values
         table["dropped"] = (kind.labels == DROPPED).sum("token").values
         own = study.labelled[study.labelled["kind"] == name].groupby("vector")
         table["clusters"] = own.size().reindex(table.index, fill_value=0)

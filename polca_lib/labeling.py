@@ -21,7 +21,8 @@ _TAGS = ["tag", "tag_1", "tag_2", "tag_3"]
 _LABELS = {
     "vector": int, "cluster": int, "tokens": int, "label": object,
     **{f"label_{back}": object for back in range(len(_TAGS))},
-    "simple": bool, "simple_all": bool, "simple_positions": object, "top_tokens": object, "top_token_share": float,
+    "simple": bool, "simple_words": bool, "simple_all": bool, "simple_positions": object,
+    "top_tokens": object, "top_token_share": float,
     "inside": float, "outside": float, "precision": float, "lift": float,
 }  # fmt: skip
 _NEAR = {"vector": int, "cluster": int, "rank": int, "token": int, "distance": float}
@@ -60,7 +61,8 @@ def label_clusters(
         One row per cluster: ``vector``, ``cluster``, ``tokens``; ``label``, which has simple positions in the order of
         the text, the token itself in brackets, "any" for a position that is not simple ("ADP · any · [NOUN or PROPN]");
         ``label_0`` (of the token) to ``label_3`` (of the third before it), simple or not, by falling share; ``simple``,
-        ``simple_all``, ``simple_positions`` (0 is the token); ``top_tokens`` with their shares, and
+        ``simple_words`` (a simple position has another tag than PAD), ``simple_all``, ``simple_positions`` (0 is the
+        token); ``top_tokens`` with their shares, and
         ``top_token_share`` of the first. Of the pattern: ``inside``, share of the cluster's tokens that fit (that is
         also its recall); ``outside``, the same of the vector's kept tokens that are not in the cluster, NaN if there
         are none; ``precision``, share of the kept tokens that fit which lie in the cluster; ``lift``, ``inside`` by
@@ -96,6 +98,7 @@ def label_clusters(
                     "label": _template(described, few),
                     **{f"label_{back}": text for back, text in enumerate(described)},
                     "simple": few.any(),
+                    "simple_words": _says_words(own, few, names).any(),
                     "simple_all": few.all(),
                     "simple_positions": np.flatnonzero(few).tolist(),
                     "top_tokens": ", ".join(f"{words[i]} {occurs[i] / inside.sum():.0%}" for i in first),
@@ -129,8 +132,8 @@ def simple_by_chance(
         seed: of these.
 
     Returns:
-        For both readings of "simple" (``simple``, ``simple_all``): mean number of vectors that have such a cluster,
-        under the reading's name; ``..._clusters``, mean number of such clusters; ``..._p``, share of draws, the real
+        For each reading of "simple" (``simple``, ``simple_words``, ``simple_all``): mean number of vectors that have
+        such a cluster, under the reading's name; ``..._clusters``, mean number of such clusters; ``..._p``, share of draws, the real
         labels included, with at least as many such vectors as the real ones.
 
     Raises:
@@ -142,7 +145,8 @@ def simple_by_chance(
     rng = np.random.default_rng(seed)
     # The first row of each is the real one.
     vectors, clusters = (
-        {reading: np.zeros(draws + 1, int) for reading in ("simple", "simple_all")} for _ in ("vectors", "clusters")
+        {reading: np.zeros(draws + 1, int) for reading in ("simple", "simple_words", "simple_all")}
+        for _ in ("vectors", "clusters")
     )
     for one in by_vector(labels):
         label = one.values
@@ -150,8 +154,11 @@ def simple_by_chance(
         clustered = np.flatnonzero(label >= 1).astype(np.int32)
         drawn = rng.permuted(np.tile(kept, (draws, 1)), axis=1)[:, : len(clustered)]
         counts = _count_tags(codes, np.concatenate([clustered[None], drawn]), label[clustered] - 1, len(names))
-        simple = _is_simple(_smallest_sets(counts, coverage), names, at_most)
-        for reading, found in {"simple": simple.any(axis=-1), "simple_all": simple.all(axis=-1)}.items():
+        sets = _smallest_sets(counts, coverage)
+        simple = _is_simple(sets, names, at_most)
+        readings = {"simple": simple.any(axis=-1), "simple_all": simple.all(axis=-1)}
+        readings["simple_words"] = _says_words(sets, simple, names).any(axis=-1)
+        for reading, found in readings.items():
             vectors[reading] += found.any(axis=-1)
             clusters[reading] += found.sum(axis=-1)
     rows = {}
@@ -265,6 +272,13 @@ def _smallest_sets(counts: Int[np.ndarray, "*rest tag"], coverage: float) -> Boo
 
 def _is_simple(sets: Bool[np.ndarray, "*rest tag"], names: np.ndarray, at_most: int) -> Bool[np.ndarray, "*rest"]:
     return (sets & (names != PAD_TAG)).sum(axis=-1) <= at_most
+
+
+def _says_words(
+    sets: Bool[np.ndarray, "*rest tag"], simple: Bool[np.ndarray, "*rest"], names: np.ndarray
+) -> Bool[np.ndarray, "*rest"]:
+    """Positions that are simple and say more than PAD."""
+    return simple & (sets & (names != PAD_TAG)).any(axis=-1)
 
 
 def _names(names: np.ndarray, counts: Int[np.ndarray, " tag"], chosen: Bool[np.ndarray, " tag"]) -> str:

@@ -226,9 +226,10 @@ def main() -> None:
     own = {"task": arguments.task, "seed": arguments.seed, "device": arguments.device}
     try:
         run = Run.from_preset(arguments.preset, **{**own, **parse_assignments(arguments.set)})
-        sample = run.config.projection.curvature_examples
+        own = run.config.projection
+        measured = own.curvature and not own.curvature_of_all  # curvature of all tokens costs a pass of its own
         beside = [
-            run.on_basis(kind, curvature=sample is not None, curvature_examples=sample)
+            run.on_basis(kind, curvature=measured, curvature_examples=own.curvature_examples if measured else None)
             for kind in arguments.beside.split(",")
             if kind
         ]

@@ -68,7 +68,9 @@ class Kept:
 
     def table(self, name: str) -> pd.DataFrame:
         """A table by its name, with the name of the study in column ``study``."""
-        return pd.read_csv(self.path / f"{name}.csv").assign(study=self.name)
+        # A text may be "None" or "NA".
+        rows = pd.read_csv(self.path / f"{name}.csv", keep_default_na=False, na_values=[""])
+        return rows.assign(study=self.name)
 
     @cached_property
     def clusters(self) -> xr.Dataset:

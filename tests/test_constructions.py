@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from polca_lib.constructions import neighbours_agree
+from polca_lib.constructions import construction_table, neighbours_agree, told_by_key
 
 STEPS = np.arange(10)
 
@@ -42,3 +42,33 @@ def test_all_vectors_count_alike():
     quiet = trajectories([(STEPS < 5) * (kind == "a") + 0.1 * rng.standard_normal(10) for kind in kinds])
     both = xr.concat([loud, quiet], dim="vector").assign_coords(vector=[1, 2])
     assert neighbours_agree(both, kinds, np.arange(200) % 10)["mean"] > 0.9
+
+
+def test_among_like_tokens_the_token_itself_tells_nothing():
+    rng = np.random.default_rng(3)
+    # "the" is of either kind, "a" always of the first; curves say which token, and of "the" which kind.
+    token = np.repeat(["the", "the", "a"], 100)
+    kinds = np.repeat(["one", "two", "one"], 100)
+    group = np.arange(300) % 10
+    curves = trajectories(
+        [
+            (STEPS < 5) * (t == "a") + (STEPS > 7) * (k == "two") + 0.05 * rng.standard_normal(10)
+            for t, k in zip(token, kinds, strict=True)
+        ]
+    )
+    only_token = trajectories([(STEPS < 5) * (t == "a") + 0.05 * rng.standard_normal(10) for t in token])
+    assert neighbours_agree(curves, kinds, group, among=token)["mean"] > 0.95
+    assert 0.3 < neighbours_agree(only_token, kinds, group, among=token)["mean"] < 0.7
+    assert neighbours_agree(None, kinds, group, among=token)["mean"] == pytest.approx(0.5, abs=0.1)
+    by_token = told_by_key(token, kinds, group)
+    assert by_token["mean"] == pytest.approx((0.5 + 1) / 2, abs=0.3)
+    assert told_by_key(np.char.add(token, kinds), kinds, group)["mean"] == 1
+    assert told_by_key(np.arange(300), kinds, group)["mean"] == 0
+
+
+def test_f1_of_all_tokens_counts_those_that_were_dropped():
+    labels = xr.DataArray([1, 1, -1, -2, 1], dims="token")
+    row = construction_table(labels, ["x", "x", "x", "x", "y"]).set_index("construction").loc["x"]
+    assert row["recall"] == 1
+    assert row["recall_all"] == 0.5
+    assert row["f1_all"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
