@@ -424,9 +424,9 @@ TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
     "constructions": constructions,
     "rand": rand,
     "neighbours": neighbours,
-    "grid": grid,
     "closure": closure,
     "closure_curves": closure_curves,
     "agreement": agreement,
+    "grid": grid,
 }
 """What is kept of a study of text, in the order in which it is made."""

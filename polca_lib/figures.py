@@ -211,7 +211,8 @@ def draw_composition(axes: Axes, tokens: xr.DataArray) -> None:
     axes.set(xlim=(0, 1), xlabel="share of tokens", ylabel="cluster")
     axes.set_yticks(shares.index, [f"{number} (n={counts.loc[number].sum()})" for number in shares.index])
     axes.invert_yaxis()
-    axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=8)
+    many = len(shares.columns) > 8
+    axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=7 if many else 8, ncols=2 if many else 1)
 
 
 def basis_records(basis: xr.Dataset, tolerance: float) -> Figure:

@@ -133,8 +133,8 @@ def simple_by_chance(
 
     Returns:
         For each reading of "simple" (``simple``, ``simple_words``, ``simple_all``): mean number of vectors that have
-        such a cluster, under the reading's name; ``..._clusters``, mean number of such clusters; ``..._p``, share of draws, the real
-        labels included, with at least as many such vectors as the real ones.
+        such a cluster, under the reading's name; ``..._clusters``, mean number of such clusters; ``..._p``, share of
+        draws, the real labels included, with at least as many such vectors as the real ones.
 
     Raises:
         ValueError: tags that are not one per token, or a setting out of range.
