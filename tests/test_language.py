@@ -274,3 +274,14 @@ def test_labels_come_from_known_constructions_in_the_grammar():
     assert set(english.constructions(study)["construction"]) <= set(grammar.CONSTRUCTIONS)
     assert study.by == "construction"
     assert "pipeline" not in vars(study)  # no tagger was asked
+
+
+def test_settings_of_a_study_name_the_corpus_and_not_where_it_lies(source, pipeline):
+    run = Run.from_preset("smoke", task="wikipedia", **{**TINY, "corpus.source": str(source)})
+    assert LanguageStudy(run, pipeline=pipeline).settings["run"]["corpus"]["source"] == "articles.jsonl"
+
+
+@pytest.mark.parametrize("setting", [{"basis.kind": "random"}, {"projection.curvature": False}])
+def test_study_of_text_refuses_a_run_whose_tables_it_could_not_make(setting):
+    with pytest.raises(ValueError, match=r"allowed for the run of a study of text: 'hessian' and True"):
+        LanguageStudy(grammar_run(**setting))
