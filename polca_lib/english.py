@@ -107,7 +107,7 @@ class LanguageStudy(Study):
 
     @property
     def by(self) -> str:
-        """What says best what a token is: its construction where that is known, else its part of speech."""
+        """What says best what a token is, its construction where that is known, else its part of speech."""
         return "construction" if self.run.config.task == "grammar" else "tag"
 
     @cached_property
@@ -117,7 +117,7 @@ class LanguageStudy(Study):
 
     @cached_property
     def notes(self) -> dict[str, str]:
-        """What made the labels: corpus and tagger."""
+        """What made the labels, corpus and tagger."""
         if not isinstance(self.task, Wikipedia):
             return {"corpus": self.task.description, "tags": "of the grammar"}
         meta = self.pipeline.meta
@@ -126,7 +126,7 @@ class LanguageStudy(Study):
 
     @cached_property
     def tags(self) -> pd.DataFrame:
-        """Part of speech of each token and of the three before it: ``tag``, ``tag_1``, ``tag_2``, ``tag_3``."""
+        """Part of speech of each token and of the three before it, ``tag``, ``tag_1``, ``tag_2``, ``tag_3``."""
         task = self.task
         windows = tag_windows(task, self.pipeline) if isinstance(task, Wikipedia) else task.tags
         return preceding_tags(windows, range(CONTEXT, windows.shape[1]))

@@ -15,7 +15,7 @@ from polca_lib.tagging import PAD as PAD_TAG
 from polca_lib.tasks.tokenization import PAD
 
 MOST_TOKENS = 25
-"""Longest context that is shown: a few words of an article, and no more of it."""
+"""Longest context that is shown, a few words of an article, and no more of it."""
 
 _TAGS = ["tag", "tag_1", "tag_2", "tag_3"]
 _LABELS = {

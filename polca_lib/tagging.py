@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PAD, SPACE, OTHER = "PAD", "SPACE", "X"
 """Tags of tokens that stand for no text, of white space, and of what a pipeline leaves untagged; else they are UPOS."""
 BACK = 3
-"""Tokens before the target whose tags count: three, as in the paper."""
+"""Tokens before the target whose tags count, three as in the paper."""
 
 _LONGEST = 50_000  # characters that spaCy is given at once: its memory grows with them
 

@@ -100,7 +100,7 @@ ENGLISH = "wikipedia-large"
 """Study that the paper's counts about English are compared with."""
 
 PAPER_ENGLISH = {"vectors": 30, "kept": 26, "simple_label": 22, "tokens": 12_600, "dropped_mean": 6655.5}
-"""Section 5 and v3: vectors, those whose mean falls, those with a simply labelled cluster; tokens, those dropped."""
+"""Of section 5 and v3, vectors, those whose mean falls, those with a simply labelled cluster; tokens, those dropped."""
 
 
 def english_counts(kept: Kept, kind: str = "POLCA second, raw") -> dict[str, object]:

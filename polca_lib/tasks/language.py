@@ -218,7 +218,7 @@ class Wikipedia(Language):
 
     @cached_property
     def rows(self) -> Int[np.ndarray, " window"]:
-        """Which windows of the validation articles are decomposed: drawn from the seed."""
+        """Which windows of the validation articles are decomposed, drawn from the seed."""
         return self._draw(0, len(self.corpus.validation), self._config.data.validation_examples, "validation")
 
     @cached_property
@@ -240,7 +240,7 @@ class Wikipedia(Language):
 
     @property
     def description(self) -> str:
-        """The corpus in words: where it is from, how large, and its checksum."""
+        """The corpus in words, where it is from, how large, and its checksum."""
         corpus = self.corpus
         sizes = f"{corpus.counts.articles:,} training articles of {corpus.counts.tokens:,} tokens"
         return f"{corpus.source}, {sizes}, checksum {corpus.checksum[:12]}"
