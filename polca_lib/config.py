@@ -277,7 +277,7 @@ class RunConfig(Section):
 
     @property
     def targets_per_example(self) -> int:
-        """Tokens of an example that carry loss: four digits, or all of a window but its first two."""
+        """Tokens of an example that carry loss, four digits, or all of a window but its first two."""
         return 4 if self.task == "addition" else self.model.n_ctx - 2
 
     @property

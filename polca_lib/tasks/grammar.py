@@ -34,7 +34,7 @@ CONSTRUCTIONS = {
     "attractor": "Finite verb that doesn't; the head of its subject, or that this is a list.",
     "padding": "PAD, which no document has; that the text is over.",
 }
-"""Constructions: which tokens these are, and what must be known to predict them.
+"""Which tokens these are, and what must be known to predict them.
 
 Each token has one: the innermost whose rule makes it what it is. Before a verb, brackets are left out of account, and
 so is the comma that closes an appositive.
@@ -160,7 +160,7 @@ GOOD      = cloth | marble | iron | bronze | pottery
 ADJECTIVE = old | large | small | famous | empty | white | red | green | round | narrow | quiet
 NUMBER    = two | three | four | seven
 """
-"""The grammar: a symbol is in capitals, "|" stands between its alternatives, and "*3" makes one three times as likely.
+"""A symbol is in capitals, ``|`` stands between its alternatives, and ``*3`` makes one three times as likely.
 
 ``~`` puts no space before a word, and ``^`` makes its first letter a capital; a symbol hands them on to its first word.
 After "/" stands the construction, of one word or symbol, or of all in a rule; where there is none, it is that of the
@@ -173,9 +173,9 @@ class Document(NamedTuple):
     """Tokens of one document, in order."""
 
     ids: Int[np.ndarray, " token"]
-    """Index into :data:`VOCABULARY`."""
+    """Index into ``VOCABULARY``."""
     tags: Int[np.ndarray, " token"]
-    """Index into :data:`TAGS`."""
+    """Index into ``TAGS``."""
     constructions: Int[np.ndarray, " token"]
     """Index into the keys of :data:`CONSTRUCTIONS`."""
 

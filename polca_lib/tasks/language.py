@@ -75,7 +75,7 @@ class Language:
 
     @property
     def tokens(self) -> pd.DataFrame:
-        """One row per target token: ``example`` (window), ``position`` in it, ``id``, ``text``."""
+        """One row per target token, with ``example`` (window), ``position`` in it, ``id``, ``text``."""
         n, width = self.validation.shape
         targets = self.validation[:, CONTEXT:].flatten().numpy()
         return pd.DataFrame(
@@ -105,7 +105,7 @@ class Grammar(Language):
 
     @cached_property
     def train(self) -> Int[np.ndarray, "window width"]:
-        """As many windows as training takes: each is seen once."""
+        """As many windows as training takes. Each is seen once."""
         training = self._config.training
         return self._windows(2, training.steps * training.batch_size)[0]
 

@@ -54,9 +54,9 @@ class PreparedCorpus:
 
     folder: Path
     source: str
-    """Where the articles come from, as a reader would say it: a file name, or the hub's configuration."""
+    """Where the articles come from, as a reader would say it, a file name, or the hub's configuration."""
     checksum: str
-    """SHA-256 over tokenizer, windows, articles and counts: it says what a corpus is, wherever it lies."""
+    """SHA-256 over tokenizer, windows, articles and counts. It says what a corpus is, wherever it lies."""
     counts: Counts
     tokenizer: Tokenizer
     train: Int[np.ndarray, "window width"]
@@ -70,7 +70,7 @@ class PreparedCorpus:
 
     @property
     def pad(self) -> int:
-        """Id of PAD: the last one."""
+        """Id of PAD, the last one."""
         return self.tokenizer.get_vocab_size() - 1
 
     def spans(self, window: int) -> tuple[Int[np.ndarray, " width"], Int[np.ndarray, " width"]]:

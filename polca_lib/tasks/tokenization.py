@@ -36,7 +36,7 @@ class Packed(NamedTuple):
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE with ids 0 ... ``vocabulary`` - 1, and :data:`PAD` with id ``vocabulary``.
+    """Byte-level BPE with ids 0 ... ``vocabulary`` - 1, and PAD with id ``vocabulary``.
 
     Any text can be written in it, and decodes to itself: no space is put in front, no newline or accent is changed.
     The same texts give the same tokenizer.
