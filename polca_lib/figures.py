@@ -174,6 +174,8 @@ def polca_clusters(summary: xr.Dataset, vectors: Iterable[int], hidden_after: in
             axes.axvline(hidden_after, color="0.6", linewidth=1)
             axes.set_xlabel("training step")
         row[0].set(ylabel="projected loss (nats)", title=f"Vector {vector}: projected loss")
+        if vector == 0:  # of the exact loss itself
+            row[0].set(ylabel="loss (nats)", title="Exact loss: medoid, quartiles")
         row[1].set(ylabel="loss (nats)", title="exact loss, same tokens")
         draw_composition(row[2], own["tokens"])
     return figure
