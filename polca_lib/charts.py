@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import matplotlib.pyplot as plt
@@ -267,12 +267,12 @@ def loss_by_kind(quantiles: pd.DataFrame, by: str) -> Figure:
     return figure
 
 
-def simple_labels(counts: pd.DataFrame, paper: tuple[int, int]) -> Figure:
+def simple_labels(counts: pd.DataFrame, paper: Mapping[str, float]) -> Figure:
     """Vectors kept, and those with a simply labelled cluster, by kind of trajectory, beside chance and the paper.
 
     Args:
         counts: table ``counts`` of a study of text.
-        paper: the paper's numbers of vectors kept and simply labelled, of 30.
+        paper: the paper's numbers: ``vectors``, and of these ``kept`` and ``simple_label``.
     """
     own = counts[counts["vectors"] > 1].reset_index(drop=True)
     place = np.arange(len(own))
@@ -281,9 +281,10 @@ def simple_labels(counts: pd.DataFrame, paper: tuple[int, int]) -> Figure:
     axes.barh(place, own["clustered"], color=OKABE_ITO[5], height=0.5, linewidth=0, label="has a cluster")
     axes.barh(place, own["simple_label"], color=OKABE_ITO[0], height=0.25, linewidth=0, label="has a simple label")
     axes.plot(own["simple_by_chance"], place, "|", color="black", markersize=13, label="simple by chance")
-    scale = own["vectors"].max() / 30
-    for value, name, style in zip(paper, ("paper: kept", "paper: simple"), ("-", ":"), strict=True):
-        axes.axvline(value * scale, color=OKABE_ITO[1], linestyle=style, linewidth=1.2, label=f"{name} ({value} of 30)")
+    for name, style in (("kept", "-"), ("simple_label", ":")):
+        text = f"paper: {name.split('_')[0]} ({paper[name]} of {paper['vectors']})"
+        share = paper[name] / paper["vectors"]
+        axes.axvline(share * own["vectors"].max(), color=OKABE_ITO[1], linestyle=style, linewidth=1.2, label=text)
     axes.set_yticks(place, own["kind"])
     axes.invert_yaxis()
     axes.set(xlabel="vectors", xlim=(0, own["vectors"].max() * 1.02))

@@ -69,6 +69,7 @@ def verdict(
     larger_is_stronger: bool | None = None,
 ) -> str:
     """The verdict on a number, and on what it is cited for: see :class:`Claim`."""
+    holds = None if holds is None else bool(holds)  # numpy's False is not False
     if paper is None:
         return "reproduced" if holds else "not reproduced"
     beyond = ours - paper  # not finite, and hence no match, where there is nothing to measure

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Bool
 from sklearn.metrics import adjusted_mutual_info_score
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
 from polca_lib.clustering import DROPPED, by_vector
 from polca_lib.significance import rand_indices
+
+FOLDS = 5
+"""Of cross-validation by groups."""
 
 _COLUMNS = {
     "vector": int, "cluster": int, "construction": object, "tokens": int, "hits": int,
@@ -124,8 +128,15 @@ def adjusted_rand(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataF
     return table
 
 
-def neighbours_agree(
-    trajectories: xr.DataArray | None,
+def ambiguous(key: Sequence[object], construction: Sequence[str], group: Sequence[int]) -> Bool[np.ndarray, " token"]:
+    """Tokens whose key, such as their text, occurs in several constructions, and in a group for each fold at least."""
+    table = pd.DataFrame({"key": key, "construction": construction, "group": group})
+    numbers = table.groupby("key")[["construction", "group"]].transform("nunique")
+    return ((numbers["construction"] > 1) & (numbers["group"] >= FOLDS)).to_numpy()
+
+
+def told_by_neighbours(
+    trajectories: xr.DataArray,
     construction: Sequence[str],
     group: Sequence[int],
     *,
@@ -139,57 +150,49 @@ def neighbours_agree(
     vectors each is divided by its root mean square, so that all count alike.
 
     A gradient says which token is the target, and that alone tells much of the construction. With ``among`` only like
-    tokens vote, and only those are asked that occur in more than one construction: what is told then is not the token.
+    tokens vote, and only the :func:`ambiguous` are asked: what is told then is not the token.
 
     Args:
-        trajectories: (step, token) or (step, token, vector); none for a vote of all tokens, each alike.
+        trajectories: (step, token) or (step, token, vector).
         construction: of each token.
         group: of each token; those of its own group do not vote, such as tokens of the same window.
-        among: of each token, what those that vote must share with it, such as its id.
+        among: of each token, what those that vote must share with it, such as its text.
         neighbours: that vote.
 
     Returns:
         Share of the tokens of each construction that are told rightly (recall), by construction; and, under ``mean``,
         the mean over constructions (balanced accuracy): chance is one by their number.
     """
-    construction = np.asarray(construction, str)
-    if trajectories is None:
-        points = np.zeros((len(construction), 1), np.float32)
-    else:
-        values = by_vector(trajectories).transpose("token", "vector", "step").values.astype(np.float32)
-        size = np.sqrt((values**2).mean(axis=(0, 2), keepdims=True))
-        points = (values / np.where(size > 0, size, 1)).reshape(len(values), -1)
-    told, group = np.full(len(construction), "", dtype=object), np.asarray(group)
+    construction, group = np.asarray(construction, str), np.asarray(group)
+    values = by_vector(trajectories).transpose("token", "vector", "step").values.astype(np.float32)
+    size = np.sqrt((values**2).mean(axis=(0, 2), keepdims=True))
+    points = (values / np.where(size > 0, size, 1)).reshape(len(values), -1)
+    told = np.full(len(construction), "", dtype=object)
+    asked = np.ones(len(construction), bool) if among is None else ambiguous(among, construction, group)
     key = np.zeros(len(construction), int) if among is None else pd.factorize(np.asarray(among))[0]
-    for value in np.unique(key):
-        own = np.flatnonzero(key == value)
-        if among is not None and len(set(construction[own])) < 2:
-            continue
-        for train, test in GroupKFold(5).split(own, groups=group[own]) if len(set(group[own])) >= 5 else ():
-            if trajectories is None:
-                names, counts = np.unique(construction[own[train]], return_counts=True)
-                told[own[test]] = names[counts.argmax()]
-            else:
-                voters = KNeighborsClassifier(min(neighbours, len(train))).fit(
-                    points[own[train]], construction[own[train]]
-                )
-                told[own[test]] = voters.predict(points[own[test]])
-    asked = told != ""
-    right = pd.Series(told[asked] == construction[asked]).groupby(construction[asked]).mean()
-    return pd.concat([right, pd.Series({"mean": right.mean()})])
+    for value in np.unique(key[asked]):
+        own = np.flatnonzero(asked & (key == value))
+        for train, test in GroupKFold(FOLDS).split(own, groups=group[own]):
+            voters = KNeighborsClassifier(min(neighbours, len(train)))
+            told[own[test]] = voters.fit(points[own[train]], construction[own[train]]).predict(points[own[test]])
+    return _recall(told[asked], construction[asked])
 
 
 def told_by_key(key: Sequence[object], construction: Sequence[str], group: Sequence[int]) -> pd.Series:
-    """As :func:`neighbours_agree`, by a vote of the tokens of other groups that share a key, such as their text.
+    """As :func:`told_by_neighbours`, by a vote of the tokens of other groups that share a key, such as their text.
 
     A token whose key occurs in no other group is told wrongly.
     """
-    table = pd.DataFrame({"key": key, "construction": np.asarray(construction, str), "group": np.asarray(group)})
+    table = pd.DataFrame({"key": key, "construction": np.asarray(construction, str)})
     told = np.full(len(table), "", dtype=object)
-    for train, test in GroupKFold(5).split(table, groups=table["group"]):
+    for train, test in GroupKFold(FOLDS).split(table, groups=group):
         most = table.iloc[train].groupby("key")["construction"].agg(lambda own: own.value_counts().idxmax())
         told[test] = table["key"].iloc[test].map(most).fillna("").to_numpy()
-    right = (told == table["construction"]).groupby(table["construction"]).mean()
+    return _recall(told, table["construction"].to_numpy())
+
+
+def _recall(told: np.ndarray, construction: np.ndarray) -> pd.Series:
+    right = pd.Series(told == construction).groupby(construction).mean()
     return pd.concat([right, pd.Series({"mean": right.mean()})])
 
 

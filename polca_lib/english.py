@@ -1,38 +1,34 @@
 """The tables that the pages on English say their say with: labels of clusters, simple ones, known constructions.
 
-Each is a function of a :class:`LanguageStudy`, for a run of task ``grammar`` or ``wikipedia``.
+Each is a function of a :class:`polca_lib.language_study.LanguageStudy`, for a run of task ``grammar`` or ``wikipedia``.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
 
 import joblib
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-if TYPE_CHECKING:
-    import spacy
-
-from polca_lib import breakthroughs, decomposition, labeling, tables
+from polca_lib import breakthroughs, labeling, tables
 from polca_lib.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, falls, summarise_clusters
-from polca_lib.config import Scaling
-from polca_lib.constructions import adjusted_rand, best_clusters, construction_table, neighbours_agree, told_by_key
-from polca_lib.evidence import agreement, available_orders, closure, closure_curves
+from polca_lib.constructions import (
+    adjusted_rand,
+    ambiguous,
+    best_clusters,
+    construction_table,
+    told_by_key,
+    told_by_neighbours,
+)
+from polca_lib.evidence import agreement, closure, closure_curves
 from polca_lib.explorer import Explorer
-from polca_lib.pipeline import Run
-from polca_lib.study import Study
-from polca_lib.tagging import load_pipeline, preceding_tags, tag_windows
-from polca_lib.tasks.language import CONTEXT, Language, Wikipedia
+from polca_lib.language_study import LanguageStudy
+from polca_lib.tasks.language import CONTEXT
 
 SHOWN = ("POLCA second, raw", "POLCA first, unit", "exact loss, raw")
 """Kinds of trajectory whose clusters are kept with curves and contexts."""
-
 
 GRID_KINDS = ("exact loss, raw", "POLCA second, raw", "POLCA first, unit")
 """Kinds for which other settings of HDBSCAN are tried."""
@@ -46,126 +42,6 @@ COMPARED = (
     *(f"POLCA {order} on random, {scaling}" for order in ("first", "second") for scaling in ("raw", "unit")),
 )
 """Kinds that pages set side by side."""
-
-
-class Kind(NamedTuple):
-    """Trajectories of one kind, and their clusters."""
-
-    basis: str  # empty for those of the loss
-    trajectory: str
-    scaling: Scaling
-    curves: xr.DataArray  # (step, token) or (step, token, vector)
-    only_falling: bool
-    labels: xr.DataArray  # (token,) or (vector, token)
-
-    @property
-    def name(self) -> str:
-        """Trajectory and scaling, and the basis if it is not the run's own."""
-        other = f" on {self.basis}" if self.basis not in ("", "hessian") else ""
-        return f"{self.trajectory}{other}, {self.scaling}"
-
-
-class LanguageStudy(Study):
-    """A run on text and its ablations, with the part of speech of every token.
-
-    Args:
-        run: of task ``grammar`` or ``wikipedia``.
-        bases: that are compared.
-        ablation_curvature: see :class:`polca_lib.study.Study`; as many examples as on the run's own basis if not given.
-        pipeline: spaCy's, which tags the words of Wikipedia: its name, or a path; the environment variable
-            ``POLCA_SPACY``, or else ``en_core_web_sm``, if not given. The grammar knows its own tags.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        bases: Sequence[str] = ("hessian", "random"),
-        ablation_curvature: int | None = None,
-        pipeline: str = "",
-    ):
-        config = run.config
-        if config.basis.kind != "hessian" or not config.projection.curvature:
-            raise ValueError(
-                f"basis.kind = {config.basis.kind!r} and projection.curvature = {config.projection.curvature}; allowed "
-                "for the run of a study of text: 'hessian' and True; name other bases in bases"
-            )
-        measured = config.projection.curvature_examples or config.data.validation_examples
-        super().__init__(run, bases, measured if ablation_curvature is None else ablation_curvature, variants=False)
-        self._name = pipeline or os.environ.get("POLCA_SPACY") or "en_core_web_sm"
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """Everything that tables depend on; of the corpus its name, for where it lies is nobody's business."""
-        found = super().settings
-        corpus = found["run"]["corpus"]
-        return {**found, "run": {**found["run"], "corpus": {**corpus, "source": Path(corpus["source"]).name}}}
-
-    @property
-    def task(self) -> Language:
-        """Of the run."""
-        return self.run.task
-
-    @property
-    def by(self) -> str:
-        """What says best what a token is, its construction where that is known, else its part of speech."""
-        return "construction" if self.run.config.task == "grammar" else "tag"
-
-    @cached_property
-    def pipeline(self) -> spacy.Language:
-        """spaCy's."""
-        return load_pipeline(self._name)
-
-    @cached_property
-    def notes(self) -> dict[str, str]:
-        """What made the labels, corpus and tagger."""
-        if not isinstance(self.task, Wikipedia):
-            return {"corpus": self.task.description, "tags": "of the grammar"}
-        meta = self.pipeline.meta
-        tagger = f"spaCy pipeline {meta['lang']}_{meta['name']} {meta['version']}"
-        return {"corpus": self.task.description, "tags": tagger}
-
-    @cached_property
-    def tags(self) -> pd.DataFrame:
-        """Part of speech of each token and of the three before it, ``tag``, ``tag_1``, ``tag_2``, ``tag_3``."""
-        task = self.task
-        windows = tag_windows(task, self.pipeline) if isinstance(task, Wikipedia) else task.tags
-        return preceding_tags(windows, range(CONTEXT, windows.shape[1]))
-
-    @cached_property
-    def main(self) -> xr.Dataset:
-        """Projections on the run's own basis, each token with its tag."""
-        return super().main.assign_coords(tag=("token", self.tags["tag"].to_numpy(str)))
-
-    @cached_property
-    def kinds(self) -> dict[str, Kind]:
-        """All kinds of trajectory with all scalings that apply, clustered, by name."""
-        loss, found = self.main["loss"], []
-        for basis in self.bases:
-            projections = self.main if basis == self.run.config.basis.kind else self.projections[basis].load()
-            for order in available_orders(projections):
-                curves = decomposition.projected_loss(projections, order).assign_coords(loss.coords)
-                found += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in ("raw", "unit")]
-        found += [("", "exact loss", scaling, loss, True) for scaling in ("raw", "unit")]
-        change = decomposition.loss_change(self.main)
-        found += [("", "change in loss", scaling, change, False) for scaling in ("raw", "zscore")]
-        jobs = (
-            joblib.delayed(cluster_tokens)(curves, self.clustering(scaling), only_falling=falling)
-            for _, _, scaling, curves, falling in found
-        )
-        labels = joblib.Parallel(n_jobs=-1)(jobs)
-        kinds = (Kind(*one, own) for one, own in zip(found, labels, strict=True))
-        return {kind.name: kind for kind in kinds}
-
-    @cached_property
-    def labelled(self) -> pd.DataFrame:
-        """See :func:`labels`."""
-        parts = []
-        for name, kind in self.kinds.items():
-            table = labeling.label_clusters(kind.labels, self.tags, self.run.tokens["text"].tolist())
-            window = self.run.config.clustering.breakthrough_window
-            table = breakthroughs.mark_hidden(table, kind.labels, kind.curves, window, self.hidden_after)
-            parts.append(table.assign(kind=name))
-        return pd.concat(parts, ignore_index=True)
 
 
 def losses(study: LanguageStudy) -> pd.DataFrame:
@@ -299,9 +175,10 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
     """How well known constructions (or parts of speech) can be told from nearest trajectories, without any clustering.
 
     Rows ``kind``, ``construction``, ``recall``, and ``recall_like``, where only tokens of the same text vote and only
-    such are asked that have more than one construction, see :func:`polca_lib.constructions.neighbours_agree`; of
+    such are asked that have more than one construction, see :func:`polca_lib.constructions.told_by_neighbours`; of
     projected losses all vectors are taken together. Beside the kinds of trajectory stand ``token``, for which tokens of
-    the same text vote, whatever their curves, and ``token and the one before``. Groups are articles, or windows.
+    the same text vote, whatever their curves, and ``token and the one before``; the same tokens are asked of all.
+    Groups are articles, or windows.
     """
     what, tokens = study.main[study.by].values, study.run.tokens
     group = tokens["example"].to_numpy()
@@ -309,24 +186,23 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
         group = pd.factorize(sources["title"])[0][group]
     text = tokens["text"].to_numpy()
     pair = study.task.texts[:, CONTEXT - 1 : -1].ravel() + "|" + text
-    parts = []
-
-    def add(name: str, plain: pd.Series, like: pd.Series) -> None:
-        both = pd.DataFrame({"recall": plain, "recall_like": like}).rename_axis("construction").reset_index()
-        parts.append(both.assign(kind=name))
-
-    # Of a key that has one construction everywhere all is told; the rest by the most frequent one.
-    for name, key in (("token", text), ("token and the one before", pair)):
-        add(
-            name,
-            told_by_key(key, what, group),
-            neighbours_agree(None, what, group, among=text if key is text else pair),
-        )
+    asked = ambiguous(text, what, group)
+    told = {
+        name: (told_by_key(key, what, group), told_by_key(key[asked], what[asked], group[asked]))
+        for name, key in (("token", text), ("token and the one before", pair))
+    }
     for name, kind in study.kinds.items():
         if kind.scaling == "raw":
             curves = kind.curves - kind.curves.isel(step=0, drop=True) if kind.only_falling else kind.curves
-            add(name, neighbours_agree(curves, what, group), neighbours_agree(curves, what, group, among=text))
-    return pd.concat(parts, ignore_index=True)
+            told[name] = tuple(told_by_neighbours(curves, what, group, among=among) for among in (None, text))
+    tables = [
+        pd.concat(both, axis=1, keys=["recall", "recall_like"])
+        .rename_axis("construction")
+        .reset_index()
+        .assign(kind=name)
+        for name, both in told.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def vectors(study: LanguageStudy) -> pd.DataFrame:
@@ -355,14 +231,12 @@ def cluster_summary(study: LanguageStudy) -> xr.Dataset:
         curves = by_vector(kind.curves)
         summary = summarise_clusters(kind.curves, study.main["loss"], kind.labels, kind.scaling, study.by)
         near = labeling.nearest(kind.curves, kind.labels, kind.scaling)
-        shape = (*summary["medoid"].shape[:2], 10, summary.sizes["step"])
-        single = np.full(shape, np.nan, np.float32)
+        single = np.full((*summary["medoid"].shape[:2], labeling.NEAREST, summary.sizes["step"]), np.nan, np.float32)
         place = {vector: row for row, vector in enumerate(summary["vector"].values)}
         for one in near.itertuples():
-            single[place[one.vector], one.cluster - 1, one.rank - 1] = curves.sel(vector=one.vector).values[
-                :, one.token
-            ]
-        summary = summary.assign_coords(rank=np.arange(1, 11))
+            own = curves.sel(vector=one.vector).isel(token=one.token)
+            single[place[one.vector], one.cluster - 1, one.rank - 1] = own.values
+        summary = summary.assign_coords(rank=np.arange(1, labeling.NEAREST + 1))
         summary["nearest"] = (("vector", "cluster", "rank", "step"), single)
         parts[name] = summary.drop_vars(["eigenvalue", "residual", "products", "birth_step"], errors="ignore")
     whole = xr.concat(parts.values(), dim=pd.Index(list(parts), name="kind"), join="outer", fill_value={"tokens": 0})

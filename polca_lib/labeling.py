@@ -14,6 +14,9 @@ from polca_lib.config import Scaling
 from polca_lib.tagging import PAD as PAD_TAG
 from polca_lib.tasks.tokenization import PAD
 
+NEAREST = 10
+"""Tokens of a cluster that are shown, those nearest its medoid, as in the paper."""
+
 MOST_TOKENS = 25
 """Longest context that is shown, a few words of an article, and no more of it."""
 
@@ -169,7 +172,9 @@ def simple_by_chance(
     return pd.Series(rows, dtype=float)
 
 
-def nearest(trajectories: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw", n: int = 10) -> pd.DataFrame:
+def nearest(
+    trajectories: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw", n: int = NEAREST
+) -> pd.DataFrame:
     """The ``n`` tokens of each cluster nearest its medoid, as HDBSCAN sees their trajectories.
 
     Args:

@@ -50,6 +50,23 @@ _ENGLISH: Settings = {
     "clustering": {"min_cluster_size": 300, "breakthrough_window": 400},
 }
 
+_ENGLISH_SMOKE: Settings = {
+    "data": {"validation_examples": 16, "hessian_examples": 8},
+    "training": {
+        "steps": 200,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+        "warmup_steps": 20,
+        "checkpoint_every": 20,
+        "state_every": 100,
+    },
+    "basis": {"every": 40, "n_vectors": 5, "tolerance": 0.05},
+    "projection": {"curvature_examples": 4},
+    "clustering": {"min_cluster_size": 16, "breakthrough_window": 40},
+}
+
+_SMOKE_MODEL = {"n_layers": 1, "d_model": 32, "d_mlp": 64, "n_ctx": 32}
+
 _GRAMMAR_WORDS = {"d_vocab": len(VOCABULARY), "d_vocab_out": len(VOCABULARY)}
 
 _GRAMMAR: dict[str, Settings] = {
@@ -69,21 +86,7 @@ _GRAMMAR: dict[str, Settings] = {
         "projection": {"curvature_examples": 8},
         "clustering": {"min_cluster_size": 60, "breakthrough_window": 100},
     },
-    "smoke": {
-        "data": {"validation_examples": 16, "hessian_examples": 8},
-        "model": {"n_layers": 1, "d_model": 32, "d_mlp": 64, "n_ctx": 32, **_GRAMMAR_WORDS},
-        "training": {
-            "steps": 200,
-            "batch_size": 16,
-            "learning_rate": 3e-3,
-            "warmup_steps": 20,
-            "checkpoint_every": 20,
-            "state_every": 100,
-        },
-        "basis": {"every": 40, "n_vectors": 5, "tolerance": 0.05},
-        "projection": {"curvature_examples": 4},
-        "clustering": {"min_cluster_size": 16, "breakthrough_window": 40},
-    },
+    "smoke": {**_ENGLISH_SMOKE, "model": {**_SMOKE_MODEL, **_GRAMMAR_WORDS}},
 }
 
 _WIKIPEDIA: dict[str, Settings] = {
@@ -104,20 +107,9 @@ _WIKIPEDIA: dict[str, Settings] = {
         "clustering": {"min_cluster_size": 120, "breakthrough_window": 200},
     },
     "smoke": {
-        "data": {"validation_examples": 16, "hessian_examples": 8},
+        **_ENGLISH_SMOKE,
         "corpus": {"articles": 40, "tokenizer_articles": 40},
-        "model": {"n_layers": 1, "d_model": 32, "d_mlp": 64, "n_ctx": 32, "d_vocab": 401, "d_vocab_out": 401},
-        "training": {
-            "steps": 200,
-            "batch_size": 16,
-            "learning_rate": 3e-3,
-            "warmup_steps": 20,
-            "checkpoint_every": 20,
-            "state_every": 100,
-        },
-        "basis": {"every": 40, "n_vectors": 5, "tolerance": 0.05},
-        "projection": {"curvature_examples": 4},
-        "clustering": {"min_cluster_size": 16, "breakthrough_window": 40},
+        "model": {**_SMOKE_MODEL, "d_vocab": 401, "d_vocab_out": 401},
     },
 }
 

@@ -29,7 +29,7 @@ import zarr
 from polca_lib import english, evidence
 from polca_lib.artefacts import differences, software, write_atomically
 from polca_lib.config import PRESET_NAMES, RunConfig, Scaling, TaskName, parse_assignments
-from polca_lib.english import LanguageStudy
+from polca_lib.language_study import LanguageStudy
 from polca_lib.pipeline import ROOT, Run
 from polca_lib.study import BASES, Study
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from polca_lib.constructions import construction_table, neighbours_agree, told_by_key
+from polca_lib.constructions import ambiguous, construction_table, told_by_key, told_by_neighbours
 
 STEPS = np.arange(10)
 
@@ -18,7 +18,7 @@ def test_constructions_with_curves_of_their_own_are_told_and_those_without_are_n
     kinds = np.repeat(["early", "late", "one", "two"], 60)
     shape = {"early": STEPS < 3, "late": STEPS < 7, "one": STEPS < 0, "two": STEPS < 0}
     curves = trajectories([shape[kind] + 0.1 * rng.standard_normal(10) for kind in kinds])
-    told = neighbours_agree(curves, kinds, np.tile(np.arange(20), 12))
+    told = told_by_neighbours(curves, kinds, np.tile(np.arange(20), 12))
     assert told["early"] > 0.95
     assert told["late"] > 0.95
     assert 0.3 < told[["one", "two"]].mean() < 0.7
@@ -31,8 +31,8 @@ def test_tokens_of_the_same_group_do_not_vote():
     kinds = np.array(["odd" if g % 2 else "even" for g in group])
     centre = rng.standard_normal((20, 10))
     curves = trajectories(centre[group] + 0.01 * rng.standard_normal((400, 10)))
-    assert neighbours_agree(curves, kinds, np.arange(400) % 5)["mean"] > 0.95
-    assert neighbours_agree(curves, kinds, group)["mean"] < 0.8
+    assert told_by_neighbours(curves, kinds, np.arange(400) % 5)["mean"] > 0.95
+    assert told_by_neighbours(curves, kinds, group)["mean"] < 0.8
 
 
 def test_all_vectors_count_alike():
@@ -41,7 +41,7 @@ def test_all_vectors_count_alike():
     loud = trajectories(1000 * rng.standard_normal((200, 10)))
     quiet = trajectories([(STEPS < 5) * (kind == "a") + 0.1 * rng.standard_normal(10) for kind in kinds])
     both = xr.concat([loud, quiet], dim="vector").assign_coords(vector=[1, 2])
-    assert neighbours_agree(both, kinds, np.arange(200) % 10)["mean"] > 0.9
+    assert told_by_neighbours(both, kinds, np.arange(200) % 10)["mean"] > 0.9
 
 
 def test_among_like_tokens_the_token_itself_tells_nothing():
@@ -57,13 +57,18 @@ def test_among_like_tokens_the_token_itself_tells_nothing():
         ]
     )
     only_token = trajectories([(STEPS < 5) * (t == "a") + 0.05 * rng.standard_normal(10) for t in token])
-    assert neighbours_agree(curves, kinds, group, among=token)["mean"] > 0.95
-    assert 0.3 < neighbours_agree(only_token, kinds, group, among=token)["mean"] < 0.7
-    assert neighbours_agree(None, kinds, group, among=token)["mean"] == pytest.approx(0.5, abs=0.1)
-    by_token = told_by_key(token, kinds, group)
-    assert by_token["mean"] == pytest.approx((0.5 + 1) / 2, abs=0.3)
+    assert told_by_neighbours(curves, kinds, group, among=token)["mean"] > 0.95
+    assert 0.3 < told_by_neighbours(only_token, kinds, group, among=token)["mean"] < 0.7
+    assert ambiguous(token, kinds, group).tolist() == (token == "the").tolist()
+    assert not ambiguous(token, kinds, np.arange(300) % 4).any()  # too few groups for the folds
     assert told_by_key(np.char.add(token, kinds), kinds, group)["mean"] == 1
     assert told_by_key(np.arange(300), kinds, group)["mean"] == 0
+
+
+def test_the_vote_of_a_key_is_that_of_the_majority_of_its_tokens():
+    token, kinds = np.repeat(["the", "a"], [150, 100]), np.repeat(["one", "two", "one"], [100, 50, 100])
+    told = told_by_key(token, kinds, np.arange(250) % 10)
+    assert told.to_dict() == {"one": 1.0, "two": 0.0, "mean": 0.5}
 
 
 def test_f1_of_all_tokens_counts_those_that_were_dropped():

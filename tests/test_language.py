@@ -14,7 +14,8 @@ from polca_lib import english
 from polca_lib.basis import read_vectors
 from polca_lib.charts import label_table
 from polca_lib.config import RunConfig
-from polca_lib.english import SHOWN, TABLES, LanguageStudy, explorer_of
+from polca_lib.english import SHOWN, TABLES, explorer_of
+from polca_lib.language_study import LanguageStudy
 from polca_lib.models import ENGLISH, build_model
 from polca_lib.pipeline import Run
 from polca_lib.reproduce import Kept, complete

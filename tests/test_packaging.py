@@ -22,7 +22,7 @@ ROOMS = (
     "curvature", "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "projection",
     "interventions", "decomposition", "clustering", "breakthroughs", "significance", "specification", "tagging",
     "labeling", "constructions", "figures", "explorer", "tables", "pipeline", "study", "robustness", "evidence",
-    "english", "reproduce", "charts", "claims", "verdicts",
+    "language_study", "english", "reproduce", "charts", "claims", "verdicts",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Language:
         return torch.from_numpy(self.train[np.concatenate(rows)].astype(np.int64))
 
     @cached_property
-    def _order(self):
+    def _order(self) -> Callable[[int], Int[np.ndarray, " window"]]:
         return cache(lambda epoch: np.random.default_rng([self._config.seed, epoch]).permutation(len(self.train)))
 
     @staticmethod
@@ -180,7 +180,7 @@ class Wikipedia(Language):
     def corpus(self) -> PreparedCorpus:
         """The corpus, prepared when first asked for and kept beside the runs."""
         config, model = self._config.corpus, self._config.model
-        self._check_vocabulary(model.d_vocab, "itself")
+        self._check_vocabulary(model.d_vocab, "model.d_vocab")
         source = config.source or os.environ.get("POLCA_WIKIPEDIA") or "hub"
         settings = {**config.model_dump(), "source": source, "vocabulary": model.d_vocab, "width": model.n_ctx}
         return prepare_corpus(
