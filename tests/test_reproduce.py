@@ -11,7 +11,7 @@ import xarray as xr
 from cases import TINY_RUN
 
 from polca_lib import charts, decomposition, evidence, reproduce
-from polca_lib.claims import CLAIMS, Claim
+from polca_lib.claims import CLAIMS, Claim, verdict
 from polca_lib.clustering import DROPPED, composition
 from polca_lib.evidence import TABLES
 from polca_lib.pipeline import Run
@@ -426,3 +426,11 @@ def test_kept_verdicts_are_those_that_the_kept_studies_give(own_studies):
     found = judge(map(Kept, JUDGED))
     assert stored.columns.tolist() == COLUMNS
     pd.testing.assert_frame_equal(stored, found[COLUMNS], check_dtype=False, rtol=1e-4)
+
+
+@pytest.mark.parametrize("false", [False, np.False_])
+def test_a_number_that_matches_is_no_reproduction_if_what_it_is_cited_for_does_not_hold(false):
+    assert verdict(0.5, 0.5, false) == "partly"
+    assert verdict(0.5, 0.5, None) == verdict(0.5, 0.5, np.True_) == "reproduced"
+    assert verdict(None, 0.5, false) == verdict(0.5, 0.9, false, larger_is_stronger=True) == "not reproduced"
+    assert verdict(0.5, 0.9, np.True_, larger_is_stronger=True) == "stronger here"
