@@ -10,8 +10,8 @@ import torch
 import xarray as xr
 from cases import TINY_RUN
 
-from polca_lib import charts, decomposition, evidence, reproduce
-from polca_lib.claims import CLAIMS, Claim, verdict
+from polca_lib import charts, claims, decomposition, evidence, reproduce
+from polca_lib.claims import CLAIMS, Claim
 from polca_lib.clustering import DROPPED, composition
 from polca_lib.evidence import TABLES
 from polca_lib.pipeline import Run
@@ -430,7 +430,9 @@ def test_kept_verdicts_are_those_that_the_kept_studies_give(own_studies):
 
 @pytest.mark.parametrize("false", [False, np.False_])
 def test_a_number_that_matches_is_no_reproduction_if_what_it_is_cited_for_does_not_hold(false):
-    assert verdict(0.5, 0.5, false) == "partly"
-    assert verdict(0.5, 0.5, None) == verdict(0.5, 0.5, np.True_) == "reproduced"
-    assert verdict(None, 0.5, false) == verdict(0.5, 0.9, false, larger_is_stronger=True) == "not reproduced"
-    assert verdict(0.5, 0.9, np.True_, larger_is_stronger=True) == "stronger here"
+    assert claims.verdict(0.5, 0.5, false) == "partly"
+    assert claims.verdict(0.5, 0.5, None) == claims.verdict(0.5, 0.5, np.True_) == "reproduced"
+    assert (
+        claims.verdict(None, 0.5, false) == claims.verdict(0.5, 0.9, false, larger_is_stronger=True) == "not reproduced"
+    )
+    assert claims.verdict(0.5, 0.9, np.True_, larger_is_stronger=True) == "stronger here"
