@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -161,7 +161,7 @@ def told_by_neighbours(
 
     Returns:
         Share of the tokens of each construction that are told rightly (recall), by construction; and, under ``mean``,
-        the mean over constructions (balanced accuracy): chance is one by their number.
+        the mean over constructions (balanced accuracy): chance is one by their number. NaN if no token is asked.
     """
     construction, group = np.asarray(construction, str), np.asarray(group)
     values = by_vector(trajectories).transpose("token", "vector", "step").values.astype(np.float32)
@@ -172,7 +172,7 @@ def told_by_neighbours(
     key = np.zeros(len(construction), int) if among is None else pd.factorize(np.asarray(among))[0]
     for value in np.unique(key[asked]):
         own = np.flatnonzero(asked & (key == value))
-        for train, test in GroupKFold(FOLDS).split(own, groups=group[own]):
+        for train, test in _folds(group[own]):
             voters = KNeighborsClassifier(min(neighbours, len(train)))
             told[own[test]] = voters.fit(points[own[train]], construction[own[train]]).predict(points[own[test]])
     return _recall(told[asked], construction[asked])
@@ -185,10 +185,16 @@ def told_by_key(key: Sequence[object], construction: Sequence[str], group: Seque
     """
     table = pd.DataFrame({"key": key, "construction": np.asarray(construction, str)})
     told = np.full(len(table), "", dtype=object)
-    for train, test in GroupKFold(FOLDS).split(table, groups=group):
+    for train, test in _folds(np.asarray(group)):
         most = table.iloc[train].groupby("key")["construction"].agg(lambda own: own.value_counts().idxmax())
         told[test] = table["key"].iloc[test].map(most).fillna("").to_numpy()
     return _recall(told, table["construction"].to_numpy())
+
+
+def _folds(group: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Who votes and who is asked, none of the same group; no folds without two groups."""
+    folds = min(FOLDS, len(np.unique(group)))
+    return GroupKFold(folds).split(group, groups=group) if folds > 1 else ()
 
 
 def _recall(told: np.ndarray, construction: np.ndarray) -> pd.Series:

@@ -71,6 +71,16 @@ def test_the_vote_of_a_key_is_that_of_the_majority_of_its_tokens():
     assert told.to_dict() == {"one": 1.0, "two": 0.0, "mean": 0.5}
 
 
+def test_without_other_groups_nothing_is_told():
+    kinds, group, flat = np.array(["a", "b"] * 4), np.zeros(8, int), trajectories(np.ones((8, 10)))
+    assert told_by_key(kinds, kinds, group).to_dict() == {"a": 0, "b": 0, "mean": 0}
+    assert told_by_neighbours(flat, kinds, group).to_dict() == {"a": 0, "b": 0, "mean": 0}
+    # A corpus may have no text with two constructions: no token is left to ask.
+    assert not ambiguous(kinds, kinds, np.arange(8)).any()
+    assert np.isnan(told_by_key([], [], [])["mean"])
+    assert np.isnan(told_by_neighbours(flat, kinds, np.arange(8), among=kinds)["mean"])
+
+
 def test_f1_of_all_tokens_counts_those_that_were_dropped():
     labels = xr.DataArray([1, 1, -1, -2, 1], dims="token")
     row = construction_table(labels, ["x", "x", "x", "x", "y"]).set_index("construction").loc["x"]
