@@ -1,7 +1,9 @@
 """Results on disk: each knows what it was made from, and half-made ones resume.
 
 An artefact is a folder with a ``manifest.json`` that holds the configuration of its stage and the keys of
-the artefacts it came from. Arrays that are computed piece by piece lie in a :class:`PieceStore`.
+the artefacts it came from. Arrays that are computed piece by piece lie in a :class:`polca_lib.pieces.PieceStore`.
+
+Paths may be local, or of anything that ``upath`` (fsspec) knows, such as ``s3://bucket/run``.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numcodecs
-import numpy as np
-import xarray as xr
-import zarr
+from filelock import FileLock, Timeout
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class ArtefactMismatch(ValueError):
@@ -43,6 +43,9 @@ def fingerprint(value: Any) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a later run, sees all of it or nothing."""
+    if not isinstance(path, Path):  # an object store writes whole objects or none
+        path.write_bytes(content)
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -110,104 +113,37 @@ class Artefact:
         return sum(map(float, log.read_text().split())) if log.exists() else 0.0
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Add the wall time of the block to :attr:`seconds`, also when it fails."""
-        start = time.perf_counter()
+    def at_work(self) -> Iterator[None]:
+        """Keep other processes from this artefact, and add the wall time of the block to :attr:`seconds`.
+
+        A second process waits until the first is done, or has died. Object stores know no locks: there two processes
+        do the same work twice, and write the same bytes.
+        """
+        with self._locked():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                log = self.path / "seconds.txt"
+                before = log.read_bytes() if log.exists() else b""
+                write_atomically(log, before + f"{time.perf_counter() - start:.2f}\n".encode())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not isinstance(self.path, Path):
+            yield
+            return
+        # The system lets go of it when the process dies: no clock and no process number is asked.
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is at work on {self.path}; waiting for it to end", file=sys.stderr, flush=True)
+            lock.acquire()
         try:
             yield
         finally:
-            with (self.path / "seconds.txt").open("a") as log:
-                log.write(f"{time.perf_counter() - start:.2f}\n")
-
-
-class PieceStore:
-    """An ``xarray`` dataset in Zarr whose pieces along one dimension are written as they finish.
-
-    Args:
-        path: the Zarr folder; started if missing.
-        template: coordinates and attributes of the dataset.
-        variables: dimensions and dtype of each variable; ``dim`` comes first where it occurs.
-        dim: dimension along which pieces are written.
-        sizes: of the dimensions that have no coordinate.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        template: xr.Dataset,
-        variables: Mapping[str, tuple[tuple[str, ...], str]],
-        dim: str,
-        sizes: Mapping[str, int] | None = None,
-    ):
-        self.path, self.dim = path, dim
-        ready = path.with_name(f"{path.name}.ready")
-        if not (ready.exists() and path.exists()):
-            # Coordinates are small and always the same: writing them again heals a start that was cut short.
-            template.to_zarr(path, mode="a", zarr_format=2, consolidated=False)
-            group = zarr.open_group(path, mode="a", zarr_format=2)
-            group.attrs["pieces"] = list(variables)
-            sizes = {**template.sizes, **(sizes or {})}
-            for name, (dims, dtype) in {**variables, "_done": ((dim,), "bool")}.items():
-                if name in group:
-                    continue
-                shape = tuple(sizes[d] for d in dims)
-                # Not compressed: float32 hardly shrinks, and Blosc reads on past the end of a truncated piece.
-                group.create_array(
-                    name,
-                    shape=shape,
-                    chunks=tuple(1 if d == dim else n for d, n in zip(dims, shape, strict=True)),
-                    dtype=dtype,
-                    filters=[numcodecs.CRC32()],
-                    compressors=None,
-                    fill_value={"b": False, "f": np.nan}.get(np.dtype(dtype).kind),
-                    attributes={"_ARRAY_DIMENSIONS": list(dims)},
-                )
-            ready.touch()
-        self._group = zarr.open_group(path, mode="r+", zarr_format=2)
-
-    def missing(self) -> list[int]:
-        """Indices along ``dim`` that are still to be computed."""
-        return np.flatnonzero(~self._group["_done"][:]).tolist()
-
-    def write(self, index: int, **values: np.ndarray) -> None:
-        """Store one piece, NaN for variables not given; it counts as done only once all of it is on disk."""
-        if unknown := values.keys() - set(self._group.attrs["pieces"]):
-            raise KeyError(
-                f"{sorted(unknown)} are not variables of {self.path}; they are {self._group.attrs['pieces']}"
-            )
-        # Empty chunks are written too: a chunk that is not there was lost.
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            for name in self._group.attrs["pieces"]:
-                self._group[name][index] = values.get(name, np.nan)
-            self._group["_done"][index] = True
-
-    def dataset(self) -> xr.Dataset:
-        """The dataset as it stands; numbers not yet computed read as NaN."""
-        return _read(self.path)
-
-    @staticmethod
-    def load(path: Path) -> xr.Dataset | None:
-        """The dataset at ``path`` if all its pieces were written, else nothing.
-
-        Raises:
-            DamagedFile: a piece that was written is not there any more; names the variable.
-        """
-        if not (path.exists() and path.with_name(f"{path.name}.ready").exists()):
-            return None
-        # Not by xarray: it takes False, the fill value, for missing.
-        group = zarr.open_group(path, mode="r", zarr_format=2)
-        if not group["_done"][:].all():
-            return None
-        for name in group.attrs["pieces"]:
-            if lost := group[name].nchunks - group[name].nchunks_initialized:
-                raise DamagedFile(f"{path / name} has lost {lost} of its pieces; delete {path} to have it recomputed")
-        return _read(path)
-
-
-def _read(path: Path) -> xr.Dataset:
-    dataset = xr.open_zarr(path, chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
-    del dataset.attrs["pieces"]
-    return dataset
+            lock.release()
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from polca_lib.artefacts import PieceStore
-from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.config import RunConfig
+from polca_lib.checkpoints import Checkpoints
+from polca_lib.config import DirectionsConfig
 from polca_lib.curvature import Eigenpairs, HessianOperator, krylov_rows, top_eigenpairs
-from polca_lib.memory import default_budget
+from polca_lib.memory import default_budget, rows_that_fit
+from polca_lib.pieces import PieceStore
+from polca_lib.progress import progress
 from polca_lib.token_loss import Batch
 
 _RECORDS = ("eigenvalue", "residual", "products")
@@ -33,32 +33,47 @@ _STORED = {
     "parameters": {"axis": (("vector",), "int64")},
 }
 
+_OF_HESSIAN = ("hessian", "shuffled", "final")
+_WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in _OF_HESSIAN)
+
 _SLICE = 2**14  # parameters for which all Gaussian vectors are in memory at once
 
 
-def compute_basis(path: Path, config: RunConfig, checkpoints: CheckpointFolder, hessian_batch: Batch) -> xr.Dataset:
+def compute_basis(
+    path: Path,
+    settings: DirectionsConfig,
+    checkpoints: Checkpoints,
+    hessian_batch: Batch | None,
+    *,
+    steps: Sequence[int],
+    seed: int = 0,
+    memory: int | None = None,
+) -> xr.Dataset:
     """Compute (or finish, or just open) the basis at ``path``.
 
-    ``config.basis.kind`` says which:
+    ``settings.kind`` says which:
 
     - ``hessian``: Algorithm 1. For each basis checkpoint in training order, the top k eigenvectors of P H P,
       with H the Hessian of the mean loss of ``hessian_batch`` and P = I - B B^T, are appended to B.
     - ``shuffled``: the same with the checkpoints in an order drawn from the seed (Appendix E).
     - ``final``: the same with all vectors from the last checkpoint, each orthogonal to those before it.
-    - ``trajectory``: principal directions of the checkpoints themselves, step 0 and the basis checkpoints, by variance:
-      directions of long-term movement, without a Hessian.
+    - ``trajectory``: principal directions of the checkpoints themselves, the first and the basis checkpoints, by
+      variance: directions of long-term movement, without a Hessian.
     - ``random``: orthonormalised Gaussian vectors (Appendix E).
     - ``parameters``: the coordinate axes of the parameters largest in magnitude at the end of training, so
       that first-order POLCA becomes loss change allocation (LCA) on them (v3, Table 3).
 
     Each new vector is orthogonalised twice against all before it. Vectors are stored as they are found, and those
-    for which ``config.memory`` has no room are read from there.
+    for which ``memory`` has no room are read from there.
 
     Args:
         path: Zarr folder.
-        config: of the run.
+        settings: kind, number of vectors (k for each step, if not given), and how Lanczos goes about it.
         checkpoints: of the run.
-        hessian_batch: fixed sample from the distribution of the training data.
+        hessian_batch: fixed sample from the distribution of the training data; only the Hessian needs one.
+        steps: basis checkpoints, in training order (t = 1 ... T of Algorithm 1).
+        seed: of start vectors, random vectors and the shuffled order.
+        memory: bytes to take; half of what the device has free if not given.
 
     Returns:
         Dataset, opened but not read, with what :func:`read_vectors` needs: ``vectors`` (vector, parameter), unit norm;
@@ -68,33 +83,39 @@ def compute_basis(path: Path, config: RunConfig, checkpoints: CheckpointFolder, 
         (Hessian-vector products); the last three are NaN where they have no meaning.
 
     Raises:
-        ValueError: the memory is too small for the Hessian of a single example.
+        ValueError: the memory is too small for the Hessian of a single example, or the Hessian has no batch.
     """
-    births, kind = _birth_steps(config), config.basis.kind
-    n_vectors, n_parameters = config.n_vectors, checkpoints.token_loss.n_parameters
+    kind, n_parameters = settings.kind, checkpoints.token_loss.n_parameters
+    births = _birth_steps(settings, steps, seed, checkpoints)
+    n_vectors = len(births)
+    if hessian_batch is None and kind in _OF_HESSIAN:
+        raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {_WITHOUT_HESSIAN}")
     template = xr.Dataset(
         coords={"vector": np.arange(1, n_vectors + 1), "birth_step": ("vector", births)},
-        attrs={"parameters": n_parameters, "seed": config.seed},
+        attrs={"parameters": n_parameters, "seed": seed},
     )
     records = dict.fromkeys(_RECORDS, (("vector",), "float64"))
     sizes = {"parameter": n_parameters, "gaussian": n_vectors}
     store = PieceStore(path, template, {**_STORED[kind], **records}, dim="vector", sizes=sizes)
+    store.heal()
     if missing := store.missing():
         if kind == "random":
-            mixing = _mixing(config.seed, n_vectors, n_parameters)
+            mixing = _mixing(seed, n_vectors, n_parameters)
             pieces = ((row, {"mixing": mixing[row]}) for row in missing)
         elif kind == "parameters":
-            axes = checkpoints.theta(config.training.steps).abs().topk(n_vectors).indices.cpu().numpy()
+            axes = checkpoints.theta(checkpoints.steps[-1]).abs().topk(n_vectors).indices.cpu().numpy()
             pieces = ((row, {"axis": axes[row]}) for row in missing)
-        elif kind == "trajectory":
-            directions = _principal_directions(checkpoints, [0, *config.basis_steps], n_vectors)
-            pieces = ((row, {"vectors": directions[row].cpu().numpy()}) for row in missing)
         else:
-            # Start at the first vector of the block that was cut short.
-            missing = range(missing[0] // config.basis.k * config.basis.k, n_vectors)
-            pieces = _eigenvectors(config, births, checkpoints, hessian_batch, store, missing[0])
-        bar = tqdm(total=n_vectors, initial=n_vectors - len(missing), desc=f"basis ({kind})", unit="vector")
-        with bar:
+            memory = default_budget(checkpoints.device) if memory is None else memory
+            # Start at the first vector of the block that was cut short: those after it are orthogonal to it.
+            block = settings.k if kind in _OF_HESSIAN else 1
+            missing = range(missing[0] // block * block, n_vectors)
+            if kind == "trajectory":
+                pieces = _principal_directions(checkpoints, births, steps, store, missing[0], memory)
+            else:
+                pieces = _eigenvectors(settings, births, checkpoints, hessian_batch, store, missing[0], seed, memory)
+        done = n_vectors - len(missing)
+        with progress(desc=f"basis ({kind})", unit="vector", total=n_vectors, done=done) as bar:
             for row, piece in pieces:
                 store.write(row, **piece)
                 bar.update()
@@ -167,21 +188,21 @@ def orthogonalise(vector: Float[Tensor, " d"], against: Iterable[Float[Tensor, "
     return (rest / rest.norm()).to(vector.dtype)
 
 
-def _birth_steps(config: RunConfig) -> np.ndarray:
-    steps = np.array(config.basis_steps)
-    if config.basis.kind == "random":
-        steps = np.zeros_like(steps)
-    if config.basis.kind in ("parameters", "trajectory", "final"):
-        steps = np.full_like(steps, config.training.steps)
-    if config.basis.kind == "shuffled":
-        steps = np.random.default_rng(config.seed).permutation(steps)
-    return np.repeat(steps, config.basis.k)[: config.n_vectors]
+def _birth_steps(settings: DirectionsConfig, steps: Sequence[int], seed: int, checkpoints: Checkpoints) -> np.ndarray:
+    births = np.array(steps)
+    if settings.kind == "random":
+        births = np.zeros_like(births)
+    if settings.kind in ("parameters", "trajectory", "final"):
+        births = np.full_like(births, checkpoints.steps[-1])
+    if settings.kind == "shuffled":
+        births = np.random.default_rng(seed).permutation(births)
+    return np.repeat(births, settings.k)[: settings.n_vectors]
 
 
 class _Found:
     """The vectors found so far, one by one: as many as there is room for from memory, the others from disk."""
 
-    def __init__(self, store: PieceStore, n: int, room: int, checkpoints: CheckpointFolder):
+    def __init__(self, store: PieceStore, n: int, room: int, checkpoints: Checkpoints):
         self._basis, self._n, self._room = store.dataset(), n, room
         self._place = {"device": checkpoints.device, "dtype": checkpoints.token_loss.dtype}
         self._held = list(read_vectors(self._basis, 0, min(n, room), **self._place))
@@ -202,17 +223,17 @@ class _Found:
 
 
 def _eigenvectors(
-    config: RunConfig,
+    settings: DirectionsConfig,
     births: np.ndarray,
-    checkpoints: CheckpointFolder,
+    checkpoints: Checkpoints,
     hessian_batch: Batch,
     store: PieceStore,
     start: int,
+    seed: int,
+    memory: int,
 ) -> Iterator[tuple[int, dict[str, np.ndarray | float]]]:
     """Find the vectors from row ``start`` on; each must be stored before the next is asked for."""
-    settings = config.basis
-    n_vectors, n_parameters = config.n_vectors, checkpoints.token_loss.n_parameters
-    memory = default_budget(checkpoints.device) if config.memory is None else config.memory
+    n_vectors, n_parameters = len(births), checkpoints.token_loss.n_parameters
     one = n_parameters * checkpoints.token_loss.dtype.itemsize
     # Lanczos seldom needs all of its products: what they would take at most is no reason not to try.
     shared = memory - min(krylov_rows(settings.max_products, settings.k) * one, memory // 2)
@@ -226,7 +247,7 @@ def _eigenvectors(
         # P once a product, after H: in Lanczos all vectors come from products, but for the start.
         return top_eigenpairs(
             lambda vector: without(hessian(vector), found),
-            without(_gaussian(config.seed, len(found), n_parameters, checkpoints), found),
+            without(_gaussian(seed, len(found), n_parameters, checkpoints), found),
             settings.k,
             which=settings.which,
             tolerance=settings.tolerance,
@@ -251,21 +272,59 @@ def _eigenvectors(
                 found.append(new)
 
 
-def _principal_directions(checkpoints: CheckpointFolder, steps: list[int], n: int) -> Float[Tensor, "n d"]:
-    """The first ``n`` principal directions of checkpoints, through their Gram matrix; all of them are in memory."""
-    place = {"device": checkpoints.device, "dtype": checkpoints.token_loss.dtype}
-    rows = torch.empty(len(steps), checkpoints.token_loss.n_parameters, **place)
-    for row, step in zip(rows, steps, strict=True):
-        row.copy_(checkpoints.theta(step))
-    rows -= rows.mean(dim=0)
-    variances, weights = torch.linalg.eigh(inner_products(rows, rows))
-    directions = (weights / variances.clamp_min(1e-300).sqrt()).T.flip(0)[:n].to(rows) @ rows
-    for index in range(n):
-        directions[index] = orthogonalise(directions[index], directions[:index])
-    return directions
+def _principal_directions(
+    checkpoints: Checkpoints,
+    births: np.ndarray,
+    steps: Sequence[int],
+    store: PieceStore,
+    start: int,
+    memory: int,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Principal directions of the checkpoints from row ``start`` on; each must be stored before the next is asked for.
+
+    Besides directions there are never more than two checkpoints in memory, unless it has room for more.
+    """
+    one = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
+    steps = [checkpoints.steps[0], *steps]
+    gram = _gram(checkpoints, steps, rows_that_fit(len(steps), one, memory - one))
+    gram -= gram.mean(dim=0)
+    gram -= gram.mean(dim=1, keepdim=True)
+    variances, weights = torch.linalg.eigh(gram)
+    weights = (weights / variances.clamp_min(1e-300).sqrt()).T.flip(0)
+    width = rows_that_fit(len(births) - start, one, memory - 2 * one)
+    found = _Found(store, start, min(start, width), checkpoints)
+    for first in range(start, len(births), width):
+        rows = range(first, min(first + width, len(births)))
+        directions = torch.zeros(len(rows), checkpoints.token_loss.n_parameters, dtype=checkpoints.token_loss.dtype)
+        directions = directions.to(checkpoints.device)
+        # The weights of a direction sum to zero, so that any reference does: with the first, little cancels.
+        reference = checkpoints.theta(steps[0])
+        for index, step in enumerate(steps[1:], 1):
+            difference = checkpoints.theta(step).sub_(reference)
+            for own, row in zip(directions, rows, strict=True):
+                own.add_(difference, alpha=weights[row, index].item())
+        del reference, difference
+        for own, row in zip(directions, rows, strict=True):
+            new = orthogonalise(own, found)
+            yield row, {"vectors": new.cpu().numpy()}
+            found.append(new)
 
 
-def _gaussian(seed: int, index: int, n: int, checkpoints: CheckpointFolder) -> Float[Tensor, " d"]:
+def _gram(checkpoints: Checkpoints, steps: Sequence[int], held: int) -> Float[Tensor, "step step"]:
+    """Inner products of all checkpoints, in float64, with ``held`` of them in memory and one more."""
+    gram = torch.zeros(len(steps), len(steps), dtype=torch.float64)
+    for first in range(0, len(steps), held):
+        rows = [checkpoints.theta(step) for step in steps[first : first + held]]
+        for index, step in enumerate(steps[first:], first):
+            other = rows[index - first] if index < first + held else checkpoints.theta(step)
+            for place, row in enumerate(rows, first):
+                gram[place, index] = gram[index, place] = inner_products(row[None], other[None]).item()
+            del other
+        del rows
+    return gram
+
+
+def _gaussian(seed: int, index: int, n: int, checkpoints: Checkpoints) -> Float[Tensor, " d"]:
     values = np.random.default_rng([seed, index]).standard_normal(n, dtype=np.float32)
     return torch.from_numpy(values).to(checkpoints.device, checkpoints.token_loss.dtype)
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -51,6 +52,26 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class Checkpoints(Protocol):
+    """Checkpoints of one model, wherever they lie."""
+
+    token_loss: TokenLoss
+    device: str
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in training order."""
+
+    def theta(self, step: int) -> Float[Tensor, " d"]:
+        """Flat parameter vector at ``step``, on ``device``; the caller may change it."""
+
+    def name(self, step: int) -> str:
+        """What messages call the checkpoint at ``step``."""
+
+    def identity(self, step: int) -> str:
+        """Fingerprint of the checkpoint at ``step`` that needs no reading of it all."""
+
+
 class CheckpointFolder:
     """Checkpoints ``step-00000020.safetensors`` of one model in a folder.
 
@@ -66,6 +87,10 @@ class CheckpointFolder:
     def file(self, step: int) -> Path:
         """Path of the checkpoint at ``step``."""
         return self.path / f"step-{step:08d}.safetensors"
+
+    def name(self, step: int) -> str:
+        """Path of the checkpoint at ``step``."""
+        return str(self.file(step))
 
     @property
     def steps(self) -> list[int]:

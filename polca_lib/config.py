@@ -103,15 +103,13 @@ class TrainingConfig(Section):
         return list(range(0, self.steps + 1, self.checkpoint_every))
 
 
-class BasisConfig(Section):
+class DirectionsConfig(Section):
     """How the orthonormal basis is found (Algorithm 1 of the paper) and its ablations."""
 
     kind: BasisKind = "hessian"
-    every: int = Field(200, gt=0, description="steps between basis checkpoints")
     k: int = Field(1, ge=1, description="eigenvectors taken per basis checkpoint")
     n_vectors: int | None = Field(None, ge=1, description="stop after so many vectors; all if not given")
     which: Literal["largest", "magnitude"] = "largest"
-    targets: Literal["answer", "all"] = Field("answer", description="tokens whose mean loss the Hessian is of")
     tolerance: float = Field(0.01, gt=0, lt=1, description="relative residual at which Lanczos stops")
     max_products: int = Field(60, ge=2, description="Hessian-vector products per checkpoint at most")
 
@@ -125,6 +123,13 @@ class BasisConfig(Section):
         return self
 
 
+class BasisConfig(DirectionsConfig):
+    """The basis of a run of the paper's tasks."""
+
+    every: int = Field(200, gt=0, description="steps between basis checkpoints")
+    targets: Literal["answer", "all"] = Field("answer", description="tokens whose mean loss the Hessian is of")
+
+
 class ProjectionConfig(Section):
     """What is measured at every checkpoint."""
 
@@ -134,6 +139,9 @@ class ProjectionConfig(Section):
     )
     mode: Mode = Field("auto", description="of differentiation; 'auto' takes the one with fewer operations")
     precision: Precision = Field("float32", description="of the operands of products with the basis")
+    inside_loss: bool = Field(
+        True, description="also the loss after the movement inside the basis; takes all vectors at each checkpoint"
+    )
 
     @property
     def curvature_of_all(self) -> bool:

@@ -11,11 +11,11 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from polca_lib.artefacts import PieceStore
 from polca_lib.basis import inner_products, read_vectors
-from polca_lib.checkpoints import CheckpointFolder
+from polca_lib.checkpoints import Checkpoints
+from polca_lib.pieces import PieceStore
+from polca_lib.progress import progress
 from polca_lib.token_loss import Batch, TokenLoss, split_examples
 
 _EXAMPLES = 128  # through the model at one time
@@ -29,7 +29,7 @@ def losses_at(token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch) -
 
 
 def move_along(
-    path: Path, checkpoints: CheckpointFolder, steps: Sequence[int], batch: Batch, basis: xr.Dataset
+    path: Path, checkpoints: Checkpoints, steps: Sequence[int], batch: Batch, basis: xr.Dataset
 ) -> xr.DataArray:
     """L(x; theta_t + b b^T (theta_{t+1} - theta_t)) - L(x; theta_t): the true loss change of moving along b alone.
 
@@ -51,7 +51,7 @@ def move_along(
     variables = {"change": (("step", "token", "vector"), "float32")}
     store = PieceStore(path, template, variables, dim="step", sizes={"token": tokens})
     intervals = list(itertools.pairwise(steps))
-    for index in tqdm(store.missing(), desc="finite differences", unit="interval"):
+    for index in progress(store.missing(), desc="finite differences", unit="interval"):
         start, end = (checkpoints.theta(step) for step in intervals[index])
         movement = inner_products(vectors, (end - start)[None])[:, 0].to(start)
         before = losses_at(checkpoints.token_loss, start, batch)

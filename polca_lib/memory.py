@@ -101,3 +101,8 @@ def fit(measure: Callable[[int], int], budget: int, most: int) -> int:
             return n + int((budget - peak) // slope)
         n, peak = more, its_peak
     return most
+
+
+def rows_that_fit(n_rows: int, row_bytes: int, budget: int) -> int:
+    """How many of ``n_rows`` rows, such as vectors of a basis, are held at once: as many as fit, but one at least."""
+    return max(1, min(n_rows, budget // row_bytes))

@@ -22,11 +22,12 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from polca_lib.artefacts import FORMAT_VERSION, Artefact, PieceStore, fingerprint
+from polca_lib.artefacts import FORMAT_VERSION, Artefact, fingerprint
 from polca_lib.basis import compute_basis, load_basis
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.config import PRESET_NAMES, BasisKind, RunConfig, TaskName, parse_assignments
 from polca_lib.models import build_model
+from polca_lib.pieces import PieceStore
 from polca_lib.projection import project_runs
 from polca_lib.tasks.arithmetic import Addition
 from polca_lib.tasks.language import Grammar, Wikipedia
@@ -79,7 +80,7 @@ class Run:
         artefact, config, task = self._training, self.config, self.task
         model = build_model(config.model, config.seed, config.device)
         folder = CheckpointFolder(artefact.path, TokenLoss(model, task.loss), config.device)
-        with artefact.timed():
+        with artefact.at_work():
             train(
                 model,
                 task.loss,
@@ -97,12 +98,20 @@ class Run:
         if (stored := load_basis(path)) is not None:
             return stored
         checkpoints = self.checkpoints
-        with self._basis.timed():
+        with self._basis.at_work():
             batch = self.task.hessian.to(self.config.device)
             if self.config.basis.targets == "all":
                 everything = TokenLoss(checkpoints.token_loss.model, self.task.loss_of_all)
                 checkpoints = CheckpointFolder(checkpoints.path, everything, self.config.device)
-            return compute_basis(path, self.config, checkpoints, batch)
+            return compute_basis(
+                path,
+                self.config.basis,
+                checkpoints,
+                batch,
+                steps=self.config.basis_steps,
+                seed=self.config.seed,
+                memory=self.config.memory,
+            )
 
     @cached_property
     def projections(self) -> xr.Dataset:
@@ -198,8 +207,9 @@ def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:
     for group in filter(None, [*([run] for run in alone), [run for run in missing if run not in alone]]):
         bases = [run.basis for run in group]
         with contextlib.ExitStack() as stack:
-            for run in group:  # each is told the time of all
-                stack.enter_context(run._projection.timed())
+            # Each is told the time of all; in one order, or two processes might wait for each other.
+            for run in sorted(group, key=lambda run: run._projection.path):
+                stack.enter_context(run._projection.at_work())
             project_runs(
                 [run._projection.path / "projections.zarr" for run in group],
                 first.checkpoints,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,15 +16,16 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils import _pytree as pytree
 
-from polca_lib.artefacts import PieceStore
 from polca_lib.basis import inner_products, read_vectors
-from polca_lib.checkpoints import CheckpointFolder
+from polca_lib.checkpoints import Checkpoints
 from polca_lib.config import ProjectionConfig
-from polca_lib.memory import default_budget
+from polca_lib.engine import carry_out
+from polca_lib.memory import default_budget, rows_that_fit
+from polca_lib.pieces import PieceStore
 from polca_lib.strategy import Mode, Precision, Strategy, choose, differentiate, relative_difference
-from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
+from polca_lib.token_loss import Batch, TokenLoss, split_examples
 
 _SAMPLE = 4, 8  # examples, and vectors, on which the error of products in bfloat16 is measured
 
@@ -98,15 +101,19 @@ def project(
 
 def project_run(
     path: Path,
-    checkpoints: CheckpointFolder,
+    checkpoints: Checkpoints,
     steps: list[int],
     batch: Batch,
     tokens: pd.DataFrame,
     basis: xr.Dataset,
     settings: ProjectionConfig,
     memory: int | None = None,
+    folders: Sequence[str] = (),
 ) -> xr.Dataset:
-    """Project every checkpoint of a run on a basis; resumes at the first checkpoint not yet stored.
+    """Project every checkpoint of a run on a basis; goes on with what is not yet stored.
+
+    The work is a grid of (checkpoint, block of vectors) tasks, carried out by :func:`polca_lib.engine.carry_out`: in
+    process, or by the engine that was set. Whoever does a task, its bytes are the same, on one kind of processor.
 
     Args:
         path: Zarr folder.
@@ -116,41 +123,46 @@ def project_run(
         tokens: one row per token of ``batch``; each column becomes a coordinate.
         basis: as :func:`polca_lib.basis.compute_basis` returns it.
         settings: whether to store b^T H(x) b too, and how to differentiate.
-        memory: bytes to take, vectors included; half of what the device has free if not given. As many vectors as
-            fit into half of it stay in memory; if not all do, they are read block by block at each checkpoint.
+        memory: bytes each worker may take, vectors included; half of what the device has free now if not given. If not
+            all vectors fit into half of it, they are worked on in blocks. A run that goes on keeps what it began with.
+        folders: that hold modules which the model or the loss need, see :class:`polca_lib.engine.Portable`.
 
     Returns:
         Dataset with ``loss`` (step, token) in nats; ``gradient`` and ``curvature`` (step, token, vector): first and
         second derivative of the token's loss along the vector; ``movement`` (step, vector): the movement
         theta_{t+1} - theta_t to the next checkpoint, along b; ``distance`` (step): its length; ``inside_loss``
         (step, token): loss at theta_t + B^T B (theta_{t+1} - theta_t), after the part of the movement that lies in the
-        basis. The last three are NaN at the last step. ``product_error`` (step): see :class:`Projected`. With
-        ``settings.curvature_examples``, ``curvature`` is (step, sample, vector), of the tokens of the first examples.
+        basis, left out without ``settings.inside_loss``. The last three are NaN at the last step. ``product_error``
+        (step, vector): see :class:`Projected`, of the block of the vector. With ``settings.curvature_examples``,
+        ``curvature`` is (step, sample, vector), of the tokens of the first examples. Attributes ``memory`` (bytes) and
+        ``threads`` (of torch) that each worker had.
 
     Raises:
-        NonFiniteProjection: names the step; what was stored before stays.
+        NonFiniteProjection: names the checkpoint; what was stored before stays.
     """
-    return project_runs([path], checkpoints, steps, batch, tokens, [basis], [settings], memory)[0]
+    return project_runs([path], checkpoints, steps, batch, tokens, [basis], [settings], memory, folders)[0]
 
 
 def project_runs(
     paths: Sequence[Path],
-    checkpoints: CheckpointFolder,
+    checkpoints: Checkpoints,
     steps: list[int],
     batch: Batch,
     tokens: pd.DataFrame,
     bases: Sequence[xr.Dataset],
     settings: Sequence[ProjectionConfig],
     memory: int | None = None,
+    folders: Sequence[str] = (),
 ) -> list[xr.Dataset]:
     """:func:`project_run` for several bases of one run at once.
 
-    What a pass through the model costs is paid once for all vectors. The rest is as if they were done one by one.
+    What a pass through the model costs is paid once for all vectors, if all fit into memory. The rest is as if they
+    were done one by one.
 
     Args:
         paths, bases, settings: of each basis. ``mode`` and ``precision`` must be the same for all, and none may ask for
             the curvature of all tokens, if there are several.
-        checkpoints, steps, batch, tokens, memory: see :func:`project_run`.
+        checkpoints, steps, batch, tokens, memory, folders: see :func:`project_run`.
 
     Raises:
         ValueError: the settings do not go together.
@@ -163,162 +175,265 @@ def project_runs(
             f"{sorted(together)}{' and the curvature of all tokens' if whole else ''}; allowed: one mode and one "
             "precision, and curvature on a sample (projection.curvature_examples) or none"
         )
-    losses_per_example = len(tokens) // n_examples(batch)
-    stores = []
-    for path, basis, own in zip(paths, bases, settings, strict=True):
-        variables = {
-            "loss": (("step", "token"), "float32"),
-            "gradient": (("step", "token", "vector"), "float32"),
-            "movement": (("step", "vector"), "float32"),
-            "distance": (("step",), "float32"),
-            "inside_loss": (("step", "token"), "float32"),
-            "product_error": (("step",), "float32"),
-        }
-        if own.curvature:
-            of = "token" if own.curvature_examples is None else "sample"
-            variables["curvature"] = (("step", of, "vector"), "float32")
-        template = xr.Dataset(
-            coords={
-                "step": steps,
-                "token": np.arange(len(tokens)),
-                **{name: ("token", _storable(column)) for name, column in tokens.items()},
-                **{name: values for name, values in basis.coords.items() if values.dims == ("vector",)},
-            }
+    # A power of two, so that what hangs on it seldom differs from one start to the next.
+    budget = 2 ** math.floor(math.log2(max(1, default_budget(checkpoints.device)))) if memory is None else memory
+    one = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
+    total = sum(basis.sizes["vector"] for basis in bases)
+    fitting = rows_that_fit(total, one, budget // 2)
+    about = {"memory": budget, "threads": torch.get_num_threads()}
+    stores = [
+        _store(path, checkpoints, steps, batch, tokens, basis, own, about, None if fitting == total else fitting)
+        for path, basis, own in zip(paths, bases, settings, strict=True)
+    ]
+    for store in stores:
+        store.heal()
+    work = _Work(
+        paths, checkpoints, steps, batch, bases, settings, stores[0].attrs["memory"], stores[0].attrs["threads"]
+    )
+    try:
+        carry_out(
+            work,
+            lambda: _missing(stores),
+            total=len(steps) * (1 if _side_by_side(stores) else sum(store.parts for store in stores)),
+            description="projections",
+            unit="checkpoint" if _side_by_side(stores) else "piece",
+            folders=folders,
         )
-        sizes = {"sample": losses_per_example * (own.curvature_examples or 0)}
-        stores.append(PieceStore(path, template, variables, dim="step", sizes=sizes))
-    lacking = [set(store.missing()) for store in stores]
-    if missing := sorted(set.union(*lacking)):
-        blocks = _Blocks(bases, checkpoints, memory)
-        following = dict(itertools.pairwise(steps))
-        bar = tqdm(missing, total=len(steps), initial=len(steps) - len(missing), desc="projections", unit="checkpoint")
-        for index in bar:
-            step = steps[index]
-            theta = _finite_theta(checkpoints, step)
-            change = _finite_theta(checkpoints, following[step]) - theta if step in following else None
-            pieces = _project_checkpoint(checkpoints.token_loss, theta, change, batch, blocks, settings)
-            if not all(np.isfinite(value).all() for piece in pieces for value in piece.values()):
-                raise NonFiniteProjection(
-                    f"{checkpoints.file(step)} gives a loss or derivative that is not finite; projections of "
-                    "other steps are kept. Look at the checkpoint, or end the run before it"
-                )
-            for store, lacks, piece in zip(stores, lacking, pieces, strict=True):
-                if index in lacks:
-                    store.write(index, **piece)
+    finally:
+        _SESSIONS.clear()
     return [store.dataset() for store in stores]
 
 
-class _Blocks:
-    """The vectors of all bases, in blocks that fit into memory, each with the strategy chosen for it."""
+class _Task(NamedTuple):
+    """What is done in one go: a part of the pieces of one checkpoint, of one basis or of several side by side."""
 
-    def __init__(self, bases: Sequence[xr.Dataset], checkpoints: CheckpointFolder, memory: int | None):
-        self._bases, self._checkpoints = bases, checkpoints
-        budget = default_budget(checkpoints.device) if memory is None else memory
-        one = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
-        ends = np.cumsum([0, *(basis.sizes["vector"] for basis in bases)]).tolist()
-        self.rows = [range(start, stop) for start, stop in itertools.pairwise(ends)]  # of each basis, among all
-        self._total = ends[-1]
-        self._size = max(1, min(self._total, budget // 2 // one))
-        self.memory = max(1, budget - self._size * one)  # for all else
-        self._only: Tensor | None = None
+    index: int  # along the steps
+    bases: tuple[int, ...]
+    part: int
+
+
+def _store(
+    path: Path,
+    checkpoints: Checkpoints,
+    steps: list[int],
+    batch: Batch,
+    tokens: pd.DataFrame,
+    basis: xr.Dataset,
+    settings: ProjectionConfig,
+    about: Mapping[str, int],
+    block: int | None,
+) -> PieceStore:
+    variables = {
+        "loss": (("step", "token"), "float32"),
+        "gradient": (("step", "token", "vector"), "float32"),
+        "movement": (("step", "vector"), "float32"),
+        "distance": (("step",), "float32"),
+        "product_error": (("step", "vector"), "float32"),
+    }
+    if settings.inside_loss:
+        variables["inside_loss"] = (("step", "token"), "float32")
+    sizes = {}
+    if settings.curvature:
+        of = "token" if settings.curvature_examples is None else "sample"
+        variables["curvature"] = (("step", of, "vector"), "float32")
+    if settings.curvature and settings.curvature_examples is not None:
+        sample = next(split_examples(batch, settings.curvature_examples))
+        with torch.no_grad():
+            sizes["sample"] = len(checkpoints.token_loss(checkpoints.theta(steps[0]), sample))
+    template = xr.Dataset(
+        coords={
+            "step": steps,
+            "token": np.arange(len(tokens)),
+            **{name: ("token", _storable(column)) for name, column in tokens.items()},
+            **{name: values for name, values in basis.coords.items() if values.dims == ("vector",)},
+        },
+        attrs=dict(about),
+    )
+    return PieceStore(path, template, variables, "step", sizes, None if block is None else ("vector", block))
+
+
+def _side_by_side(stores: Sequence[PieceStore]) -> bool:
+    """Whether the vectors of all bases go through the model at once: none is cut into blocks."""
+    return all(store.parts == 1 for store in stores)
+
+
+def _missing(stores: Sequence[PieceStore]) -> list[_Task]:
+    """Tasks that the stores lack, by checkpoint."""
+    lacking = [[divmod(piece, store.parts) for piece in store.missing()] for store in stores]
+    if _side_by_side(stores):
+        indices = sorted({index for pieces in lacking for index, _ in pieces})
+        return [_Task(index, tuple(range(len(stores))), 0) for index in indices]
+    return sorted(_Task(index, (which,), part) for which, pieces in enumerate(lacking) for index, part in pieces)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that is needed to carry out any task of a projection, also in another process."""
+
+    paths: Sequence[Path]
+    checkpoints: Checkpoints
+    steps: Sequence[int]
+    batch: Batch
+    bases: Sequence[xr.Dataset]
+    settings: Sequence[ProjectionConfig]
+    memory: int
+    threads: int
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __call__(self, task: _Task) -> None:
+        if self.key not in _SESSIONS:
+            _SESSIONS.clear()  # what is kept of another work only takes room
+            _SESSIONS[self.key] = _Session(self)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)  # or sums would round in another order
+        try:
+            _SESSIONS[self.key].carry_out(task)
+        finally:
+            torch.set_num_threads(threads)
+
+
+class _Session:
+    """A process at work on tasks, one after another: it keeps what the next will need again."""
+
+    def __init__(self, work: _Work):
+        self._work = work
+        self._stores = [PieceStore.open(path) for path in work.paths]
+        self._batch = pytree.tree_map(lambda t: t.to(work.checkpoints.device), work.batch)
+        self._thetas: dict[int, Tensor] = {}
+        self._vectors: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
         self._strategies: dict[tuple[int, int], Strategy] = {}
 
-    def __iter__(self) -> Iterator[tuple[range, Float[Tensor, "vector d"]]]:
-        for start in range(0, self._total, self._size):
-            rows = range(start, min(start + self._size, self._total))
-            if self._only is None:
-                block = self._read(rows)
-                self._only = block if self._size == self._total else None
-            yield rows, self._only if self._only is not None else block
+    def carry_out(self, task: _Task) -> None:
+        work, step = self._work, self._work.steps[task.index]
+        theta, change = self._theta(step), None
+        if task.index + 1 < len(work.steps):
+            change = self._theta(work.steps[task.index + 1]) - theta
+        parts = self._stores[task.bases[0]].parts
+        pieces: list[dict[str, Tensor]] = [{} for _ in task.bases]
+        if parts == 1 or task.part < parts - 1:
+            self._differentiate(task, theta, change, pieces)
+        if parts == 1 or task.part == parts - 1:
+            self._move(task, theta, change, pieces)
+        for which, piece in zip(task.bases, pieces, strict=True):
+            if not all(torch.isfinite(value).all() for value in piece.values()):
+                raise NonFiniteProjection(
+                    f"{work.checkpoints.name(step)} gives a loss or derivative that is not finite; projections of "
+                    "other steps are kept. Look at the checkpoint, or end the run before it"
+                )
+            store = self._stores[which]
+            number = task.index * store.parts + task.part
+            store.write(number, **{name: value.detach().cpu().numpy() for name, value in piece.items()})
 
-    def _read(self, rows: range) -> Float[Tensor, "vector d"]:
-        place = {"device": self._checkpoints.device, "dtype": self._checkpoints.token_loss.dtype}
-        parts = []
-        for basis, own in zip(self._bases, self.rows, strict=True):
-            if shared := _overlap(rows, own):
-                parts.append(read_vectors(basis, shared.start - own.start, shared.stop - own.start, **place))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    def _differentiate(
+        self, task: _Task, theta: Tensor, change: Tensor | None, pieces: list[dict[str, Tensor]]
+    ) -> None:
+        """Derivatives and movement along the vectors of the task."""
+        work, token_loss = self._work, self._work.checkpoints.token_loss
+        vectors, settings = self._read(task), [work.settings[which] for which in task.bases]
+        whole = settings[0].curvature_of_all
+        strategy = self._strategy(self._batch, vectors, settings[0], 2 if whole else 1)
+        found = project(token_loss, theta, self._batch, vectors, curvature=whole, strategy=strategy)
+        moved = None if change is None else inner_products(vectors, change[None])[:, 0].to(theta)
+        for own, rows, piece in zip(settings, self._rows(task), pieces, strict=True):
+            piece["loss"] = found.loss
+            piece["gradient"] = found.gradient[:, rows]
+            piece["product_error"] = torch.full((rows.stop - rows.start,), found.error)
+            if moved is not None:
+                piece["movement"] = moved[rows]
+            if whole:
+                piece["curvature"] = found.curvature
+            elif own.curvature:
+                sample = next(split_examples(self._batch, own.curvature_examples))
+                second = self._strategy(sample, vectors[rows], own, 2)
+                some = project(token_loss, theta, sample, vectors[rows], curvature=True, strategy=second)
+                piece["curvature"] = some.curvature
+        if self._stores[task.bases[0]].parts > 1:
+            del pieces[0]["loss"]  # it is of another piece
 
-    def strategy(
-        self, theta: Tensor, batch: Batch, vectors: Tensor, settings: ProjectionConfig, order: int
-    ) -> Strategy:
+    def _move(self, task: _Task, theta: Tensor, change: Tensor | None, pieces: list[dict[str, Tensor]]) -> None:
+        """Losses where the checkpoint is, and after the part of the movement that lies in each basis."""
+        work = self._work
+        for which, piece in zip(task.bases, pieces, strict=True):
+            store = self._stores[which]
+            if "loss" not in piece:
+                piece["loss"] = self._losses(task, theta)
+            if change is None:
+                continue
+            piece["distance"] = change.double().norm()
+            if not work.settings[which].inside_loss:
+                continue
+            point = theta.clone()
+            for part in range(len(store.blocks)):
+                block = task._replace(part=part)
+                vectors = self._read(block)[self._rows(block)[task.bases.index(which)]]
+                point += vectors.T @ inner_products(vectors, change[None])[:, 0].to(theta)
+            piece["inside_loss"] = self._losses(task, point)
+
+    @torch.no_grad()
+    def _losses(self, task: _Task, theta: Tensor) -> Float[Tensor, " token"]:
+        """Losses of all tokens, as many examples at a time as where they are differentiated."""
+        settings, loss = self._work.settings[task.bases[0]], self._work.checkpoints.token_loss
+        first = task._replace(part=0)
+        place = self._rows(first)[-1].stop, 2 if settings.curvature_of_all else 1
+        if place not in self._strategies:
+            self._strategy(self._batch, self._read(first), settings, place[1])
+        size = self._strategies[place].pass_examples
+        return torch.cat([loss(theta, part) for part in split_examples(self._batch, size)])
+
+    def _strategy(self, batch: Batch, vectors: Tensor, settings: ProjectionConfig, order: int) -> Strategy:
+        """How to differentiate: chosen at the first checkpoint, so that it is the same whatever is done first."""
         if (len(vectors), order) not in self._strategies:
+            checkpoints = self._work.checkpoints
+            held = len(vectors) * checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
             self._strategies[len(vectors), order] = choose(
-                self._checkpoints.token_loss,
-                theta,
+                checkpoints.token_loss,
+                self._theta(self._work.steps[0], keep=False),
                 batch,
                 vectors,
                 order=order,
                 mode=settings.mode if order == 1 else "forward",
                 precision=settings.precision if order == 1 else "float32",
-                memory=self.memory,
+                memory=max(1, self._work.memory - held),
             )
         return self._strategies[len(vectors), order]
 
+    def _read(self, task: _Task) -> Float[Tensor, "vector d"]:
+        """The vectors of a task, of all its bases."""
+        if self._vectors is None or self._vectors[0] != (task.bases, task.part):
+            self._vectors = None
+            checkpoints = self._work.checkpoints
+            place = {"device": checkpoints.device, "dtype": checkpoints.token_loss.dtype}
+            bases = [self._work.bases[which] for which in task.bases]
+            ranges = [range(basis.sizes["vector"])[self._stores[task.bases[0]].blocks[task.part]] for basis in bases]
+            read = [read_vectors(b, r.start, r.stop, **place) for b, r in zip(bases, ranges, strict=True)]
+            self._vectors = (task.bases, task.part), torch.cat(read) if len(read) > 1 else read[0]
+        return self._vectors[1]
 
-def _project_checkpoint(
-    token_loss: TokenLoss,
-    theta: Float[Tensor, " d"],
-    change: Float[Tensor, " d"] | None,
-    batch: Batch,
-    blocks: _Blocks,
-    settings: Sequence[ProjectionConfig],
-) -> list[dict[str, np.ndarray]]:
-    """What is to be stored of one checkpoint, for each basis."""
-    whole = settings[0].curvature_of_all
-    found, movement, inside = [], [], [theta.clone() for _ in settings]
-    sampled: list[list[Tensor]] = [[] for _ in settings]
-    for rows, vectors in blocks:
-        strategy = blocks.strategy(theta, batch, vectors, settings[0], 2 if whole else 1)
-        found.append(project(token_loss, theta, batch, vectors, curvature=whole, strategy=strategy))
-        if change is not None:
-            movement.append(inner_products(vectors, change[None])[:, 0].to(theta))
-        for index, (own, setting) in enumerate(zip(blocks.rows, settings, strict=True)):
-            if not (shared := _overlap(rows, own)):
-                continue
-            part = slice(shared.start - rows.start, shared.stop - rows.start)
-            if change is not None:
-                inside[index] += vectors[part].T @ movement[-1][part]
-            if setting.curvature and setting.curvature_examples is not None:
-                sample = next(split_examples(batch, setting.curvature_examples))
-                second = blocks.strategy(theta, sample, vectors[part], setting, 2)
-                some = project(token_loss, theta, sample, vectors[part], curvature=True, strategy=second)
-                sampled[index].append(some.curvature)
-    gradient = torch.cat([block.gradient for block in found], dim=1)
-    pieces = []
-    for own, point, curvature in zip(blocks.rows, inside, sampled, strict=True):
-        columns = slice(own.start, own.stop)
-        piece = {
-            "loss": found[0].loss,
-            "gradient": gradient[:, columns],
-            "product_error": torch.tensor(max(block.error for block in found)),
-        }
-        if whole:
-            piece["curvature"] = torch.cat([block.curvature for block in found], dim=1)
-        elif curvature:
-            piece["curvature"] = torch.cat(curvature, dim=1)
-        if change is not None:
-            losses = [token_loss(point, part) for part in split_examples(batch, strategy.pass_examples)]
-            piece |= {
-                "movement": torch.cat(movement)[columns],
-                "distance": change.double().norm(),
-                "inside_loss": torch.cat(losses),
-            }
-        pieces.append({name: value.detach().cpu().numpy() for name, value in piece.items()})
-    return pieces
+    def _rows(self, task: _Task) -> list[slice]:
+        """Which of the vectors of a task are of each of its bases."""
+        block = self._stores[task.bases[0]].blocks[task.part]
+        sizes = [len(range(self._work.bases[which].sizes["vector"])[block]) for which in task.bases]
+        return [slice(a, b) for a, b in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+    def _theta(self, step: int, *, keep: bool = True) -> Float[Tensor, " d"]:
+        """The weights at ``step``, checked here because they also enter the movement of the step before."""
+        if (theta := self._thetas.get(step)) is None:
+            checkpoints = self._work.checkpoints
+            theta = checkpoints.theta(step)
+            if not torch.isfinite(theta).all():
+                raise NonFiniteProjection(
+                    f"{checkpoints.name(step)} holds weights that are not finite; end the run before it"
+                )
+        if keep:
+            self._thetas.pop(step, None)
+            self._thetas[step] = theta
+            while len(self._thetas) > 2:
+                del self._thetas[next(iter(self._thetas))]
+        return theta
 
 
-def _overlap(one: range, other: range) -> range:
-    """The part of ``one`` that lies in ``other``; empty if none does."""
-    return range(max(one.start, other.start), min(one.stop, other.stop))
-
-
-def _finite_theta(checkpoints: CheckpointFolder, step: int) -> Float[Tensor, " d"]:
-    """The weights at ``step``, checked here because they also enter the movement of the step before."""
-    theta = checkpoints.theta(step)
-    if not torch.isfinite(theta).all():
-        raise NonFiniteProjection(f"{checkpoints.file(step)} holds weights that are not finite; end the run before it")
-    return theta
+_SESSIONS: dict[str, _Session] = {}
+"""What this process is at work on; one at a time."""
 
 
 def _storable(column: pd.Series) -> np.ndarray:

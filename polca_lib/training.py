@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from polca_lib.artefacts import DamagedFile
 from polca_lib.checkpoints import CheckpointFolder, load_tensors, save_tensors
 from polca_lib.config import TrainingConfig
+from polca_lib.progress import progress
 from polca_lib.token_loss import Batch
 
 
@@ -62,7 +62,7 @@ def train(
         _save_state(model, optimiser, states, 0)
     was_training, device = model.training, next(model.parameters()).device.type
     model.train()
-    with tqdm(total=config.steps, initial=start, desc="training", unit="step", mininterval=1.0) as bar:
+    with progress(desc="training", unit="step", total=config.steps, done=start) as bar:
         for step in range(start, config.steps):
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * min((step + 1) / config.warmup_steps, 1.0)

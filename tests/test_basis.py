@@ -4,7 +4,6 @@ import torch
 from cases import fail_at, folder_bytes, mlp_batch, orthonormal, problem, tiny_checkpoints, tiny_config
 
 from polca_lib import basis as basis_module
-from polca_lib.artefacts import PieceStore
 from polca_lib.basis import (
     compute_basis,
     gram_error,
@@ -18,6 +17,7 @@ from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.curvature import HessianOperator
 from polca_lib.memory import peak_bytes
 from polca_lib.models import build_model
+from polca_lib.pieces import PieceStore
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
 
@@ -33,7 +33,14 @@ def checkpoints(tmp_path_factory):
 def compute(folder, checkpoints, **overrides):
     folder.mkdir(exist_ok=True)
     overrides = {name.replace("__", "."): value for name, value in overrides.items()}
-    return compute_basis(folder / "basis.zarr", tiny_config(**overrides), checkpoints, BATCH)
+    return compute_from(folder, tiny_config(**overrides), checkpoints, BATCH)
+
+
+def compute_from(folder, config, checkpoints, batch):
+    return compute_basis(
+        folder / "basis.zarr", config.basis, checkpoints, batch,
+        steps=config.basis_steps, seed=config.seed, memory=config.memory,
+    )  # fmt: skip
 
 
 def algorithm_1(checkpoints, births, k, n, which):
@@ -110,7 +117,7 @@ def test_basis_stays_within_the_memory(tmp_path):
     for step in (40, 80):
         checkpoints.save(step, token_loss.parameters)
     batch = arithmetic.encode(np.arange(60).reshape(30, 2))
-    peak = peak_bytes(lambda: compute_basis(tmp_path / "basis.zarr", config, checkpoints, batch), "cpu")
+    peak = peak_bytes(lambda: compute_from(tmp_path, config, checkpoints, batch), "cpu")
     assert 500_000 < peak <= 1_500_000
 
 

@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polca_lib.projection as projection
-from polca_lib.artefacts import PieceStore
 from polca_lib.basis import compute_basis, read_vectors
 from polca_lib.config import ModelConfig, ProjectionConfig
 from polca_lib.models import build_model
+from polca_lib.pieces import PieceStore
 from polca_lib.projection import NonFiniteProjection, project, project_run, project_runs
 from polca_lib.strategy import choose
 from polca_lib.tasks import arithmetic
@@ -155,7 +155,8 @@ def make(path, **settings):
     """Checkpoints and a basis of three vectors, or as the settings say."""
     checkpoints = tiny_checkpoints(path / "checkpoints")
     config = tiny_config(**{"basis.n_vectors": 3, **{name.replace("__", "."): v for name, v in settings.items()}})
-    return checkpoints, compute_basis(path / "basis.zarr", config, checkpoints, BATCH)
+    basis = compute_basis(path / "basis.zarr", config.basis, checkpoints, BATCH, steps=config.basis_steps)
+    return checkpoints, basis
 
 
 @pytest.fixture
@@ -240,7 +241,7 @@ def test_checkpoint_that_is_not_finite_is_named_and_what_came_before_stays(tmp_p
     break_checkpoint(made[0], 40)
     with pytest.raises(NonFiniteProjection, match=r"step-00000040\.safetensors"):
         project_all(tmp_path / "run", made)
-    store = PieceStore(tmp_path / "run" / "projections.zarr", None, {}, dim="step")
+    store = PieceStore.open(tmp_path / "run" / "projections.zarr")
     assert 0 not in store.missing()
     assert 2 in store.missing()
 
@@ -272,8 +273,9 @@ def test_vectors_for_which_there_is_no_room_are_read_in_blocks_with_the_same_res
     assert blocks == [28]
     blocks.clear()
     parts = project_all(tmp_path / "parts", made, memory=6500, **settings)
-    # 6500 bytes, of which half for vectors of 124 bytes; read again at each of the five checkpoints.
-    assert blocks == 5 * [26, 2]
+    # 6500 bytes, of which half for vectors of 124 bytes; read at each of the five checkpoints for derivatives, and at
+    # all but the last for the movement inside. A block that is still there is not read again.
+    assert blocks == 4 * [26, 2, 26, 2] + [26, 2]
     assert set(parts) == set(whole)
     for name in whole:
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-5)
@@ -284,14 +286,15 @@ def test_settings_say_how_to_differentiate_and_what_error_that_has(tmp_path, mad
     reverse = project_all(tmp_path / "reverse", made, curvature=False, mode="reverse")
     rounded = project_all(tmp_path / "rounded", made, curvature=False, mode="reverse", precision="bfloat16")
     np.testing.assert_allclose(reverse["gradient"], exact["gradient"], rtol=1e-4, atol=1e-5)
-    assert exact["product_error"].dims == ("step",)
+    assert exact["product_error"].dims == ("step", "vector")
     assert (exact["product_error"] == 0).all()
     assert (reverse["product_error"] == 0).all()
     for step in STEPS:
         ours, theirs = (dataset["gradient"].sel(step=step).values[:8] for dataset in (rounded, exact))
         error = np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2))
-        assert 0 < rounded["product_error"].sel(step=step) < 0.05
-        np.testing.assert_allclose(rounded["product_error"].sel(step=step), error, rtol=0.02)
+        stated = rounded["product_error"].sel(step=step)
+        assert ((stated > 0) & (stated < 0.05)).all()
+        np.testing.assert_allclose(stated, error, rtol=0.02)
 
 
 def test_memory_too_small_for_one_example_is_refused_with_what_to_do(tmp_path, made):

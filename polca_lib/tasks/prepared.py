@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from polca_lib.artefacts import Artefact, DamagedFile, fingerprint, write_atomically
+from polca_lib.progress import progress
 from polca_lib.tasks.corpus import VALIDATION_ONE_IN, Article, hub_config, is_validation, read_articles
 from polca_lib.tasks.tokenization import (
     GrowingArray,
@@ -134,7 +135,7 @@ def prepare_corpus(
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 artefact = Artefact.open(partial, "corpus", settings, {})
-                with artefact.timed():
+                with artefact.at_work():
                     _fill(partial, source, vocabulary, width, articles, tokenizer_articles, skip_damaged)
                 partial.replace(folder)
             finally:
@@ -168,10 +169,10 @@ def _fill(
     damaged: list[str] = []
     with closing(read_articles(source, skip_damaged=skip_damaged, damaged=damaged)) as reader:
         stream = _take(reader, articles)
-        head = list(tqdm(_take(stream, tokenizer_articles), desc="articles for the tokenizer", unit="article"))
+        head = list(progress(_take(stream, tokenizer_articles), desc="articles for the tokenizer", unit="article"))
         tokenizer = train_tokenizer((article.text for article in head if not is_validation(article)), vocabulary)
         tokenizer.save(str(folder / "tokenizer.json"))
-        with tqdm(total=articles, desc="corpus", unit="article") as bar:
+        with progress(desc="corpus", unit="article", total=articles) as bar:
             counts = _write_windows(folder, chain(head, stream), tokenizer, width, bar)
     counts = counts._replace(damaged=len(damaged))
     if articles is not None and counts.articles < articles:
