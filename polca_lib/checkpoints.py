@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -92,6 +93,10 @@ class CheckpointFolder:
         """Path of the checkpoint at ``step``."""
         return str(self.file(step))
 
+    def identity(self, step: int) -> str:
+        """Name and size of the file at ``step``; its checksum is inside."""
+        return f"{self.file(step).name}: {self.file(step).stat().st_size}"
+
     @property
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in training order."""
@@ -115,3 +120,53 @@ class CheckpointFolder:
             raise
         except ValueError as error:
             raise ValueError(f"{self.file(step)} is a checkpoint of another model: {error}") from None
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Checkpoints whose checksums are kept when they are first read: what changes afterwards is refused."""
+
+    inner: Checkpoints
+    folder: Path
+
+    @property
+    def token_loss(self) -> TokenLoss:
+        """Of the model."""
+        return self.inner.token_loss
+
+    @property
+    def device(self) -> str:
+        """Where parameter vectors are put."""
+        return self.inner.device
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in training order."""
+        return self.inner.steps
+
+    def name(self, step: int) -> str:
+        """What messages call the checkpoint at ``step``."""
+        return self.inner.name(step)
+
+    def identity(self, step: int) -> str:
+        """Fingerprint of the checkpoint at ``step`` that needs no reading of it all."""
+        return self.inner.identity(step)
+
+    def theta(self, step: int) -> Float[Tensor, " d"]:
+        """Flat parameter vector at ``step``.
+
+        Raises:
+            DamagedFile: it is not what it was when it was first read.
+        """
+        theta = self.inner.theta(step)
+        digest = hashlib.sha256(theta.detach().cpu().numpy()).hexdigest()
+        kept = self.folder / f"{step:012d}.sha256"
+        if not kept.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, digest.encode())
+        elif kept.read_bytes() != digest.encode():
+            raise DamagedFile(
+                f"{self.name(step)} is not what it was when it was first read (its checksum does not match); put it "
+                f"back, or use another folder than {self.folder.parent} for what it is now"
+            )
+        return theta

@@ -62,10 +62,14 @@ class OwnProjection(ProjectionConfig):
 
 
 class OwnClustering(ClusteringConfig):
-    """HDBSCAN and what it is given; what is not given follows from the run."""
+    """HDBSCAN and what it is given; what is not given follows from the run.
+
+    The paper's own order and scaling are ``second`` and ``raw``. The defaults here need no curvature and divide by
+    nothing that may vanish: trajectories by the trapezoid rule, told apart by their shape alone.
+    """
 
     order: Order = "trapezoid"
-    scaling: Scaling = "unit"
+    scaling: Scaling = "zscore"
     min_cluster_size: int | None = Field(None, ge=2, description="3% of the tokens, as in the paper, if not given")
     breakthrough_window: int | None = Field(
         None, gt=0, description="D of v3 Eq. 9, in steps; a twentieth of the training if not given"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -53,7 +57,21 @@ def _mish(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(product) if inplace else product
 
 
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    # Backwards, torch masks the row of padding; forwards it does not. What the function depends on, it depends on.
+    return nn.functional.embedding(input, weight)
+
+
 _COMPOSED = {
+    nn.functional.embedding: _embedding,
     nn.functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     nn.functional.silu: _silu,
@@ -70,33 +88,75 @@ class _LossModule(nn.Module):
         return self.loss(self.model, batch)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What an analysis is of, but for the checkpoints.
+
+    Args:
+        model: any module; its weights don't matter, for they come from checkpoints.
+        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats.
+        validation: examples whose tokens are decomposed.
+        hessian: sample of the training data, for a basis of the Hessian.
+        tokens: a row per token of ``validation``.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Batch], Tensor]
+    validation: Batch
+    hessian: Batch | None = None
+    tokens: pd.DataFrame | None = None
+
+
 class TokenLoss:
-    """The loss of every target token as a function of the flat parameter vector.
+    """The loss of every target token as a function of the flat vector of trainable parameters.
+
+    Parameters that are frozen (``requires_grad`` is off) and buffers stay as they are in the model; tied parameters are
+    there once. The loss is computed in the widest dtype of the parameters, float32 at least.
 
     Args:
         model: any module without active dropout. It is never changed: parameters come in through ``theta``.
         loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats.
 
     Raises:
-        ValueError: the model has dropout that is switched on, or parameters of several dtypes.
+        ValueError: the model has dropout that is switched on, or normalises over the batch, or has no parameters of
+            floating-point numbers to train. What can't be seen without data is up to :meth:`check`.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor]):
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-                raise ValueError(
-                    f"module {name!r} drops out with p = {module.p}: a loss that changes from call to call "
-                    "has no Hessian; call model.eval() first"
-                )
+        _refuse_what_is_no_function(model)
         self.model = model
-        self.parameters = {name: p.detach() for name, p in model.named_parameters()}
-        dtypes = {p.dtype for p in self.parameters.values()}
-        if len(dtypes) != 1:
-            raise ValueError(f"parameters have dtypes {sorted(map(str, dtypes))}; allowed: one, such as float32")
-        self.dtype = dtypes.pop()
+        named = dict(model.named_parameters())
+        trainable = {name: p.detach() for name, p in named.items() if p.requires_grad}
+        if not trainable or not all(p.is_floating_point() for p in named.values()):
+            odd = next((name for name, p in named.items() if not p.is_floating_point()), None)
+            what = f"parameter {odd!r} holds {named[odd].dtype}" if odd else "no parameter of the model requires_grad"
+            raise ValueError(f"{what}; allowed: floating-point parameters, at least one of them trainable")
+        self.dtype = reduce(torch.promote_types, (p.dtype for p in named.values()), torch.float32)
+        # Of those in another dtype, only shapes are of interest.
+        self.parameters = {
+            name: p if p.dtype == self.dtype else torch.empty_like(p, dtype=self.dtype, device="meta")
+            for name, p in trainable.items()
+        }
         self.n_parameters = sum(p.numel() for p in self.parameters.values())
         self._sizes = [p.numel() for p in self.parameters.values()]
         self._module = _LossModule(model, loss)
+        first = {id(p): name for name, p in named.items()}
+        self._tied = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        self._fixed = {name: p.detach() for name, p in named.items() if not p.requires_grad} | dict(
+            model.named_buffers()
+        )
+        self._cast = {
+            f"model.{name}": value.to(self.dtype)
+            for name, value in self._fixed.items()
+            if value.is_floating_point() and value.dtype != self.dtype
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To other processes it goes without the weights: they come in through ``theta`` anyway."""
+        light = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.model.parameters() if p.requires_grad
+        }
+        return TokenLoss, (deepcopy(self.model, light), self._module.loss)
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` at parameters ``theta``, differentiable in ``theta``."""
@@ -104,26 +164,93 @@ class TokenLoss:
 
     def at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " tokens"]:
         """The same, for parameters by name."""
-        state = {f"model.{name}": value for name, value in parameters.items()}
+        state = {f"model.{name}": value for name, value in parameters.items()} | self._cast
         # Fused attention kernels have no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH), _Composed():
             return torch.func.functional_call(self._module, state, (batch,))
 
+    def check(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
+        """See whether the loss is a function that can be taken apart: of the parameters alone, token by token.
+
+        Args:
+            theta: parameters, shape (d,).
+            batch: examples, of which three at most are looked at.
+
+        Raises:
+            ValueError: losses that are not one number a token, that change from call to call, or that depend on what
+                else is in the batch; or a model without derivatives in forward mode. Says what to do.
+        """
+        few = next(split_examples(batch, 3))
+        with torch.no_grad():
+            together, again = self(theta, few), self(theta, few)
+            if together.ndim != 1 or not together.is_floating_point() or together.numel() % n_examples(few):
+                raise ValueError(
+                    f"the loss of {n_examples(few)} examples has shape {tuple(together.shape)} and dtype "
+                    f"{together.dtype}; allowed: one floating-point number for each target token, example by example, "
+                    'as many for each: reduction="none", then flatten()'
+                )
+            if not torch.equal(together, again) and not torch.isnan(together).any():
+                raise ValueError(
+                    f"two calls of the loss differ, by {(together - again).abs().max():.2g} nats at most: something is "
+                    "drawn at random, such as dropout; call model.eval(), and switch off what draws elsewhere"
+                )
+            alone = torch.cat([self(theta, one) for one in split_examples(few, 1)])
+            if alone.shape != together.shape or not torch.allclose(alone, together, 1e-3, 1e-4, equal_nan=True):
+                raise ValueError(
+                    "the loss of an example alone differs from its loss in a batch: it depends on the other examples "
+                    "(normalisation over the batch, or a mean over it?), and can't be taken apart"
+                )
+        one, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
+        try:
+            torch.func.jvp(lambda at: self(at, one), (theta,), (tangent,))
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"the model has no derivatives in forward mode ({error}); write the part that lacks them with plain "
+                "operations of torch, or give its autograd.Function a jvp"
+            ) from error
+
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
         """Named parameters as one vector, in the order of ``model.named_parameters()``.
 
+        Args:
+            parameters: all trainable ones; and if there, as in a ``state_dict``, other names of tied ones, frozen
+                ones and buffers, which must be what they are in the model.
+
         Raises:
-            ValueError: a parameter is missing, unknown or of another shape.
+            ValueError: a parameter is missing, unknown or of another shape; tied ones differ; or a frozen one or a
+                buffer is another than the model's.
         """
-        if set(parameters) != set(self.parameters):
-            odd = sorted(set(parameters) ^ set(self.parameters))
-            raise ValueError(f"parameters {odd[:3]} are in the checkpoint or in the model, but not in both")
-        for name, own in self.parameters.items():
-            if parameters[name].shape != own.shape:
+        found: dict[str, Tensor] = {}
+        unknown = []
+        for name, value in parameters.items():
+            own = self._tied.get(name, name)
+            if own not in self.parameters and own not in self._fixed:
+                unknown.append(name)
+                continue
+            mine = self.parameters[own] if own in self.parameters else self._fixed[own]
+            if value.shape != mine.shape:
                 raise ValueError(
-                    f"parameter {name!r} has shape {tuple(parameters[name].shape)}; the model's is {tuple(own.shape)}"
+                    f"parameter {name!r} has shape {tuple(value.shape)}; the model's is {tuple(mine.shape)}"
                 )
-        return torch.cat([parameters[name].reshape(-1) for name in self.parameters])
+            if own in self._fixed:
+                self._check_fixed(name, value, mine)
+            elif own in found and not torch.equal(found[own], value):
+                raise ValueError(f"parameters {own!r} and {name!r} are tied in the model, but differ in the checkpoint")
+            else:
+                found[own] = value
+        if odd := sorted(unknown + [name for name in self.parameters if name not in found]):
+            raise ValueError(f"parameters {odd[:3]} are in the checkpoint or in the model, but not in both")
+        return torch.cat([found[name].reshape(-1).to(self.dtype) for name in self.parameters])
+
+    @staticmethod
+    def _check_fixed(name: str, value: Tensor, mine: Tensor) -> None:
+        """Frozen parameters and buffers of a checkpoint must be the model's; counters don't matter."""
+        if value.is_floating_point() and not torch.equal(value.to(mine), mine):
+            raise ValueError(
+                f"{name!r} is frozen, or a buffer, but differs from the model's own: what changes in training besides "
+                "trainable parameters can't be told apart from them. Set requires_grad, load this checkpoint into the "
+                "model first, or train without running statistics"
+            )
 
     def unflatten(self, theta: Float[Tensor, "*vector d"]) -> dict[str, Float[Tensor, "*vector ..."]]:
         """Views of ``theta``, or of vectors in rows, by parameter name."""
@@ -132,6 +259,28 @@ class TokenLoss:
             name: piece.reshape((*piece.shape[:-1], *p.shape))
             for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
+
+
+def _refuse_what_is_no_function(model: nn.Module) -> None:
+    """Raise a ValueError for modules that drop out, mix examples, or change weights as they go."""
+    for name, module in model.named_modules():
+        rate = 0.0
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rate = module.p
+        elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+            rate = module.dropout
+        if module.training and rate > 0:
+            raise ValueError(
+                f"module {name!r} drops out with p = {rate}: a loss that changes from call to call "
+                "has no Hessian; call model.eval() first"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"module {name!r} normalises over the batch: the loss of an example depends on the others; call "
+                "model.eval() first, and keep running statistics"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise ValueError(f"module {name!r} has max_norm = {module.max_norm}, which changes weights as it goes")
 
 
 def n_examples(batch: Batch) -> int:

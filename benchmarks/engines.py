@@ -1,0 +1,106 @@
+"""The same projections in process, in processes, on Dask and on Ray, with one worker and two: time, same bytes?
+
+    python benchmarks/engines.py
+
+Writes ``benchmarks/results/engines.csv``, which the book shows. Workers have one thread each, and so has the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import joblib
+import pandas as pd
+import torch
+
+from polca_lib.artefacts import software
+from polca_lib.basis import compute_basis
+from polca_lib.checkpoints import CheckpointFolder
+from polca_lib.config import DirectionsConfig, ProjectionConfig, RunConfig
+from polca_lib.engine import carry_out, engine
+from polca_lib.models import build_model
+from polca_lib.projection import project_run
+from polca_lib.tasks import arithmetic
+from polca_lib.tasks.arithmetic import Addition
+from polca_lib.token_loss import TokenLoss
+
+ENGINES = (("in-process", None), ("processes", 1), ("processes", 2), ("dask", 1), ("dask", 2), ("ray", 1), ("ray", 2))
+
+
+def digest(path: Path) -> str:
+    """Of all pieces below ``path``, by name and content."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(b"".join(str(f.relative_to(path)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+
+def wake(task: int) -> None:
+    """A task that does nothing but bring a worker to life, and import what it needs."""
+    import transformer_lens  # noqa: F401
+
+    import polca_lib.projection  # noqa: F401
+
+    time.sleep(2)  # so that no worker gets all of them
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24, help="checkpoints")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    config = RunConfig.from_preset("laptop", **{"data.validation_examples": 250})
+    task = Addition(config)
+    with tempfile.TemporaryDirectory() as name:
+        folder, steps = Path(name), list(range(0, 20 * arguments.steps, 20))
+        checkpoints = CheckpointFolder(folder, TokenLoss(build_model(config.model, 0), arithmetic.answer_loss))
+        theta = checkpoints.token_loss.flatten(checkpoints.token_loss.parameters)
+        for step in steps:
+            checkpoints.save(step, checkpoints.token_loss.unflatten(theta))
+            theta = theta + 1e-3 * torch.randn_like(theta)
+        settings = DirectionsConfig(kind="random", n_vectors=16)
+        basis = compute_basis(folder / "basis.zarr", settings, checkpoints, None, steps=[0] * 16)
+        rows, first = [], None
+        for repeat in range(arguments.repeats):
+            for engaged, workers in ENGINES:
+                path = folder / f"{engaged}-{workers}-{repeat}.zarr"
+                with engine(engaged, workers=workers):
+                    # Starting workers and importing torch in them is not what is measured.
+                    done: list[int] = []
+                    carry_out(
+                        wake, lambda d=done: [] if d else (d.append(1), range(4))[1],
+                        total=4, description="warm", unit="task",
+                    )  # fmt: skip
+                    start = time.perf_counter()
+                    project_run(
+                        path, checkpoints, steps, task.validation, task.tokens, basis,
+                        ProjectionConfig(curvature=False), 2**30,
+                    )  # fmt: skip
+                    seconds = time.perf_counter() - start
+                first = first or digest(path)
+                rows.append(
+                    {"engine": engaged, "workers": workers or 1, "seconds": seconds, "same": digest(path) == first}
+                )
+                print(rows[-1], flush=True)
+    table = pd.DataFrame(rows).groupby(["engine", "workers"], sort=False)
+    result = table["seconds"].agg(["median", "min", "max"]).round(2)
+    result["speed-up"] = (result.loc[("in-process", 1), "median"] / result["median"]).round(2)
+    result["same bytes"] = table["same"].all()
+    place = Path(__file__).parent / "results"
+    result.reset_index().to_csv(place / "engines.csv", index=False)
+    about = {key: software()[key] for key in ("commit", "python", "torch", "machine")}
+    about |= {"joblib": joblib.__version__, "repeats": arguments.repeats, "checkpoints": arguments.steps}
+    about |= {"parameters": checkpoints.token_loss.n_parameters, "tokens": len(task.tokens), "vectors": 16}
+    (place / "engines.json").write_text(json.dumps(about, indent=1) + "\n")
+    assert statistics.mean(result["same bytes"]) == 1, result
+    print(result)
+
+
+if __name__ == "__main__":
+    main()
