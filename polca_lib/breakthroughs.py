@@ -42,30 +42,43 @@ def breakthrough_step(trajectories: xr.DataArray, window: int) -> xr.DataArray:
     """Step at which each trajectory starts its sharpest drop.
 
     v3's Eq. 9 takes the argmax of [f(t + D) - f(t)] - [f(t) - f(t - D)]. For a curve that falls, this is where a drop
-    *ends*; its start is the argmin, which is what is meant and what is returned.
+    *ends*; its start is the argmin, which is what is meant and what is returned. Between checkpoints curves are taken
+    as straight, so that steps need not be at a constant cadence.
 
     Args:
-        trajectories: (step, ...) at a constant cadence.
-        window: D, in steps; a multiple of the cadence.
+        trajectories: (step, ...).
+        window: D, in steps; at a constant cadence a multiple of it.
 
     Raises:
         ValueError: D is not a multiple of the cadence, or so long that no step has D on both sides.
     """
     steps = trajectories["step"].values
-    cadence = int(steps[1] - steps[0])
-    if window % cadence or window < cadence:
+    gaps = np.diff(steps)
+    cadence = int(gaps[0]) if (gaps == gaps[0]).all() else None
+    if cadence is not None and (window % cadence or window < cadence):
         raise ValueError(f"window = {window} is not a multiple of the cadence of {cadence} steps")
-    shift = window // cadence
-    if len(steps) < 2 * shift + 1:
+    own = (steps - window >= steps[0]) & (steps + window <= steps[-1])
+    if not own.any():
+        span = int(steps[-1] - steps[0])
+        longest = int(np.minimum(steps - steps[0], steps[-1] - steps).max())
         raise ValueError(
-            f"window = {window} needs {2 * window} steps of training, but there are {steps[-1] - steps[0]}; "
-            f"allowed: at most {(len(steps) - 1) // 2 * cadence}"
+            f"window = {window} needs {2 * window} steps of training, but there are {span}; allowed: at most {longest}"
         )
-    values = trajectories.transpose("step", ...)
-    middle = values.isel(step=slice(shift, -shift))
-    after = values.isel(step=slice(2 * shift, None)).assign_coords(step=middle["step"])
-    before = values.isel(step=slice(None, -2 * shift)).assign_coords(step=middle["step"])
+    values = trajectories.transpose("step", ...).astype(np.result_type(trajectories.dtype, np.float32))
+    middle = values.isel(step=own)
+    after, before = (_between(values, middle["step"].values + shift, middle) for shift in (window, -window))
     return (after - 2 * middle + before).idxmin("step")
+
+
+def _between(values: xr.DataArray, steps: np.ndarray, like: xr.DataArray) -> xr.DataArray:
+    """Values at ``steps``, on the straight lines between checkpoints, with the coordinates of ``like``."""
+    known = values["step"].values
+    right = np.clip(np.searchsorted(known, steps), 1, len(known) - 1)
+    weight = ((steps - known[right - 1]) / (known[right] - known[right - 1])).astype(values.dtype)
+    weight = weight.reshape(-1, *[1] * (values.ndim - 1))
+    one, two = values.values[right - 1], values.values[right]
+    # Exactly the checkpoint's own value where there is one.
+    return like.copy(data=np.where(weight == 1, two, one + weight * (two - one)).astype(values.dtype))
 
 
 def mark_hidden(

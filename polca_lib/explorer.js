@@ -111,7 +111,8 @@ function explore(root) {
     table.hidden = !one || !measures.length;
     if (!one) return list.replaceChildren();
     reading.style.setProperty("--colour", colour(number));
-    const facts = [`${one.tokens.toLocaleString("en")} tokens`, one.simple ? "simple label" : "no simple label"];
+    const facts = [`${one.tokens.toLocaleString("en")} tokens`];
+    if (one.simple !== null) facts.push(one.simple ? "simple label" : "no simple label");
     if (one.mirrors) facts.push(`moves against ${one.mirrors}`);
     heading.append(element("bdi", {}, one.label || "no label"), element("span", {}, ` · ${facts.join(" · ")}`));
     table.replaceChildren(
@@ -129,7 +130,7 @@ function explore(root) {
       { type: "button", class: "polca-chip", role: "radio", "data-cluster": cluster },
       element("span", { class: "polca-dot" }),
       element("span", { class: "polca-number" }, `${cluster}`),
-      element("bdi", { class: `polca-label${simple ? "" : " polca-vague"}` }, label || "no label"),
+      element("bdi", { class: `polca-label${simple === false ? " polca-vague" : ""}` }, label || "no label"),
       element("span", { class: "polca-muted" }, tokens.toLocaleString("en")),
     );
     button.style.setProperty("--colour", colour(cluster));

@@ -41,8 +41,8 @@ class Explorer:
             ``step`` and, if known, ``birth_step`` (vector). Vector 0 stands for the exact loss, without a vector. It
             may also have ``nearest`` (vector, cluster, rank, step): curves of the tokens nearest the medoid.
         clusters: one row per cluster: ``vector``, ``cluster``, ``tokens`` (how many), ``label``, ``simple`` (whether
-            the label is), and if known ``mirrors`` (which clusters move the other way, such as "2, 4") and any of
-            ``inside``, ``outside``, ``precision``, ``recall``.
+            the label is; none if labels are of another kind), and if known ``mirrors`` (which clusters move the other
+            way, such as "2, 4") and any of ``inside``, ``outside``, ``precision``, ``recall``.
         contexts: one row per context: ``vector``, ``cluster``, ``rank`` (from 1, nearest the medoid first), ``before``,
             ``target``, ``after``, and if known ``title``, ``url``, ``attribution``. All text is shown as it is.
         title: shown above.
@@ -130,7 +130,7 @@ def _vectors(
                     "cluster": int(row["cluster"]),
                     "tokens": int(row["tokens"]),
                     "label": _text(row["label"]),
-                    "simple": bool(row["simple"]),
+                    "simple": None if pd.isna(row["simple"]) else bool(row["simple"]),
                     "mirrors": _text(row.get("mirrors")),
                     "measures": _rounded(row[name] for name in measures),
                     **{name: _rounded(one[name].values.tolist()) for name in CURVES},

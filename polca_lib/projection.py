@@ -27,6 +27,7 @@ from polca_lib.pieces import PieceStore
 from polca_lib.strategy import Mode, Precision, Strategy, choose, differentiate, relative_difference
 from polca_lib.token_loss import Batch, TokenLoss, split_examples
 
+_LONGEST = 1000  # characters of a text in the token table: all of a column take as much room as its longest
 _SAMPLE = 4, 8  # examples, and vectors, on which the error of products in bfloat16 is measured
 
 
@@ -437,6 +438,6 @@ _SESSIONS: dict[str, _Session] = {}
 
 
 def _storable(column: pd.Series) -> np.ndarray:
-    """Values with a dtype that Zarr knows: numbers and booleans as they are, all else as text."""
+    """Values with a dtype that Zarr knows: numbers and booleans as they are, all else as text, which is cut."""
     numeric = pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
-    return column.to_numpy() if numeric else column.to_numpy(dtype=str)
+    return column.to_numpy() if numeric else np.array([str(value)[:_LONGEST] for value in column])

@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import pytest
 import torch
 from cases import TINY_RUN, problem
@@ -8,6 +11,9 @@ from polca_lib.pipeline import Run
 # On a busy machine an example may take long: that says nothing about the library.
 settings.register_profile("polca", deadline=None, max_examples=30, database=None)
 settings.load_profile("polca")
+
+
+_ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,3 +46,19 @@ def run(runs_folder):
     run = Run.from_preset("smoke", **TINY_RUN)
     _ = run.projections
     return run
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium or Chrome, headless; without one, tests that need it are skipped, or fail if one is required."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = os.environ.get("POLCA_BROWSER") or next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        problem = "no browser: install chromium, or set POLCA_BROWSER to a Chromium or Chrome"
+        (pytest.fail if os.environ.get("POLCA_REQUIRE_BROWSER") else pytest.skip)(problem)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=_ARGUMENTS)
+        yield browser
+        browser.close()

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import re
-import shutil
 
 import numpy as np
 import pandas as pd
@@ -20,7 +18,6 @@ SIZES = {1: [240, 96, 31], 2: [410, 120], 3: []}
 LABELS = ("PUNCT after PROPN", "subword inside a name", "DET after ADP", "NOUN after ADJ")
 WORDS = {1: " harbour", 2: "\n", 3: ",", 4: " 1974"}
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1> &lt;b&gt; \u202eabc\u202c שלום\u2028end"
-ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync")
 
 
 def tables(sizes=SIZES, contexts=6):
@@ -169,21 +166,6 @@ def test_clusters_of_one_table_alone_are_named():
 
 
 # ---------------------------------------------------------------------------------------------------------- the browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = os.environ.get("POLCA_BROWSER") or next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        problem = "no browser: install chromium, or set POLCA_BROWSER to a Chromium or Chrome"
-        (pytest.fail if os.environ.get("POLCA_REQUIRE_BROWSER") else pytest.skip)(problem)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
