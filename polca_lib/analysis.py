@@ -22,7 +22,7 @@ import xarray as xr
 from torch.utils import _pytree as pytree
 from upath import UPath
 
-from polca_lib.artefacts import FORMAT_VERSION, Artefact, ArtefactMismatch, fingerprint
+from polca_lib.artefacts import FORMAT_VERSION, Artefact, ArtefactMismatch, DamagedFile, fingerprint
 from polca_lib.basis import compute_basis
 from polca_lib.breakthroughs import hidden_threshold, mark_hidden
 from polca_lib.checkpoints import Checkpoints, Remembered
@@ -259,8 +259,11 @@ class Analysis:
 
     def _check_loss_is_the_same(self, path: Path) -> None:
         """The code of a loss has no hash; but what it gave at the first checkpoint is known, once that is stored."""
-        stored = PieceStore.open(path) if path.exists() and path.with_name(f"{path.name}.ready").exists() else None
-        if stored is None or not stored.done()[stored.parts - 1] or not stored.missing():
+        try:
+            stored = PieceStore.open(path)
+        except (FileNotFoundError, DamagedFile):  # what is damaged is made anew, or refused, further on
+            return
+        if not stored.done()[stored.parts - 1] or not stored.missing():
             return
         kept = stored.dataset()["loss"].isel(step=0).values
         theta, few = self.checkpoints.theta(self.steps[0]), next(split_examples(self.validation, 3))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ _STORED = {
 
 _OF_HESSIAN = ("hessian", "shuffled", "final")
 _WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in _OF_HESSIAN)
+
+_Piece = tuple[int, dict[str, np.ndarray | float]]
 
 _SLICE = 2**14  # parameters for which all Gaussian vectors are in memory at once
 
@@ -107,13 +110,14 @@ def compute_basis(
             pieces = ((row, {"axis": axes[row]}) for row in missing)
         else:
             memory = default_budget(checkpoints.device) if memory is None else memory
-            # Start at the first vector of the block that was cut short: those after it are orthogonal to it.
             block = settings.k if kind in _OF_HESSIAN else 1
-            missing = range(missing[0] // block * block, n_vectors)
-            if kind == "trajectory":
-                pieces = _principal_directions(checkpoints, births, steps, store, missing[0], memory)
-            else:
-                pieces = _eigenvectors(settings, births, checkpoints, hessian_batch, store, missing[0], seed, memory)
+
+            def find(start: int) -> Iterator[_Piece]:
+                if kind == "trajectory":
+                    return _principal_directions(checkpoints, births, steps, store, start, memory)
+                return _eigenvectors(settings, births, checkpoints, hessian_batch, store, start, seed, memory)
+
+            pieces = _in_sequence(missing, block, find)
         done = n_vectors - len(missing)
         with progress(desc=f"basis ({kind})", unit="vector", total=n_vectors, done=done) as bar:
             for row, piece in pieces:
@@ -197,6 +201,18 @@ def _birth_steps(settings: DirectionsConfig, steps: Sequence[int], seed: int, ch
     if settings.kind == "shuffled":
         births = np.random.default_rng(seed).permutation(births)
     return np.repeat(births, settings.k)[: settings.n_vectors]
+
+
+def _in_sequence(missing: Sequence[int], block: int, find: Callable[[int], Iterator[_Piece]]) -> Iterator[_Piece]:
+    """Pieces of missing vectors; ``find`` gives all from the first of a block on: those of a block come together."""
+    left = deque(missing)
+    while left:
+        for row, piece in find(left[0] // block * block):
+            if row == left[0]:
+                left.popleft()
+                yield row, piece
+            if not left or (left[0] // block > row // block and left[0] > row + 1):
+                break
 
 
 class _Found:

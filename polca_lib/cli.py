@@ -79,6 +79,8 @@ def init(
 ) -> None:
     """Write `polca.toml` and `my_run.py` to begin with: a small example that runs as it is."""
 
+    from polca_lib.starter import write_starter
+
     with _told():
         for file in write_starter(folder):
             typer.echo(f"wrote {file}")

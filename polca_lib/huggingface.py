@@ -179,7 +179,9 @@ def causal_lm(
 
 def next_token_losses(model: nn.Module, windows: Int[Tensor, "example position"]) -> Float[Tensor, " token"]:
     """The loss of every token but the first of its window, example-major, in nats."""
-    logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
+    # With a mask that hides nothing: without one, transformers looks for documents packed into a window.
+    mask = torch.ones_like(windows)
+    logits = model(input_ids=windows, attention_mask=mask, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
 
 

@@ -58,9 +58,7 @@ class PieceStore:
     ):
         self.path = path
         if not (_ready(path).exists() and path.exists()):
-            _start(path, template, variables, dim, sizes or {}, block)
-            about = {"block": block, "files": _static(path, variables)}
-            write_atomically(_ready(path), json.dumps(about, indent=1).encode())
+            _begin(path, template, variables, dim, sizes or {}, block)
         elif damaged := _damaged_static(path):
             _start_again(path, damaged, template, variables, dim, sizes or {})
         self._open()
@@ -249,6 +247,34 @@ def _zarr_store(path: Path) -> Path | FsspecStore:
     return FsspecStore.from_url(str(path), storage_options=dict(path.storage_options))
 
 
+def _begin(
+    path: Path,
+    template: xr.Dataset,
+    variables: Variables,
+    dim: str,
+    sizes: Mapping[str, int],
+    block: Sequence[Any] | None,
+) -> None:
+    """Write coordinates and metadata, all of them or, if that is cut short, nothing that counts."""
+    if isinstance(path, Path):
+        beside = _beside(path)
+        shutil.rmtree(beside, ignore_errors=True)
+        _start(beside, template, variables, dim, sizes, block)
+        if not path.exists():
+            beside.replace(path)
+        else:  # only the note that it was begun is lost
+            shutil.copytree(beside, path, dirs_exist_ok=True)
+            shutil.rmtree(beside)
+    else:
+        _start(path, template, variables, dim, sizes, block)
+    about = {"block": block, "files": _static(path, variables)}
+    write_atomically(_ready(path), json.dumps(about, indent=1).encode())
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.beside")
+
+
 def _start(
     path: Path,
     template: xr.Dataset,
@@ -257,7 +283,7 @@ def _start(
     sizes: Mapping[str, int],
     block: Sequence[Any] | None,
 ) -> None:
-    """Write coordinates and metadata; again, if a start was cut short, for they are always the same."""
+    """Coordinates and metadata, which are always the same."""
     sizes = {**template.sizes, **sizes}
     blocks = 1 if block is None else math.ceil(sizes[block[0]] / block[1])
     parts = blocks + 1 if blocks > 1 else 1
@@ -266,7 +292,7 @@ def _start(
     group.attrs.update({"pieces": list(variables), "dim": dim, "block": block, "parts": parts})
     chunks = {dim: 1} if parts == 1 else {dim: 1, block[0]: block[1]}
     for name, (dims, dtype) in {**variables, "_done": (("_piece",), "bool")}.items():
-        if name in group:
+        if name in group:  # in an object store, where a start was cut short
             continue
         shape = tuple(sizes[d] if name != "_done" else sizes[dim] * parts for d in dims)
         # Not compressed: float32 hardly shrinks, and Blosc reads on past the end of a truncated piece.
@@ -295,8 +321,9 @@ def _start_again(
     Raises:
         DamagedFile: what is made now is not what was there.
     """
-    beside = path.with_name(f".{path.name}.again")
+    beside = _beside(path)
     try:
+        shutil.rmtree(beside, ignore_errors=True)
         about = json.loads(_ready(path).read_text())
         _start(beside, template, variables, dim, sizes, about["block"])
         for file in damaged:
@@ -304,6 +331,7 @@ def _start_again(
             if _digest(beside / inner) != about["files"][inner.as_posix()]:
                 raise ValueError("it is another now")
             write_atomically(file, (beside / inner).read_bytes())
+            warnings.warn(f"{file} was damaged, and is made anew", stacklevel=3)
     except (ValueError, KeyError, TypeError):
         raise DamagedFile(f"{damaged[0]} is damaged; delete {path} to have it recomputed") from None
     finally:
@@ -312,7 +340,8 @@ def _start_again(
 
 def _static(path: Path, variables: Variables) -> dict[str, str]:
     """Checksums of what is written once: coordinates and metadata."""
-    inner = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".partial")]
+    inner = sorted(file.relative_to(path).as_posix() for file in files)
     moving = tuple(f"{name}/{digit}" for name in (*variables, "_done") for digit in range(10))
     return {name: _digest(path / name) for name in inner if not name.startswith(moving)}
 

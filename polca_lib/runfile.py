@@ -71,6 +71,7 @@ def plan_analysis(
         hessian_batch=subject.hessian,
         curvature=about.projection.curvature,
         curvature_examples=about.projection.curvature_examples,
+        inside_loss=about.projection.inside_loss,
         precision=about.projection.precision,
         device=about.device,
         memory=about.memory,

@@ -196,6 +196,8 @@ class RunFile(AnalysisSettings):
             FileNotFoundError: there is none.
             ValueError: it is no TOML, or a setting is missing, unknown or not allowed; all of them are named.
         """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; polca init writes one to begin with")
         try:
             settings = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

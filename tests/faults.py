@@ -52,7 +52,7 @@ setup = "my_run:setup"
 kind = "safetensors"
 path = "checkpoints"
 [basis]
-n_vectors = 48
+n_vectors = 24
 k = 8
 tolerance = 0.1
 [clustering]
@@ -103,7 +103,9 @@ def work(folder, log, stages=("basis", "projections", "labels", "report"), befor
                 analysis.report(analysis.folder / "report.html") if stage == "report" else getattr(analysis, stage)
         except BaseException:
             traceback.print_exc()
+            told.flush()
             os._exit(1)
+        told.flush()
         os._exit(0)
 
 
@@ -158,9 +160,11 @@ def reference(folder):
     return results(folder)
 
 
-def same(folder, expected):
+def same(folder, expected, besides=False):
+    """All results are those expected, to the byte; ``besides`` others, of what was another checkpoint for a while."""
     got = results(folder)
-    odd = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+    names = expected.keys() if besides else got.keys() | expected.keys()
+    odd = sorted(name for name in names if got.get(name) != expected.get(name))
     check(not odd, f"{len(odd)} files differ from those of a run that nothing happened to, such as {odd[:3]}")
 
 
@@ -171,7 +175,7 @@ def killed(folder, expected, moments=50, seed=0):
     kept = {}
     for _ in range(moments):
         process = start(run)
-        process.join(rng.uniform(0.0, 0.7))
+        process.join(rng.uniform(0.2, 2.2))
         if process.exitcode == 0:  # it was done: the next begins anew
             same(run, expected)
             cycles += 1
@@ -215,15 +219,15 @@ def damaged_pieces(folder, expected, seed=0):
             file.write_bytes(damage(file.read_bytes()))
             code, told = finish(run)
             check(code == 0, told)
-            named = file.parent.name in told or "_done" in str(file)
-            check(named, f"nothing was said of {file}:\n{told}")
+            # A mark is not a result: the piece is made anew without a word.
+            check("damaged" in told or file.parent.name == "_done", f"nothing was said of {file}:\n{told}")
             same(run, expected)
-            # A vector of the basis is orthogonal to those before it: it is made anew with those after it.
-            others += sum(files != before[piece] for piece, files in finished(run).items() if piece[0] != "basis")
+            rewritten = sum(files != before[piece] for piece, files in finished(run).items())
+            others += max(0, rewritten - 1)
             tries += 1
     return {
         "tries": tries,
-        "figure": f"{tries} found and made anew; {others} pieces of projections and clusters rewritten",
+        "figure": f"{tries} found and made anew; {others} other pieces written again",
     }
 
 
@@ -233,7 +237,7 @@ def damaged_checkpoint(folder, expected, seed=0):
     for damage in DAMAGES.values():
         run = make(folder / f"run-{tries}")
         finish(run, stages=("basis",))
-        file = run / "checkpoints" / f"step-{rng.choice(list(STEPS)[1:-1])}.safetensors"
+        file = run / "checkpoints" / f"step-{rng.choice([0, 40, 80])}.safetensors"  # which the basis read
         sound = file.read_bytes()
         file.write_bytes(damage(sound))
         os.utime(file)
@@ -242,7 +246,7 @@ def damaged_checkpoint(folder, expected, seed=0):
         file.write_bytes(sound)
         code, told = finish(run)
         check(code == 0, told)
-        same(run, expected)
+        same(run, expected, besides=True)
         tries += 1
     return {"tries": tries, "figure": f"{tries} refused by name; {tries} went on once it was put back"}
 

@@ -45,7 +45,7 @@ def test_run_computes_all_and_says_so_in_json(folder, ran):
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
     assert Path(told["report"]).stat().st_size > 1e6
-    assert told["summary"]["vectors"] == 48
+    assert told["summary"]["vectors"] == 24
     assert "projections: 100%" in ran.stderr
     assert "\r" not in ran.stderr  # a log has lines
 
@@ -65,7 +65,7 @@ def test_status_tells_what_is_done(folder, ran):
         ("projection", stages[1]["pieces"]),
         ("clusters", 48),
     ]
-    assert "48 of 48 pieces" in polca("status", "results", cwd=folder).stdout
+    assert "24 of 24 pieces" in polca("status", "results", cwd=folder).stdout
 
 
 def test_report_is_written_where_it_is_asked_for(folder, ran):
@@ -120,7 +120,7 @@ def test_starter_runs_as_it_is(tmp_path):
         ({"polca.toml": ("my_run:setup", "no_run:setup")}, 2, "No module named 'no_run'"),
         ({"polca.toml": ("my_run:setup", "my_run:start")}, 2, "module 'my_run' has no 'start'"),
         ({"polca.toml": ("my_run:setup", "my_run:batch")}, 2, "batch() missing 2 required"),
-        ({"polca.toml": ("n_vectors = 48", "n_vectors = 4800")}, 2, "needs 600 checkpoints after the first"),
+        ({"polca.toml": ("n_vectors = 24", "n_vectors = 2400")}, 2, "needs 300 checkpoints after the first"),
         ({"polca.toml": ('path = "checkpoints"', 'path = "nothing"')}, 2, "nothing"),
         ({"my_run.py": ("nn.Linear(8, 16)", "nn.Linear(8, 17)")}, 2, "shape"),
         ({"my_run.py": ("model.eval()", "nn.Sequential(model, nn.Dropout(0.5))")}, 2, "eval()"),

@@ -1,0 +1,326 @@
+"""What an analysis will take, before any of it is done: memory, disk, operations, time, and how it will go about it."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from polca_lib.config import DirectionsConfig, Precision
+from polca_lib.memory import default_budget, rows_that_fit
+from polca_lib.strategy import choose, differentiate
+from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
+
+_SHORT = 0.3  # seconds that a pass may take for the ways of differentiating to be tried, and timed
+_LONG = 30.0  # seconds that a pass may be expected to take for it to be timed at all
+_PROBE = 8.0  # seconds that those tried are meant to take
+_WAYS = {"jvp": "forward mode", "taylor": "forward mode by Taylor arithmetic", "reverse": "reverse mode"}
+_HVP = 4  # operations of a product with a Hessian whose graph is kept, in those of a pass forward
+_GRAPH = 3  # of building that graph
+_SQUARE = 1024  # of the matrices by which a device's rate is measured
+_OF_HESSIAN = ("hessian", "shuffled", "final")
+
+_GROWTH = (
+    "Projections take time in proportion to tokens, checkpoints and parameters, in forward mode also to vectors;",
+    "the basis of a Hessian to its examples, products and parameters. On disk the basis grows with vectors and",
+    "parameters, projections with tokens, vectors and checkpoints. Workers share projections, not the basis.",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an analysis will take. Bytes are bytes, times are seconds, operations are multiplications and additions."""
+
+    parameters: int
+    examples: int
+    tokens: int
+    vectors: int
+    checkpoints: int
+    workers: int
+    device: str
+    basis: str
+    way: str  # of differentiating
+    why: str
+    block: int  # vectors in memory at once
+    tasks: int  # that may be done side by side
+    vector_bytes: int
+    basis_bytes: int
+    projection_bytes: int
+    worker_bytes: int  # that a worker holds besides what a pass takes
+    budget_bytes: int  # that it may take
+    read_bytes: int  # checkpoints and vectors, over all tasks
+    pass_operations: int  # of an example, forward
+    basis_operations: float
+    projection_operations: float
+    products: int  # with the Hessian, at most
+    operations_per_second: float
+    basis_seconds: float
+    projection_seconds: float
+    measured: str  # what times come from
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lengths = {"checkpoints": self.checkpoints, "tokens": self.tokens, "vectors": self.vectors}
+        rows = [
+            ("model", f"{self.parameters:,} trainable parameters, {_size(self.vector_bytes)} a vector or checkpoint"),
+            ("data", f"{self.examples:,} examples, {self.tokens:,} tokens"),
+            ("run", ", ".join(f"{n:,} {name}" for name, n in lengths.items() if name != "tokens")),
+            ("way", f"{self.way}: {self.why}"),
+            ("tasks", f"{self.tasks:,} of (checkpoint, block of {self.block} vectors)"),
+            ("", ""),
+            ("disk", f"basis {_size(self.basis_bytes)}, projections {_size(self.projection_bytes)}"),
+            ("memory", f"{_size(self.worker_bytes)} a worker for vectors and weights, of {_size(self.budget_bytes)}"),
+            ("reading", f"{_size(self.read_bytes)} of checkpoints and vectors"),
+            ("operations", f"basis {self.basis_operations:.2g}, projections {self.projection_operations:.2g}"),
+            ("", ""),
+            ("basis", f"{_time(self.basis_seconds)}{self._products()}"),
+            (
+                "projections",
+                f"{_time(self.projection_seconds)}, shared by {self.workers} worker{'s'[: self.workers > 1]}",
+            ),
+            ("from", self.measured),
+        ]
+        told = [f"{name:<12}{text}".rstrip() for name, text in rows]
+        if self.worker_bytes > self.budget_bytes:
+            told.append("\nThis does not fit: take a device with more memory, or say how much there is (memory).")
+        if self.block < self.vectors:
+            told.append(
+                "\nVectors do not all fit into memory: for the loss inside the basis they are read at each checkpoint; "
+                "\nprojection.inside_loss = false saves that."
+            )
+        told += ["", *_GROWTH]
+        return "\n".join(told)
+
+    def _products(self) -> str:
+        return f" at most, for {self.products:,} products with the Hessian, on one worker" if self.products else ""
+
+
+def plan(
+    token_loss: TokenLoss,
+    validation: Batch,
+    *,
+    checkpoints: int,
+    basis: DirectionsConfig,
+    n_vectors: int,
+    hessian_batch: Batch | None = None,
+    curvature: bool = False,
+    curvature_examples: int | None = None,
+    inside_loss: bool = True,
+    precision: Precision = "float32",
+    device: str = "cpu",
+    memory: int | None = None,
+    workers: int = 1,
+    operations_per_second: float | None = None,
+) -> Plan:
+    """Count what an analysis will take, and estimate its time from a short probe of model and device.
+
+    If a pass forward on one example takes little time, the ways of differentiating are tried as they will be, and the
+    chosen one is timed on a few examples and vectors. If it takes long, a pass along one vector is timed; and of a
+    model that does not fit, or with ``operations_per_second`` given, nothing is run: operations are counted without
+    data.
+
+    Args:
+        token_loss: of the model.
+        validation: examples whose tokens are decomposed.
+        checkpoints: how many.
+        basis: its settings.
+        n_vectors: of the basis.
+        hessian_batch: sample for the Hessian.
+        curvature, curvature_examples, inside_loss, precision: see :class:`polca_lib.config.ProjectionConfig`.
+        device: of the workers.
+        memory: bytes a worker may take; half of what the device has free now if not given.
+        workers: that share the projections.
+        operations_per_second: of a worker; measured if not given.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    for name, value in (("checkpoints", checkpoints), ("n_vectors", n_vectors), ("workers", workers)):
+        least = 2 if name == "checkpoints" else 1
+        if value < least:
+            raise ValueError(f"{name} = {value}; allowed: {least} or more")
+    if n_vectors > token_loss.n_parameters:
+        raise ValueError(f"n_vectors = {n_vectors}; allowed: at most {token_loss.n_parameters}, the parameters")
+    d, one = token_loss.n_parameters, token_loss.n_parameters * token_loss.dtype.itemsize
+    budget = default_budget(device) if memory is None else memory
+    first = next(split_examples(validation, 1))
+    examples, per_example, forward = n_examples(validation), *_on_paper(token_loss, first)
+    tokens, order = examples * per_example, 2 if curvature and curvature_examples is None else 1
+    probe = _probe(token_loss, validation, forward, n_vectors, order, precision, device, budget, operations_per_second)
+    projection = examples * probe.cost * checkpoints
+    if curvature and curvature_examples is not None:
+        projection += curvature_examples * (1 + 4 * n_vectors) * forward * checkpoints
+    if inside_loss:
+        projection += examples * forward * checkpoints
+    block = rows_that_fit(n_vectors, one, budget // 2)
+    blocks = math.ceil(n_vectors / block)
+    products, hessian = 0, 0.0
+    if basis.kind in _OF_HESSIAN:
+        sample, births = (
+            n_examples(validation if hessian_batch is None else hessian_batch),
+            math.ceil(n_vectors / basis.k),
+        )
+        products = births * basis.max_products
+        hessian = float(sample * forward * births * (_GRAPH + _HVP * basis.max_products))
+        # Lanczos and what is taken out of each product: two passes, over the vectors there are.
+        hessian += products * 4.0 * d * (basis.max_products / 2 + n_vectors / 2)
+    stored = {"random": 8 * n_vectors**2, "parameters": 8 * n_vectors}.get(basis.kind, n_vectors * one)
+    curved = 0 if not curvature else (tokens if curvature_examples is None else curvature_examples * per_example)
+    numbers = (tokens + curved) * n_vectors + (2 if inside_loss else 1) * tokens + 2 * n_vectors + 1
+    vectors_read = n_vectors * one * (1 if blocks == 1 else checkpoints * (2 if inside_loss else 1))
+    thetas_read = one * checkpoints * (1 if workers == 1 else 2)
+    return Plan(
+        parameters=d,
+        examples=examples,
+        tokens=tokens,
+        vectors=n_vectors,
+        checkpoints=checkpoints,
+        workers=workers,
+        device=device,
+        basis=basis.kind,
+        way=probe.way,
+        why=probe.why,
+        block=block,
+        tasks=checkpoints * (blocks + 1 if blocks > 1 else 1),
+        vector_bytes=one,
+        basis_bytes=stored + 24 * n_vectors,
+        projection_bytes=4 * numbers * checkpoints,
+        worker_bytes=one * (block + 3),  # two checkpoints, and the point inside the basis
+        budget_bytes=budget,
+        read_bytes=vectors_read * (workers if blocks == 1 else 1) + thetas_read,
+        pass_operations=forward,
+        basis_operations=hessian,
+        projection_operations=float(projection),
+        products=products,
+        operations_per_second=probe.rate,
+        basis_seconds=hessian / probe.rate,
+        projection_seconds=projection / probe.rate / min(workers, checkpoints * blocks),
+        measured=probe.measured,
+    )
+
+
+@dataclass(frozen=True)
+class _Probe:
+    way: str
+    why: str
+    cost: float  # operations of an example, for all vectors
+    rate: float  # operations a second
+    measured: str
+
+
+def _probe(
+    token_loss: TokenLoss,
+    validation: Batch,
+    forward: int,
+    n_vectors: int,
+    order: int,
+    precision: Precision,
+    device: str,
+    budget: int,
+    rate: float | None,
+) -> _Probe:
+    """How a pass will be differentiated, what that costs and how fast it goes."""
+    plain = "forward mode", "a pass along each vector", float(forward * (1 + 2 * order * n_vectors))
+    if rate is not None:
+        return _Probe(*plain, rate, "the operations per second that were given, and operations counted without data")
+    matrices = _matrix_rate(device, token_loss.dtype)
+    one = token_loss.n_parameters * token_loss.dtype.itemsize
+    if 4 * one > budget or forward / matrices > _LONG:
+        return _Probe(
+            *plain, matrices, f"products of matrices alone, {matrices:.2g} operations a second; nothing was run"
+        )
+    first = pytree.tree_map(lambda t: t.to(device), next(split_examples(validation, 1)))
+    theta = 0.02 * torch.randn(token_loss.n_parameters, dtype=token_loss.dtype, device=device)
+    with torch.no_grad():
+        token_loss(theta, first)  # the first pass takes longer
+        seconds = _timed(lambda: token_loss(theta, first))
+    if seconds > _SHORT:
+        tangent = torch.randn_like(theta)
+        took = _timed(lambda: torch.func.jvp(lambda at: token_loss(at, first), (theta,), (tangent,)))
+        return _Probe(*plain, 3 * forward / took, f"a pass along one vector on one example, {took:.1f} s")
+    few = rows_that_fit(n_vectors, one, budget // 4)
+    vectors = torch.randn(few, token_loss.n_parameters, dtype=token_loss.dtype, device=device)
+    vectors /= vectors.norm(dim=1, keepdim=True)
+    size = max(1, min(n_examples(validation), int(_PROBE / max(seconds, 1e-4) / (1 + 2 * order * few))))
+    part = pytree.tree_map(lambda t: t.to(device), next(split_examples(validation, size)))
+    settings = {"order": order, "precision": precision if order == 1 else "float32", "memory": budget // 2}
+    strategy = choose(token_loss, theta, part, vectors, **settings)
+    way = "reverse" if strategy.mode == "reverse" else "taylor" if strategy.taylor else "jvp"
+    cost = strategy.cost.get(way, strategy.cost["jvp"])
+    more = n_vectors / few if way == "reverse" else (1 + 2 * order * n_vectors) / (1 + 2 * order * few)
+    took = _timed(lambda: differentiate(strategy, token_loss, theta, part, vectors))
+    why = ", ".join(f"{_WAYS[name]} {strategy.cost[name]:.2g}" for name in _WAYS if name in strategy.cost)
+    return _Probe(
+        _WAYS[way],
+        f"operations of an example along {few} vectors: {why}",
+        float(cost * more),
+        n_examples(part) * cost / took,
+        f"{n_examples(part)} examples along {few} vectors, done as they will be, {took:.1f} s",
+    )
+
+
+def _timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _matrix_rate(device: str, dtype: torch.dtype) -> float:
+    one = torch.randn(_SQUARE, _SQUARE, device=device, dtype=dtype)
+    _timed(lambda: one @ one)
+    return 2 * _SQUARE**3 / min(_timed(lambda: one @ one) for _ in range(5))
+
+
+def _on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
+    """Losses of an example, and operations of a pass on it, counted on tensors without data, if the model allows."""
+
+    def count(loss: TokenLoss, theta: Tensor, batch: Batch) -> tuple[int, int]:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            losses = loss(theta, batch)
+        return losses.numel(), counter.get_total_flops()
+
+    light = pickle.loads(pickle.dumps(token_loss)) if _travels(token_loss) else token_loss
+    try:
+        paper = TokenLoss(light.model.to("meta"), light._module.loss) if light is not token_loss else None
+        if paper is not None:
+            theta = torch.empty(paper.n_parameters, dtype=paper.dtype, device="meta")
+            return count(paper, theta, pytree.tree_map(lambda t: t.to("meta"), one))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        pass  # what a loss does may hang on its data
+    return count(token_loss, torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype), one)
+
+
+def _travels(token_loss: TokenLoss) -> bool:
+    try:
+        pickle.dumps(token_loss)
+    except Exception:
+        return False
+    return True
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:.3g} TiB"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds > 2 * size:
+            return f"about {seconds / size:.2g} {unit}"
+    return f"about {seconds:.2g} seconds"
