@@ -1,9 +1,26 @@
+import pickle
+from copy import deepcopy
+
+import cloudpickle
 import pytest
 import torch
-from cases import Attention, Mlp, mlp_loss, next_token_loss, problem, token_gradients, token_hessians
+from cases import (
+    MIXED,
+    MODELS,
+    Attention,
+    Mlp,
+    mlp_batch,
+    mlp_loss,
+    next_token_loss,
+    of_tokens,
+    problem,
+    token_gradients,
+    token_hessians,
+)
 from torch import nn
 from torch.func import jvp, vmap
 
+from polca_lib.projection import project
 from polca_lib.token_loss import TokenLoss, n_examples, split_examples
 
 
@@ -46,9 +63,173 @@ def test_dropout_that_is_off_is_accepted(model):
     assert TokenLoss(model, mlp_loss).n_parameters == 2
 
 
-def test_parameters_of_several_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"float32.*float64"):
-        TokenLoss(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), mlp_loss)
+def mixed_dtypes():
+    return nn.Sequential(nn.Linear(3, 4).half(), nn.Tanh(), nn.Linear(4, 3).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [
+        (mixed_dtypes, torch.float32),
+        (lambda: Mlp().bfloat16(), torch.float32),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3).double()), torch.float64),
+    ],
+)
+def test_loss_is_computed_in_the_widest_dtype_and_in_no_less_than_float32(model, dtype):
+    model = model().eval()
+    token_loss = TokenLoss(model, mlp_loss)
+    theta = token_loss.flatten(dict(model.named_parameters()))
+    assert theta.dtype == token_loss.dtype == dtype
+    assert {p.dtype for p in token_loss.parameters.values()} == {dtype}
+    batch = mlp_batch(5, dtype)
+    torch.testing.assert_close(token_loss(theta, batch), mlp_loss(deepcopy(model).to(dtype), batch))
+
+
+def test_parameters_that_are_no_floating_point_numbers_are_refused():
+    model = Mlp()
+    model.register_parameter("table", nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False))
+    with pytest.raises(ValueError, match=r"parameter 'table' holds torch\.int64"):
+        TokenLoss(model, mlp_loss)
+    with pytest.raises(ValueError, match="no parameter of the model requires_grad"):
+        TokenLoss(Mlp().requires_grad_(False), mlp_loss)
+
+
+def frozen():
+    model = Mlp()
+    model.layers[0].requires_grad_(False)
+    return model
+
+
+def test_frozen_parameters_are_no_part_of_the_vector_and_count_all_the_same():
+    model = frozen()
+    token_loss, batch = TokenLoss(model, mlp_loss), mlp_batch(5, torch.float32)
+    assert list(token_loss.parameters) == ["layers.2.weight", "layers.2.bias"]
+    theta = token_loss.flatten(model.state_dict())
+    assert torch.equal(token_loss(theta, batch), mlp_loss(model, batch))
+    expected = torch.autograd.grad(mlp_loss(model, batch).sum(), list(model.layers[2].parameters()))
+    found = torch.func.grad(lambda at: token_loss(at, batch).sum())(theta)
+    torch.testing.assert_close(found, torch.cat([g.flatten() for g in expected]))
+    changed = {**model.state_dict(), "layers.0.bias": torch.ones(4)}
+    with pytest.raises(ValueError, match=r"'layers\.0\.bias' is frozen, or a buffer, but differs from the model's own"):
+        token_loss.flatten(changed)
+
+
+def test_running_statistics_that_change_are_refused_and_counters_are_not():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match="module '1' normalises over the batch"):
+        TokenLoss(model, mlp_loss)
+    token_loss = TokenLoss(model.eval(), mlp_loss)
+    state = model.state_dict()
+    token_loss.flatten({**state, "1.num_batches_tracked": torch.tensor(7)})
+    with pytest.raises(ValueError, match=r"'1\.running_mean' is frozen, or a buffer, but differs"):
+        token_loss.flatten({**state, "1.running_mean": torch.ones(3)})
+
+
+def test_tied_parameters_are_there_once_and_may_have_either_name():
+    model = of_tokens(lambda model, tokens: model.out(model.embed(tokens)), tie=True)
+    token_loss = TokenLoss(model, next_token_loss)
+    assert list(token_loss.parameters) == ["embed.weight", "out.bias"]
+    state = model.state_dict()
+    theta = token_loss.flatten(state)
+    alone = {"out.weight": state["out.weight"], "out.bias": state["out.bias"]}
+    assert torch.equal(token_loss.flatten(alone), theta)
+    with pytest.raises(ValueError, match=r"'embed\.weight' and 'out\.weight' are tied in the model, but differ"):
+        token_loss.flatten({**state, "out.weight": state["out.weight"] + 1})
+
+
+def test_row_of_padding_has_the_derivative_that_the_function_has():
+    embed = nn.Embedding(5, 4, padding_idx=2, sparse=True)
+    nn.init.normal_(embed.weight)
+    model = of_tokens(lambda model, tokens: model.out(model.embed(tokens).tanh())).double()
+    model.embed = embed.double()
+    token_loss, batch = TokenLoss(model, next_token_loss), torch.tensor([[0, 2, 1, 2], [2, 3, 4, 0]])
+    theta = torch.randn(token_loss.n_parameters, dtype=torch.float64)
+    vectors = torch.linalg.qr(torch.randn(token_loss.n_parameters, 5, dtype=torch.float64))[0].T
+    step = 1e-5
+    differences = torch.stack(
+        [(token_loss(theta + step * v, batch) - token_loss(theta - step * v, batch)) / (2 * step) for v in vectors], 1
+    )
+    torch.testing.assert_close(token_gradients(token_loss, theta, batch) @ vectors.T, differences, rtol=1e-6, atol=1e-8)
+    hessian = token_hessians(token_loss, theta, batch)
+    torch.testing.assert_close(hessian, hessian.transpose(1, 2))
+    with pytest.raises(ValueError, match=r"module '0' has max_norm = 1\.0"):
+        TokenLoss(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), next_token_loss)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_that_can_be_taken_apart_passes_the_check(name):
+    token_loss, theta, batch = problem(name)
+    if name in MIXED:
+        with pytest.raises(ValueError, match=r"depends on the other examples|as many for each"):
+            token_loss.check(theta, batch)
+    else:
+        token_loss.check(theta, batch)
+
+
+class Rounded(torch.autograd.Function):
+    """Has a derivative backwards alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def random_loss(model, batch):
+    return mlp_loss(model, batch) + torch.rand(())
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "told"),
+    [
+        (
+            Mlp,
+            lambda model, batch: mlp_loss(model, batch).mean(),
+            r"has shape \(\).*one floating-point number",
+        ),
+        (Mlp, random_loss, "two calls of the loss differ.*model.eval"),
+        (Mlp, lambda m, b: nn.functional.dropout(mlp_loss(m, b), 0.5), "two calls of the loss differ"),
+        (Mlp, lambda m, b: mlp_loss(m, b) - mlp_loss(m, b).mean(), "depends on the other examples"),
+        (Mlp, lambda m, b: Rounded.apply(mlp_loss(m, b)), "no derivatives in forward mode.*plain operations"),
+    ],
+)
+def test_loss_that_cannot_be_taken_apart_is_refused_with_the_reason(model, loss, told):
+    token_loss = TokenLoss(model(), loss)
+    theta = token_loss.flatten(dict(token_loss.model.named_parameters()))
+    with pytest.raises(ValueError, match=told):
+        token_loss.check(theta, mlp_batch(5, torch.float32))
+
+
+def test_lstm_and_attention_that_drop_out_are_refused():
+    for module in (nn.LSTM(3, 3, num_layers=2, dropout=0.2), nn.MultiheadAttention(4, 2, dropout=0.2)):
+        with pytest.raises(ValueError, match=r"drops out with p = 0\.2"):
+            TokenLoss(module, mlp_loss)
+        TokenLoss(module.eval(), mlp_loss)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied", "multi-head"])
+def test_token_loss_travels_without_its_weights(name):
+    token_loss, theta, batch = problem(name, dtype=torch.float32)
+    before = [p.clone() for p in token_loss.model.parameters()]
+    content = cloudpickle.dumps(token_loss)
+    again = pickle.loads(content)
+    assert all(p.is_meta for p in again.parameters.values())
+    assert again.n_parameters == token_loss.n_parameters
+    assert torch.equal(again(theta, batch), token_loss(theta, batch))
+    assert all(torch.equal(p, b) for p, b in zip(token_loss.model.parameters(), before, strict=True))
+    vectors = torch.linalg.qr(torch.randn(token_loss.n_parameters, 3))[0].T.contiguous()
+    for mode in ("forward", "reverse"):
+        ours, theirs = (project(each, theta, batch, vectors, mode=mode).gradient for each in (again, token_loss))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_frozen_travels_with_its_values():
+    token_loss, batch = TokenLoss(frozen(), mlp_loss), mlp_batch(5, torch.float32)
+    theta = torch.randn(token_loss.n_parameters)
+    assert torch.equal(pickle.loads(cloudpickle.dumps(token_loss))(theta, batch), token_loss(theta, batch))
 
 
 def test_parameter_of_another_shape_is_refused_by_name():
