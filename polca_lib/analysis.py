@@ -169,7 +169,7 @@ class Analysis:
 
     @cached_property
     def breakthroughs(self) -> pd.DataFrame:
-        """A row per cluster: ``vector``, ``cluster``, ``tokens``, ``breakthrough`` (step), ``hidden``."""
+        """One row per cluster, with ``vector``, ``cluster``, ``tokens``, ``breakthrough`` (step) and ``hidden``."""
         rows = [
             {"vector": int(one["vector"]), "cluster": number, "tokens": int((one == number).sum())}
             for one in by_vector(self.labels)

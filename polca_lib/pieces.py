@@ -20,8 +20,7 @@ from zarr.storage import FsspecStore
 
 from polca_lib.artefacts import DamagedFile, write_atomically
 
-Variables = Mapping[str, tuple[tuple[str, ...], str]]
-"""Dimensions and dtype of each variable of a store."""
+Variables = Mapping[str, tuple[tuple[str, ...], str]]  # dimensions and dtype of each
 
 _CHECKED = numcodecs.CRC32()
 

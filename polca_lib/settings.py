@@ -101,9 +101,9 @@ class AnalysisSettings(Section):
     )
     threads: int | None = Field(None, gt=0, description="of torch, for each worker; torch's own number if not given")
     steps: tuple[int, ...] | None = Field(None, description="checkpoints to use; all if not given")
-    basis: OwnBasis = OwnBasis()
-    projection: OwnProjection = OwnProjection()
-    clustering: OwnClustering = OwnClustering()
+    basis: OwnBasis = Field(default_factory=OwnBasis)
+    projection: OwnProjection = Field(default_factory=OwnProjection)
+    clustering: OwnClustering = Field(default_factory=OwnClustering)
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -186,7 +186,7 @@ class RunFile(AnalysisSettings):
     device: str = "cpu"
     code: Code
     checkpoints: Source
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = Field(default_factory=EngineConfig)
 
     @classmethod
     def read(cls, path: Path) -> Self:

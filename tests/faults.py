@@ -173,7 +173,7 @@ def killed(folder, expected, moments=50, seed=0):
     rng, at, again, cycles = np.random.default_rng(seed), dict.fromkeys([*STAGES, "before or after"], 0), 0, 0
     run = make(folder / f"cycle-{cycles}")
     kept = {}
-    for _ in range(moments):
+    while sum(at.values()) < moments:
         process = start(run)
         process.join(rng.uniform(0.2, 2.2))
         if process.exitcode == 0:  # it was done: the next begins anew

@@ -81,9 +81,7 @@ def test_other_bases_are_born_where_they_belong():
 def test_vectors_that_no_checkpoint_can_bear_are_refused():
     with pytest.raises(ValueError, match=r"basis\.n_vectors = 11 needs 11 checkpoints after the first .* there are 10"):
         OwnBasis(n_vectors=11).births(range(0, 101, 10))
-    with pytest.raises(
-        ValueError, match=r"basis\.steps names 5, which has no checkpoint; allowed: 0, 10, 20"
-    ):
+    with pytest.raises(ValueError, match=r"basis\.steps names 5, which has no checkpoint; allowed: 0, 10, 20"):
         OwnBasis(steps=(5,), n_vectors=1).births(range(0, 101, 10))
 
 

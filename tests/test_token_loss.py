@@ -191,7 +191,6 @@ def random_loss(model, batch):
             r"has shape \(\).*one floating-point number",
         ),
         (Mlp, random_loss, "two calls of the loss differ.*model.eval"),
-        (Mlp, lambda m, b: nn.functional.dropout(mlp_loss(m, b), 0.5), "two calls of the loss differ"),
         (Mlp, lambda m, b: mlp_loss(m, b) - mlp_loss(m, b).mean(), "depends on the other examples"),
         (Mlp, lambda m, b: Rounded.apply(mlp_loss(m, b)), "no derivatives in forward mode.*plain operations"),
     ],
