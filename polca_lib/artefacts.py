@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     if not isinstance(path, Path):  # an object store writes whole objects or none
         path.write_bytes(content)
         return
-    partial = path.with_name(f".{path.name}.partial")
+    # Of a name of its own, for another process may write the same file at the same time.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -120,6 +122,9 @@ class Artefact:
         do the same work twice, and write the same bytes.
         """
         with self._locked():
+            if isinstance(self.path, Path):
+                for left in self.path.glob(".*.partial"):  # by processes that were killed
+                    left.unlink(missing_ok=True)
             start = time.perf_counter()
             try:
                 yield

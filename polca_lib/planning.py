@@ -84,7 +84,7 @@ class Plan:
             ("reading", f"{_size(self.read_bytes)} of checkpoints and vectors"),
             ("operations", f"basis {self.basis_operations:.2g}, projections {self.projection_operations:.2g}"),
             ("", ""),
-            ("basis", f"{_time(self.basis_seconds)}{self._products()}"),
+            ("basis", self._products()),
             (
                 "projections",
                 f"{_time(self.projection_seconds)}, shared by {self.workers} worker{'s'[: self.workers > 1]}",
@@ -103,7 +103,9 @@ class Plan:
         return "\n".join(told)
 
     def _products(self) -> str:
-        return f" at most, for {self.products:,} products with the Hessian, on one worker" if self.products else ""
+        if not self.products:
+            return "no product with a Hessian: reading checkpoints, and sums of them"
+        return f"{_time(self.basis_seconds)} at most, for {self.products:,} products with the Hessian, on one worker"
 
 
 def plan(
@@ -243,8 +245,7 @@ def _probe(
     first = pytree.tree_map(lambda t: t.to(device), next(split_examples(validation, 1)))
     theta = 0.02 * torch.randn(token_loss.n_parameters, dtype=token_loss.dtype, device=device)
     with torch.no_grad():
-        token_loss(theta, first)  # the first pass takes longer
-        seconds = _timed(lambda: token_loss(theta, first))
+        seconds = min(_timed(lambda: token_loss(theta, first)) for _ in range(3))  # the first takes longer
     if seconds > _SHORT:
         tangent = torch.randn_like(theta)
         took = _timed(lambda: torch.func.jvp(lambda at: token_loss(at, first), (theta,), (tangent,)))
@@ -252,14 +253,14 @@ def _probe(
     few = rows_that_fit(n_vectors, one, budget // 4)
     vectors = torch.randn(few, token_loss.n_parameters, dtype=token_loss.dtype, device=device)
     vectors /= vectors.norm(dim=1, keepdim=True)
-    size = max(1, min(n_examples(validation), int(_PROBE / max(seconds, 1e-4) / (1 + 2 * order * few))))
+    size = _several(token_loss, theta, validation, _PROBE / 2 / (1 + 2 * order * few))
     part = pytree.tree_map(lambda t: t.to(device), next(split_examples(validation, size)))
     settings = {"order": order, "precision": precision if order == 1 else "float32", "memory": budget // 2}
     strategy = choose(token_loss, theta, part, vectors, **settings)
     way = "reverse" if strategy.mode == "reverse" else "taylor" if strategy.taylor else "jvp"
     cost = strategy.cost.get(way, strategy.cost["jvp"])
     more = n_vectors / few if way == "reverse" else (1 + 2 * order * n_vectors) / (1 + 2 * order * few)
-    took = _timed(lambda: differentiate(strategy, token_loss, theta, part, vectors))
+    took = min(_timed(lambda: differentiate(strategy, token_loss, theta, part, vectors)) for _ in range(2))
     why = ", ".join(f"{_WAYS[name]} {strategy.cost[name]:.2g}" for name in _WAYS if name in strategy.cost)
     return _Probe(
         _WAYS[way],
@@ -268,6 +269,18 @@ def _probe(
         n_examples(part) * cost / took,
         f"{n_examples(part)} examples along {few} vectors, done as they will be, {took:.1f} s",
     )
+
+
+def _several(token_loss: TokenLoss, theta: Tensor, batch: Batch, seconds: float) -> int:
+    """How many examples take so long in a pass: of few, much of the time is none of theirs."""
+    n, every = 1, n_examples(batch)
+    with torch.no_grad():
+        while n < every:
+            part = pytree.tree_map(lambda t: t.to(theta.device), next(split_examples(batch, n)))
+            if _timed(lambda part=part: token_loss(theta, part)) > seconds:
+                return n
+            n = min(2 * n, every)
+    return every
 
 
 def _timed(function: Callable[[], object]) -> float:

@@ -129,10 +129,14 @@ def finish(folder, **settings):
 
 
 def results(folder):
-    """Bytes of all results that don't tell of time."""
+    """Bytes of all results that don't tell of time; halves of files that a killed process left are none."""
     files = sorted(file for file in (folder / "results").rglob("*") if file.is_file())
     moving = ("seconds.txt", ".lock", "report.html")
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.name not in moving}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in files
+        if file.name not in moving and file.suffix != ".partial"
+    }
 
 
 def finished(folder):
