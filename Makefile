@@ -2,6 +2,7 @@
 # make test                               set up, run all tests
 # make studies [TASK=addition|grammar|wikipedia] [PRESET=laptop|paper] [SEEDS="0 1 2"] [DEVICE=cpu|cuda]
 #                                         make the kept studies anew; hours for paper on a CPU
+# make faults                             do to a small run what can go wrong, and keep the table (needs the right to mount)
 # make benchmarks [SIZES="smoke laptop"] [REPEATS=5] [DEVICE=cpu|cuda]   measure against other libraries; takes hours
 PRESET ?= laptop
 DEVICE ?= cpu
@@ -13,7 +14,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: book test lint notebooks studies benchmarks clean
+.PHONY: book test lint notebooks studies faults benchmarks clean
 .DEFAULT_GOAL := book
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -45,6 +46,9 @@ studies: $(VENV)/.ready
 	for seed in $(SEEDS); do $(BIN)/python -m polca_lib.reproduce --task $(TASK) --preset $(PRESET) --seed $$seed --device $(DEVICE) || exit; done
 	$(BIN)/python -m polca_lib.verdicts
 
+faults: $(VENV)/.ready
+	$(BIN)/python tests/faults.py
+
 # Nothing here uses torchvision, which one of the libraries asks for: beside a CPU build of torch, PyPI's breaks transformers.
 $(VENV)/.peers: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[benchmarks]'
@@ -56,6 +60,7 @@ benchmarks: $(VENV)/.peers
 	$(BIN)/python benchmarks/projections.py --sizes $(SIZES) --repeats $(REPEATS) --device $(DEVICE)
 	$(BIN)/python benchmarks/eigenvector.py --sizes $(SIZES) --repeats $(REPEATS) --device $(DEVICE)
 	$(BIN)/python benchmarks/pipeline.py --sizes $(if $(filter cpu,$(DEVICE)),$(filter-out paper,$(SIZES)),$(SIZES)) --repeats $(REPEATS) --device $(DEVICE)
+	$(BIN)/python benchmarks/engines.py
 
 clean:
 	rm -rf _build results

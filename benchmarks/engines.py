@@ -41,9 +41,9 @@ def digest(path: Path) -> str:
 
 def wake(task: int) -> None:
     """A task that does nothing but bring a worker to life, and import what it needs."""
-    import transformer_lens  # noqa: F401
-
-    import polca_lib.projection  # noqa: F401
+    import polca_lib.models
+    import polca_lib.projection
+    import polca_lib.tasks.arithmetic  # noqa: F401
 
     time.sleep(2)  # so that no worker gets all of them
 
