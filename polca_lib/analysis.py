@@ -82,7 +82,7 @@ class Analysis:
         """One row per token that is decomposed."""
         loss, first = self.checkpoints.token_loss, next(split_examples(self.validation, 1))
         theta = self.checkpoints.theta(self.steps[0])
-        loss.check(theta, _to(self.validation, theta.device))
+        loss.check(theta, _to(next(split_examples(self.validation, 3)), theta.device))
         given = self._given
         with torch.no_grad():
             own = len(loss(theta, _to(first, theta.device)))

@@ -110,9 +110,10 @@ class PieceStore:
         try:
             return marks[:]
         except (RuntimeError, ValueError):
-            return np.array([self._mark(piece) for piece in range(self.pieces)])
+            return np.array([self.is_done(piece) for piece in range(self.pieces)])
 
-    def _mark(self, piece: int) -> bool:
+    def is_done(self, piece: int) -> bool:
+        """Whether one piece is written."""
         try:
             return bool(self._group["_done"][piece])
         except (RuntimeError, ValueError):

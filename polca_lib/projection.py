@@ -238,7 +238,7 @@ def _store(
         of = "token" if settings.curvature_examples is None else "sample"
         variables["curvature"] = (("step", of, "vector"), "float32")
     if settings.curvature and settings.curvature_examples is not None:
-        sample = next(split_examples(batch, settings.curvature_examples))
+        sample = _to(next(split_examples(batch, settings.curvature_examples)), checkpoints.device)
         with torch.no_grad():
             sizes["sample"] = len(checkpoints.token_loss(checkpoints.theta(steps[0]), sample))
     template = xr.Dataset(
@@ -299,7 +299,7 @@ class _Session:
     def __init__(self, work: _Work):
         self._work = work
         self._stores = [PieceStore.open(path) for path in work.paths]
-        self._batch = pytree.tree_map(lambda t: t.to(work.checkpoints.device), work.batch)
+        self._batch = _to(work.batch, work.checkpoints.device)
         self._thetas: dict[int, Tensor] = {}
         self._vectors: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
         self._strategies: dict[tuple[int, int], Strategy] = {}
@@ -323,7 +323,8 @@ class _Session:
                 )
             store = self._stores[which]
             number = task.index * store.parts + task.part
-            store.write(number, **{name: value.detach().cpu().numpy() for name, value in piece.items()})
+            if not store.is_done(number):  # side by side with one that is not
+                store.write(number, **{name: value.detach().cpu().numpy() for name, value in piece.items()})
 
     def _differentiate(
         self, task: _Task, theta: Tensor, change: Tensor | None, pieces: list[dict[str, Tensor]]
@@ -435,6 +436,10 @@ class _Session:
 
 _SESSIONS: dict[str, _Session] = {}
 """What this process is at work on; one at a time."""
+
+
+def _to(batch: Batch, device: str) -> Batch:
+    return pytree.tree_map(lambda tensor: tensor.to(device), batch)
 
 
 def _storable(column: pd.Series) -> np.ndarray:

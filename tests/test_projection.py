@@ -309,7 +309,9 @@ def test_bases_projected_together_have_the_results_of_each_alone(tmp_path):
     paths = [tmp_path / f"together-{index}.zarr" for index in range(3)]
     # The second is there already: what is missing of the others is computed all the same.
     project_run(paths[1], checkpoints, STEPS, BATCH, TOKENS, bases[1], settings[1])
+    before = folder_bytes(paths[1])
     together = project_runs(paths, checkpoints, STEPS, BATCH, TOKENS, bases, settings)
+    assert folder_bytes(paths[1]) == before
     for found, (_, basis), own, name in zip(together, made, settings, "abc", strict=True):
         alone = project_run(tmp_path / f"{name}.zarr", checkpoints, STEPS, BATCH, TOKENS, basis, own)
         assert set(found) == set(alone)
