@@ -85,6 +85,11 @@ def _subject(code: Code, folder: Path) -> Subject:
     module, _, name = code.setup.partition(":")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+    beside, loaded = folder / f"{module.replace('.', '/')}.py", sys.modules.get(module)
+    if beside.exists() and loaded is not None and Path(loaded.__file__ or "") != beside:
+        del sys.modules[module]  # of another run, with a module of the same name
+        sys.path.remove(str(folder))
+        sys.path.insert(0, str(folder))
     try:
         function = getattr(importlib.import_module(module), name)
     except ImportError as error:

@@ -209,13 +209,13 @@ DAMAGES = {
 }
 
 
-def damaged_pieces(folder, expected, seed=0):
+def damaged_pieces(folder, expected, damages=tuple(DAMAGES), seed=0):
     """A file of each stage, bit-flipped, truncated and emptied: named, and made anew, with nothing else."""
     run, rng, tries, others = make(folder / "run"), np.random.default_rng(seed), 0, 0
     code, told = finish(run)
     check(code == 0, told)
     for stage, name in STAGES.items():
-        for damage in DAMAGES.values():
+        for damage in map(DAMAGES.get, damages):
             (path,) = (run / "results").glob(f"{stage}-*/{name}")
             files = sorted(file for file in path.rglob("*") if file.is_file() and file.name[0].isdigit())
             file = files[rng.integers(len(files))]
@@ -235,10 +235,10 @@ def damaged_pieces(folder, expected, seed=0):
     }
 
 
-def damaged_checkpoint(folder, expected, seed=0):
+def damaged_checkpoint(folder, expected, damages=tuple(DAMAGES), seed=0):
     """A checkpoint is flipped or truncated after it was first read: refused by name; put back, the run goes on."""
     rng, tries = np.random.default_rng(seed), 0
-    for damage in DAMAGES.values():
+    for damage in map(DAMAGES.get, damages):
         run = make(folder / f"run-{tries}")
         finish(run, stages=("basis",))
         file = run / "checkpoints" / f"step-{rng.choice([0, 40, 80])}.safetensors"  # which the basis read
@@ -310,9 +310,9 @@ def may_mount():
             return False
 
 
-def disk_full(folder, expected, seed=0):
+def disk_full(folder, expected, times=5, seed=0):
     """The disk of the results fills up at several moments: said with what to do; with room again, the run goes on."""
-    sizes, kept = np.random.default_rng(seed).uniform(0.1, 0.9, 5), []
+    sizes, kept = np.random.default_rng(seed).uniform(0.1, 0.9, times), []
     whole = 4 * sum(-(-len(content) // 4096) for content in expected.values())
     for index, size in enumerate(sizes):
         run = make(folder / f"run-{index}")

@@ -1,13 +1,16 @@
 """The command as a user types it."""
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import faults
 import pytest
+from typer.testing import CliRunner
+
+from polca_lib.cli import app
 
 HELP = {
     "--help": ("plan", "run", "status", "report", "Exit codes"),
@@ -18,10 +21,10 @@ HELP = {
 }
 
 
-def polca(*arguments, cwd, **settings):
-    command = [sys.executable, "-m", "polca_lib.cli", *map(str, arguments)]
-    env = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **settings}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+def polca(*arguments, cwd):
+    """In this process, as the shell would call it in a folder: importing all that it needs takes seconds."""
+    with contextlib.chdir(cwd):
+        return CliRunner().invoke(app, [str(one) for one in arguments], env={"NO_COLOR": "1", "COLUMNS": "120"})
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +40,12 @@ def ran(folder):
 @pytest.mark.parametrize("command", HELP)
 def test_help_says_what_there_is(tmp_path, command):
     done = polca(*command.split(), cwd=tmp_path)
-    assert done.returncode == 0
+    assert done.exit_code == 0
     assert all(word in done.stdout for word in HELP[command]), done.stdout
 
 
 def test_run_computes_all_and_says_so_in_json(folder, ran):
-    assert ran.returncode == 0, ran.stderr
+    assert ran.exit_code == 0, ran.stderr
     told = json.loads(ran.stdout)
     assert Path(told["report"]).stat().st_size > 1e6
     assert told["summary"]["vectors"] == 24
@@ -50,44 +53,47 @@ def test_run_computes_all_and_says_so_in_json(folder, ran):
     assert "\r" not in ran.stderr  # a log has lines
 
 
+def test_command_is_there_as_a_process_of_its_own(folder, ran):
+    done = subprocess.run([sys.executable, "-m", "polca_lib.cli", "status"], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0
+    assert "24 of 24 pieces" in done.stdout
+
+
 def test_second_run_has_nothing_to_do(folder, ran):
     before = faults.finished(folder)
-    assert polca("run", cwd=folder).returncode == 0
+    assert polca("run", cwd=folder).exit_code == 0
     assert faults.finished(folder) == before
 
 
 def test_status_tells_what_is_done(folder, ran):
     done = polca("status", "--json", "--verify", cwd=folder)
-    assert done.returncode == 0, done.stdout
+    assert done.exit_code == 0, done.stdout
     stages = json.loads(done.stdout)["stages"]
-    assert [(row["stage"], row["done"]) for row in stages] == [
-        ("basis", 48),
-        ("projection", stages[1]["pieces"]),
-        ("clusters", 48),
-    ]
+    assert [row["stage"] for row in stages] == ["basis", "projection", "clusters"]
+    assert all(row["done"] == row["pieces"] >= 7 for row in stages)
     assert "24 of 24 pieces" in polca("status", "results", cwd=folder).stdout
 
 
 def test_report_is_written_where_it_is_asked_for(folder, ran):
     done = polca("report", "-o", "elsewhere.html", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "elsewhere.html" in done.stdout
     assert (folder / "elsewhere.html").exists()
 
 
 def test_stage_by_stage(tmp_path):
     run = faults.make(tmp_path / "run")
-    assert polca("run", "--stage", "basis", cwd=run).returncode == 0
+    assert polca("run", "--stage", "basis", cwd=run).exit_code == 0
     rows = json.loads(polca("status", "--json", cwd=run).stdout)["stages"]
     assert [row["stage"] for row in rows] == ["basis"]
-    assert polca("run", "--stage", "projections", "--engine", "processes", "--workers", "2", cwd=run).returncode == 0
+    assert polca("run", "--stage", "projections", "--engine", "processes", "--workers", "2", cwd=run).exit_code == 0
     rows = json.loads(polca("status", "--json", cwd=run).stdout)["stages"]
     assert [row["stage"] for row in rows] == ["basis", "projection"]
 
 
 def test_plan_needs_no_work(folder):
     done = polca("plan", "--json", "--workers", "4", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     planned = json.loads(done.stdout)
     assert planned["parameters"] == 8 * 16 + 16 + 16 * 4 + 4
     assert planned["workers"] == 4
@@ -97,7 +103,7 @@ def test_plan_needs_no_work(folder):
 def test_starter_runs_as_it_is(tmp_path):
     assert "polca plan" in polca("init", "mine", cwd=tmp_path).stdout
     again = polca("init", "mine", cwd=tmp_path)
-    assert again.returncode == 2
+    assert again.exit_code == 2
     assert "polca.toml is there already" in again.stderr
     code = (
         (tmp_path / "mine" / "my_run.py")
@@ -109,7 +115,7 @@ def test_starter_runs_as_it_is(tmp_path):
     (tmp_path / "mine" / "polca.toml").write_text(settings)
     subprocess.run([sys.executable, "my_run.py"], check=True, cwd=tmp_path / "mine")
     done = polca("run", cwd=tmp_path / "mine")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "report:" in done.stdout
 
 
@@ -134,23 +140,24 @@ def test_what_is_wrong_is_said_in_a_line_with_an_exit_code(tmp_path, change, cod
         assert old in text
         (run / name.strip()).write_text(text.replace(old, new))
     done = polca("run", cwd=run)
-    assert done.returncode == code, done.stderr
+    assert done.exit_code == code, done.stderr
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+    assert isinstance(done.exception, SystemExit)
 
 
 def test_file_that_is_not_there_is_named(tmp_path):
     done = polca("run", "nothing.toml", cwd=tmp_path)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "nothing.toml" in done.stderr
 
 
 def test_status_of_what_is_missing_has_an_exit_code_of_its_own(tmp_path):
     run = faults.make(tmp_path / "run")
-    assert polca("status", cwd=run).returncode == 2  # no folder yet
+    assert polca("status", cwd=run).exit_code == 2  # no folder yet
     polca("run", "--stage", "basis", cwd=run)
     (file,) = (run / "results").glob("basis-*/basis.zarr/_done/7")
     file.unlink()
     done = polca("status", cwd=run)
-    assert done.returncode == 3
+    assert done.exit_code == 3
     assert "missing: vector 8" in done.stdout

@@ -1,7 +1,15 @@
-"""Faults on purpose; the table of the book comes from the same functions, with more tries."""
+"""Faults on purpose, a few of each; `make faults` does more of them, for the table of the book."""
 
 import faults
 import pytest
+
+FEW = {
+    "SIGKILL at random moments": {"moments": 12},
+    "damaged pieces": {"damages": ("flipped",)},
+    "damaged checkpoint": {"damages": ("flipped",)},
+    "two processes on one run": {"pairs": 1},
+    "disk full": {"times": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,5 +27,5 @@ def may_mount():
 def test_nothing_is_lost(tmp_path, expected, may_mount, name):
     if name in faults.NEED_MOUNT and not may_mount:
         pytest.skip("this user may not mount a file system")
-    found = faults.FAULTS[name](tmp_path / "fault", expected)
+    found = faults.FAULTS[name](tmp_path / "fault", expected, **FEW.get(name, {}))
     assert found["tries"] >= 1
