@@ -125,6 +125,12 @@ def carry_out(
                     ) from error
                 tqdm.write(f"{description}: {type(error).__name__}, {len(left)} tasks are given out again")
                 time.sleep(failures)
+            else:
+                if len(missing()) >= len(tasks):
+                    raise EngineFailure(
+                        f"{description}: {len(tasks)} tasks were carried out, but nothing of them is stored; do workers"
+                        " see the same folder? It must be on a disk that all share, or in an object store"
+                    )
             tasks = missing()
             bar.n = total - len(tasks)
             bar.refresh()

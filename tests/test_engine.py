@@ -56,6 +56,17 @@ def expected(made, tmp_path_factory):
     return folder_bytes(path)
 
 
+def test_tasks_that_are_done_are_not_given_out_again(tmp_path):
+    done = []
+    carry_out(done.append, lambda: [t for t in range(5) if t not in done], total=5, description="tasks", unit="task")
+    assert done == [0, 1, 2, 3, 4]
+
+
+def test_tasks_that_leave_nothing_behind_are_an_error_rather_than_done_for_ever():
+    with pytest.raises(EngineFailure, match="2 tasks were carried out, but nothing of them is stored; do workers see"):
+        carry_out(len, lambda: ["a", "b"], total=2, description="tasks", unit="task")
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def engaged(request):
     with engine(request.param, workers=2):
@@ -110,12 +121,6 @@ def test_engine_that_breaks_down_time_and_again_is_given_up_with_what_to_do(tmp_
         engine("processes", workers=2),
     ):
         carry_out(die, lambda: [1, 2], total=2, description="dying", unit="task")
-
-
-def test_tasks_that_are_done_are_not_given_out_again(tmp_path):
-    done = []
-    carry_out(done.append, lambda: [t for t in range(5) if t not in done], total=5, description="tasks", unit="task")
-    assert done == [0, 1, 2, 3, 4]
 
 
 def test_failure_that_does_not_travel_is_told_in_words():
