@@ -97,7 +97,7 @@ def main() -> None:
     about = {key: software()[key] for key in ("commit", "python", "torch", "machine")}
     about |= {"joblib": joblib.__version__, "repeats": arguments.repeats, "checkpoints": arguments.steps}
     about |= {"parameters": checkpoints.token_loss.n_parameters, "tokens": len(task.tokens), "vectors": 16}
-    (place / "engines.json").write_text(json.dumps(about, indent=1) + "\n")
+    (place / "engines.provenance").write_text(json.dumps(about, indent=1) + "\n")
     assert statistics.mean(result["same bytes"]) == 1, result
     print(result)
 
