@@ -22,17 +22,18 @@ import xarray as xr
 from torch.utils import _pytree as pytree
 from upath import UPath
 
-from polca_lib.artefacts import FORMAT_VERSION, Artefact, ArtefactMismatch, DamagedFile, fingerprint
+from polca_lib.artefacts import Artefact, ArtefactMismatch, DamagedFile, fingerprint, provenance
 from polca_lib.basis import compute_basis
-from polca_lib.breakthroughs import hidden_threshold, mark_hidden
+from polca_lib.breakthroughs import hidden_threshold
 from polca_lib.checkpoints import Checkpoints, Remembered
-from polca_lib.clustering import by_vector, cluster_tokens
+from polca_lib.clustering import cluster_tokens
 from polca_lib.config import ClusteringConfig
 from polca_lib.decomposition import projected_loss
 from polca_lib.engine import carry_out
+from polca_lib.findings import Findings
 from polca_lib.pieces import PieceStore
 from polca_lib.projection import project_run
-from polca_lib.report import summary, write_report
+from polca_lib.report import write_report
 from polca_lib.settings import AnalysisSettings
 from polca_lib.status import FILES
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
@@ -168,33 +169,18 @@ class Analysis:
             return None
 
     @cached_property
-    def breakthroughs(self) -> pd.DataFrame:
-        """One row per cluster, with ``vector``, ``cluster``, ``tokens``, ``breakthrough`` (step) and ``hidden``."""
-        rows = [
-            {"vector": int(one["vector"]), "cluster": number, "tokens": int((one == number).sum())}
-            for one in by_vector(self.labels)
-            for number in range(1, int(one.max()) + 1)
-        ]
-        table = pd.DataFrame(rows, columns=["vector", "cluster", "tokens"])
-        hidden_after = self.steps[-1] if self.hidden_after is None else self.hidden_after
-        return mark_hidden(table, self.labels, self.curves, self.clustering.breakthrough_window, hidden_after)
+    def findings(self) -> Findings:
+        """All that was found, in tables."""
+        return Findings(self.projections, self.curves, self.labels, self.clustering, self.hidden_after)
 
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """Counts, closure, clusters and breakthroughs as JSON values, see :func:`polca_lib.report.summary`."""
-        return summary(self.projections, self.labels, self.clustering, self.hidden_after)
+    @property
+    def breakthroughs(self) -> pd.DataFrame:
+        """One row per cluster, see :attr:`polca_lib.findings.Findings.clusters`."""
+        return self.findings.clusters
 
     def report(self, path: str | Path = "report.html", title: str = "POLCA") -> Path:
         """Write a page that shows all of it, see :func:`polca_lib.report.write_report`."""
-        return write_report(
-            UPath(path),
-            self.projections,
-            self.labels,
-            clustering=self.clustering,
-            title=title,
-            provenance=self.provenance(),
-            hidden_after=self.hidden_after,
-        )
+        return write_report(UPath(path), self.findings, title=title, provenance=self.provenance())
 
     def provenance(self) -> pd.DataFrame:
         """What made the results: model, checkpoints, seed, device; commit, time and versions of each stage made."""
@@ -209,12 +195,7 @@ class Analysis:
         }
         stages = {"basis": "_basis", "projection": "_projection", "clusters": "_clusters"}
         done = {stage: self.__dict__[name] for stage, name in stages.items() if name in self.__dict__}
-        for stage, artefact in done.items():
-            rows[f"{stage}: commit"] = artefact.software["commit"]
-            rows[f"{stage}: wall time"] = f"{artefact.seconds:.0f} s"
-        if done:
-            rows |= {k: v for k, v in next(iter(done.values())).software.items() if k != "commit"}
-        return pd.DataFrame({"value": {name: str(value) for name, value in rows.items()}})
+        return provenance(rows, done)
 
     # Each stage is keyed by what its results depend on, and by nothing else.
 
@@ -222,7 +203,8 @@ class Analysis:
     def _basis(self) -> Artefact:
         own = self.settings.basis
         births = sorted({self.steps[0], self.steps[-1], *own.births(self.steps)})
-        return self._artefact(
+        return Artefact.of_stage(
+            self.folder,
             "basis",
             {
                 "basis": own.model_dump(mode="json", exclude={"steps"}),
@@ -237,7 +219,8 @@ class Analysis:
 
     @cached_property
     def _projection(self) -> Artefact:
-        return self._artefact(
+        return Artefact.of_stage(
+            self.folder,
             "projection",
             {
                 "projection": self.settings.projection.model_dump(mode="json"),
@@ -251,11 +234,7 @@ class Analysis:
     @cached_property
     def _clusters(self) -> Artefact:
         settings = self.clustering.model_dump(mode="json", exclude={"breakthrough_window", "hidden_after"})
-        return self._artefact("clusters", settings, {"projection": self._projection.key})
-
-    def _artefact(self, stage: str, settings: dict[str, Any], parents: dict[str, str]) -> Artefact:
-        name = fingerprint([FORMAT_VERSION, stage, settings, parents])[:12]
-        return Artefact.open(self.folder / f"{stage}-{name}", stage, settings, parents)
+        return Artefact.of_stage(self.folder, "clusters", settings, {"projection": self._projection.key})
 
     def _check_loss_is_the_same(self, path: Path) -> None:
         """The code of a loss has no hash; but what it gave at the first checkpoint is known, once that is stored."""

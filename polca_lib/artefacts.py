@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from filelock import FileLock, Timeout
 
 FORMAT_VERSION = 3
@@ -103,6 +104,12 @@ class Artefact:
             write_atomically(manifest, json.dumps(record, indent=1).encode())
         return cls(path, fingerprint(wanted))
 
+    @classmethod
+    def of_stage(cls, folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> Artefact:
+        """Open, or start, the artefact of a stage in ``folder``, named by the hash of all that it depends on."""
+        name = fingerprint([FORMAT_VERSION, stage, config, parents])[:12]
+        return cls.open(folder / f"{stage}-{name}", stage, config, parents)
+
     @property
     def software(self) -> dict[str, str]:
         """Commit and versions that started this artefact."""
@@ -149,6 +156,17 @@ class Artefact:
             yield
         finally:
             lock.release()
+
+
+def provenance(about: Mapping[str, object], stages: Mapping[str, Artefact]) -> pd.DataFrame:
+    """What made results, a column ``value``: ``about`` them, and commit, time and versions of each stage computed."""
+    rows = dict(about)
+    for stage, artefact in stages.items():
+        rows[f"{stage}: commit"] = artefact.software["commit"]
+        rows[f"{stage}: wall time"] = f"{artefact.seconds:.0f} s"
+    for artefact in [*stages.values()][:1]:
+        rows |= {name: value for name, value in artefact.software.items() if name != "commit"}
+    return pd.DataFrame({"value": {name: str(value) for name, value in rows.items()}})
 
 
 @cache

@@ -168,3 +168,18 @@ def mirrored(curves: xr.DataArray, *, threshold: float = -0.5, at_least: float =
                 pair = curves["cluster"].values[[i, j]].tolist()
                 rows.append((vector, *pair, correlation, share, ratio))
     return pd.DataFrame(rows, columns=list(_MIRRORED)).astype(_MIRRORED)
+
+
+def named_mirrors(clusters: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """For each row of ``clusters``, the clusters of its vector that move against it, such as "2, 4".
+
+    Args:
+        clusters: with ``vector`` and ``cluster``.
+        pairs: from :func:`mirrored`.
+    """
+    against: dict[tuple[int, int], set[int]] = {}
+    for vector, one, other in zip(pairs["vector"], pairs["one"], pairs["other"], strict=True):
+        against.setdefault((vector, one), set()).add(other)
+        against.setdefault((vector, other), set()).add(one)
+    keys = zip(clusters["vector"], clusters["cluster"], strict=True)
+    return [", ".join(map(str, sorted(against.get(key, ())))) for key in keys]

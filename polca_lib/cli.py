@@ -140,7 +140,7 @@ def run(
                 else:
                     getattr(analysis, {"clusters": "labels"}.get(one.value, one.value))
         if stage is Stage.report:
-            done["summary"] = analysis.summary
+            done["summary"] = analysis.findings.summary()
         _print(done, as_json)
 
 
@@ -177,7 +177,9 @@ def report(
 
         settings, analysis = RunFile.read(file), open_analysis(file)
         written = analysis.report(output or analysis.folder / "report.html", settings.title)
-        _print({"folder": str(analysis.folder), "report": str(written), "summary": analysis.summary}, as_json)
+        _print(
+            {"folder": str(analysis.folder), "report": str(written), "summary": analysis.findings.summary()}, as_json
+        )
 
 
 def _print(done: dict[str, Any], as_json: bool) -> None:

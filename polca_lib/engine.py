@@ -23,6 +23,10 @@ from polca_lib.progress import progress
 
 EngineName = Literal["in-process", "processes", "dask", "ray"]
 
+# What glibc comes to by itself, and Dask's own setting keeps it from: with less, tensors are mapped and zeroed anew for
+# each operation, which two workers do at the same time far slower than one.
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+
 _PATIENCE = 3  # times that an engine may break down with no task done in between
 
 
@@ -186,7 +190,8 @@ def _dask(stack: contextlib.ExitStack, workers: int | None, address: str | None)
     except ImportError as error:
         raise EngineFailure(f"engine = 'dask' needs {error.name}; install polca-lib[cluster]") from None
     if not address:
-        address = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None))
+        local = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, env=_ALLOCATOR)
+        address = stack.enter_context(local)
     try:
         client = stack.enter_context(Client(address, timeout=20))
     except OSError as error:
@@ -203,7 +208,11 @@ def _ray(stack: contextlib.ExitStack, workers: int | None, address: str | None) 
     if not ray.is_initialized():
         try:
             ray.init(
-                address=address, num_cpus=None if address else workers, include_dashboard=False, log_to_driver=False
+                address=address,
+                num_cpus=None if address else workers,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env={"env_vars": _ALLOCATOR},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise EngineFailure(f"no Ray cluster answers at address = {address!r}: {error}") from None

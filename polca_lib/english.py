@@ -270,17 +270,10 @@ def explorer_of(
     if kind not in SHOWN:
         raise ValueError(f"kind = {kind!r} has no curves kept; allowed: {', '.join(SHOWN)}")
     own = {name: table[table["kind"] == kind] for name, table in (("c", clusters), ("t", contexts), ("p", pairs))}
-    both = [*zip(own["p"]["vector"], own["p"]["one"], own["p"]["other"], strict=True)]
-    against: dict[tuple[int, int], list[int]] = {}
-    for vector, one, other in both:
-        against.setdefault((vector, one), []).append(other)
-        against.setdefault((vector, other), []).append(one)
-    keys = zip(own["c"]["vector"], own["c"]["cluster"], strict=True)
-    mirrors = [", ".join(map(str, sorted(against.get(key, [])))) for key in keys]
     vectors = sorted(own["c"]["vector"].unique())
     return Explorer(
         summary.sel(kind=kind, vector=vectors),
-        own["c"].assign(mirrors=mirrors),
+        own["c"].assign(mirrors=breakthroughs.named_mirrors(own["c"], own["p"])),
         own["t"],
         title=title,
         note=note,

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
-import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numcodecs
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.storage import FsspecStore
 
-from polca_lib.artefacts import DamagedFile, write_atomically
-
-Variables = Mapping[str, tuple[tuple[str, ...], str]]  # dimensions and dtype of each
-
-_CHECKED = numcodecs.CRC32()
+from polca_lib.artefacts import DamagedFile
+from polca_lib.layout import ABOUT, CHECKED, Layout, begin, damaged, is_begun, mend, zarr_store
 
 
 class PieceStore:
@@ -50,16 +42,16 @@ class PieceStore:
         self,
         path: Path,
         template: xr.Dataset,
-        variables: Variables,
+        variables: Mapping[str, tuple[tuple[str, ...], str]],
         dim: str,
         sizes: Mapping[str, int] | None = None,
         block: tuple[str, int] | None = None,
     ):
-        self.path = path
-        if not (_ready(path).exists() and path.exists()):
-            _begin(path, template, variables, dim, sizes or {}, block)
-        elif damaged := _damaged_static(path):
-            _start_again(path, damaged, template, variables, dim, sizes or {})
+        self.path, layout = path, Layout(template, variables, dim, sizes or {}, block)
+        if not is_begun(path):
+            begin(path, layout)
+        elif damaged(path):
+            mend(path, layout)
         self._open()
 
     @classmethod
@@ -70,20 +62,20 @@ class PieceStore:
             FileNotFoundError: there is none, or its start was cut short.
             DamagedFile: coordinates or metadata are not what was written.
         """
-        if not (path.exists() and _ready(path).exists()):
+        if not is_begun(path):
             raise FileNotFoundError(f"{path} is missing, or its start was cut short")
-        if damaged := _damaged_static(path):
-            raise DamagedFile(f"{damaged[0]} is damaged; run the stage again to have it made anew")
+        if files := damaged(path):
+            raise DamagedFile(f"{files[0]} is damaged; run the stage again to have it made anew")
         store = cls.__new__(cls)
         store.path = path
         store._open()
         return store
 
     def _open(self) -> None:
-        self._group = zarr.open_group(_zarr_store(self.path), mode="r+", zarr_format=2)
+        self._group = zarr.open_group(zarr_store(self.path), mode="r+", zarr_format=2)
         about = self._group.attrs
         self.variables: list[str] = list(about["pieces"])
-        self.attrs: dict[str, Any] = {name: about[name] for name in about if name not in _ABOUT}
+        self.attrs: dict[str, Any] = {name: about[name] for name in about if name not in ABOUT}
         self._dim, self._block = about["dim"], about["block"]
         self._dims = {name: list(self._group[name].attrs["_ARRAY_DIMENSIONS"]) for name in self.variables}
         self.parts: int = about["parts"]
@@ -179,7 +171,7 @@ class PieceStore:
 
     def _is_sound(self, name: str, size: int) -> bool:
         try:
-            return len(_CHECKED.decode((self.path / name).read_bytes())) == size
+            return len(CHECKED.decode((self.path / name).read_bytes())) == size
         except (OSError, RuntimeError, ValueError):
             return False
 
@@ -209,7 +201,7 @@ class PieceStore:
         Raises:
             DamagedFile: a piece that was written is not there any more, or coordinates are not what was written.
         """
-        if not (path.exists() and _ready(path).exists()):
+        if not is_begun(path):
             return None
         store = PieceStore.open(path)
         if not store.done().all():
@@ -234,134 +226,8 @@ class PieceStore:
         return tuple(where.get(dim, slice(None)) for dim in self._dims[name])
 
 
-_ABOUT = ("pieces", "dim", "block", "parts")
-
-
-def _ready(path: Path) -> Path:
-    return path.with_name(f"{path.name}.ready")
-
-
-def _zarr_store(path: Path) -> Path | FsspecStore:
-    if isinstance(path, Path):
-        return path
-    return FsspecStore.from_url(str(path), storage_options=dict(path.storage_options))
-
-
-def _begin(
-    path: Path,
-    template: xr.Dataset,
-    variables: Variables,
-    dim: str,
-    sizes: Mapping[str, int],
-    block: Sequence[Any] | None,
-) -> None:
-    """Write coordinates and metadata, all of them or, if that is cut short, nothing that counts."""
-    if isinstance(path, Path):
-        beside = _beside(path)
-        shutil.rmtree(beside, ignore_errors=True)
-        _start(beside, template, variables, dim, sizes, block)
-        if not path.exists():
-            beside.replace(path)
-        else:  # only the note that it was begun is lost
-            shutil.copytree(beside, path, dirs_exist_ok=True)
-            shutil.rmtree(beside)
-    else:
-        _start(path, template, variables, dim, sizes, block)
-    about = {"block": block, "files": _static(path, variables)}
-    write_atomically(_ready(path), json.dumps(about, indent=1).encode())
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.beside")
-
-
-def _start(
-    path: Path,
-    template: xr.Dataset,
-    variables: Variables,
-    dim: str,
-    sizes: Mapping[str, int],
-    block: Sequence[Any] | None,
-) -> None:
-    """Coordinates and metadata, which are always the same."""
-    sizes = {**template.sizes, **sizes}
-    blocks = 1 if block is None else math.ceil(sizes[block[0]] / block[1])
-    parts = blocks + 1 if blocks > 1 else 1
-    template.to_zarr(_zarr_store(path), mode="a", zarr_format=2, consolidated=False)
-    group = zarr.open_group(_zarr_store(path), mode="a", zarr_format=2)
-    group.attrs.update({"pieces": list(variables), "dim": dim, "block": block, "parts": parts})
-    chunks = {dim: 1} if parts == 1 else {dim: 1, block[0]: block[1]}
-    for name, (dims, dtype) in {**variables, "_done": (("_piece",), "bool")}.items():
-        if name in group:  # in an object store, where a start was cut short
-            continue
-        shape = tuple(sizes[d] if name != "_done" else sizes[dim] * parts for d in dims)
-        # Not compressed: float32 hardly shrinks, and Blosc reads on past the end of a truncated piece.
-        group.create_array(
-            name,
-            shape=shape,
-            chunks=(1,) if name == "_done" else tuple(chunks.get(d, n) for d, n in zip(dims, shape, strict=True)),
-            dtype=dtype,
-            filters=[_CHECKED],
-            compressors=None,
-            fill_value={"b": False, "f": np.nan}.get(np.dtype(dtype).kind),
-            attributes={"_ARRAY_DIMENSIONS": list(dims)},
-        )
-
-
-def _start_again(
-    path: Path,
-    damaged: list[Path],
-    template: xr.Dataset,
-    variables: Variables,
-    dim: str,
-    sizes: Mapping[str, int],
-) -> None:
-    """Make damaged coordinates and metadata again, beside the store, and put them where they belong.
-
-    Raises:
-        DamagedFile: what is made now is not what was there.
-    """
-    beside = _beside(path)
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        about = json.loads(_ready(path).read_text())
-        _start(beside, template, variables, dim, sizes, about["block"])
-        for file in damaged:
-            inner = file.relative_to(path)
-            if _digest(beside / inner) != about["files"][inner.as_posix()]:
-                raise ValueError("it is another now")
-            write_atomically(file, (beside / inner).read_bytes())
-            warnings.warn(f"{file} was damaged, and is made anew", stacklevel=3)
-    except (ValueError, KeyError, TypeError):
-        raise DamagedFile(f"{damaged[0]} is damaged; delete {path} to have it recomputed") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _static(path: Path, variables: Variables) -> dict[str, str]:
-    """Checksums of what is written once: coordinates and metadata."""
-    files = [file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".partial")]
-    inner = sorted(file.relative_to(path).as_posix() for file in files)
-    moving = tuple(f"{name}/{digit}" for name in (*variables, "_done") for digit in range(10))
-    return {name: _digest(path / name) for name in inner if not name.startswith(moving)}
-
-
-def _damaged_static(path: Path) -> list[Path]:
-    try:
-        wanted = json.loads(_ready(path).read_text())["files"]
-        if any(".." in name.split("/") or name.startswith("/") for name in wanted):  # outside of the store
-            return [_ready(path)]
-        return [path / name for name, digest in wanted.items() if _digest(path / name) != digest]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return [_ready(path)]
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
-
-
 def _read(path: Path) -> xr.Dataset:
-    dataset = xr.open_zarr(_zarr_store(path), chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
-    for name in _ABOUT:
+    dataset = xr.open_zarr(zarr_store(path), chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
+    for name in ABOUT:
         del dataset.attrs[name]
     return dataset

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from polca_lib.artefacts import FORMAT_VERSION, Artefact, fingerprint
+from polca_lib.artefacts import Artefact, provenance
 from polca_lib.basis import compute_basis, load_basis
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.config import PRESET_NAMES, BasisKind, RunConfig, TaskName, parse_assignments
@@ -136,7 +136,7 @@ class Run:
         config = self.config.model_dump(mode="json")
         del config["training"]["state_every"]
         settings = {name: config[name] for name in ("task", "seed", "device", "model", "training")}
-        return self._artefact("training", {**settings, **self.task.identity}, {})
+        return Artefact.of_stage(self.folder, "training", {**settings, **self.task.identity}, {})
 
     @cached_property
     def _basis(self) -> Artefact:
@@ -145,7 +145,7 @@ class Run:
             "basis": {**config["basis"], "n_vectors": self.config.n_vectors},
             "hessian_examples": config["data"]["hessian_examples"],
         }
-        return self._artefact("basis", settings, {"training": self._training.key})
+        return Artefact.of_stage(self.folder, "basis", settings, {"training": self._training.key})
 
     @cached_property
     def _projection(self) -> Artefact:
@@ -154,11 +154,7 @@ class Run:
             "projection": config["projection"],
             "validation_examples": config["data"]["validation_examples"],
         }
-        return self._artefact("projection", settings, {"basis": self._basis.key})
-
-    def _artefact(self, stage: str, settings: dict[str, Any], parents: dict[str, str]) -> Artefact:
-        name = fingerprint([FORMAT_VERSION, stage, settings, parents])[:12]
-        return Artefact.open(self.folder / f"{stage}-{name}", stage, settings, parents)
+        return Artefact.of_stage(self.folder, "projection", settings, {"basis": self._basis.key})
 
     def provenance(self) -> pd.DataFrame:
         """What made the results: preset, seed, device, and commit, time and versions of each stage computed."""
@@ -172,12 +168,7 @@ class Run:
         }
         stages = {"training": "_training", "basis": "_basis", "projection": "_projection"}
         done = {stage: self.__dict__[name] for stage, name in stages.items() if name in self.__dict__}
-        for stage, artefact in done.items():
-            rows[f"{stage}: commit"] = artefact.software["commit"]
-            rows[f"{stage}: wall time"] = f"{artefact.seconds:.0f} s"
-        if done:
-            rows |= {k: v for k, v in next(iter(done.values())).software.items() if k != "commit"}
-        return pd.DataFrame({"value": {name: str(value) for name, value in rows.items()}})
+        return provenance(rows, done)
 
 
 def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:

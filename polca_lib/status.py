@@ -10,6 +10,7 @@ from typing import Any
 from upath import UPath
 
 from polca_lib.artefacts import FORMAT_VERSION, Artefact
+from polca_lib.layout import is_begun
 from polca_lib.pieces import PieceStore
 
 FILES = {"basis": "basis.zarr", "projection": "projections.zarr", "clusters": "clusters.zarr"}
@@ -71,7 +72,7 @@ def _status(path: Path, verify: bool) -> dict[str, Any]:
             return found | {"problem": older}
         store = path / FILES[manifest["stage"]]
         found |= {"seconds": Artefact(path, "").seconds}
-        if store.with_name(f"{store.name}.ready").exists():
+        if is_begun(store):
             opened = PieceStore.open(store)
             missing = opened.missing()
             found |= {"done": opened.pieces - len(missing), "pieces": opened.pieces}

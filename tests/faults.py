@@ -174,7 +174,7 @@ def same(folder, expected, besides=False):
 
 def killed(folder, expected, moments=50, seed=0):
     """SIGKILL at random moments over all stages; each time the next process goes on."""
-    rng, at, again, cycles = np.random.default_rng(seed), dict.fromkeys([*STAGES, "before or after"], 0), 0, 0
+    rng, at, again, cycles = np.random.default_rng(seed), dict.fromkeys([*STAGES, "before any"], 0), 0, 0
     run = make(folder / f"cycle-{cycles}")
     kept = {}
     while sum(at.values()) < moments:
@@ -191,7 +191,7 @@ def killed(folder, expected, moments=50, seed=0):
         now = finished(run)
         again += sum(now.get(piece) != files for piece, files in kept.items())
         begun = [stage for stage, name in STAGES.items() if list((run / "results").glob(f"{stage}-*"))]
-        at[begun[-1] if begun else "before or after"] += 1
+        at[begun[-1] if begun else "before any"] += 1
         kept = now
     code, told = finish(run)
     check(code == 0, told)
@@ -262,15 +262,15 @@ def not_finite(folder, expected):
     run = make(folder / "run")
     file = run / "checkpoints" / "step-60.safetensors"
     weights = load_file(file)
-    sound = file.read_bytes()
     weights["0.bias"][2] = float("nan")
     save_file(weights, file)
+    given = file.read_bytes()
     (run / "polca.toml").write_text(SETTINGS.replace("[basis]", '[basis]\nkind = "random"'))
     code, told = finish(run)
     check(code == 1 and "step-60.safetensors" in told and "not finite" in told, told)
     kept = {piece for piece in finished(run) if piece[0] == "projection"}
     check(kept, "no projection was kept")
-    check(sound != file.read_bytes(), "the checkpoint was changed")
+    check(given == file.read_bytes(), "the checkpoint was changed")
     return {"tries": 1, "figure": f"refused by name; {len(kept)} pieces of projections before it kept"}
 
 

@@ -18,12 +18,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Data flows from left to right: a module may import from its left alone.
 ROOMS = (
     "tasks.tokenization", "tasks.grammar", "presets", "progress", "starter", "config", "tasks.arithmetic", "models",
-    "memory", "token_loss", "tasks.task", "artefacts", "pieces", "status", "engine", "settings", "tasks.corpus",
-    "tasks.prepared", "tasks.language", "checkpoints", "sources", "huggingface", "training", "curvature", "basis",
-    "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "planning", "projection", "interventions",
-    "decomposition", "clustering", "breakthroughs", "significance", "specification", "tagging", "labeling",
-    "constructions", "figures", "explorer", "report", "analysis", "runfile", "cli", "tables", "pipeline", "study",
-    "robustness", "evidence", "language_study", "english", "reproduce", "charts", "claims", "verdicts",
+    "memory", "token_loss", "tasks.task", "artefacts", "layout", "pieces", "status", "engine", "settings",
+    "tasks.corpus", "tasks.prepared", "tasks.language", "checkpoints", "sources", "huggingface", "training",
+    "curvature", "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "planning",
+    "projection", "interventions", "decomposition", "clustering", "breakthroughs", "significance", "specification",
+    "tagging", "labeling", "constructions", "figures", "explorer", "findings", "report", "analysis", "runfile", "cli",
+    "tables", "pipeline", "study", "robustness", "evidence", "language_study", "english", "reproduce", "charts",
+    "claims", "verdicts",
 )  # fmt: skip
 
 

@@ -10,7 +10,9 @@ import xarray as xr
 
 from polca_lib.clustering import DROPPED, OUTLIER
 from polca_lib.config import ClusteringConfig
-from polca_lib.report import explorer, summary, write_report
+from polca_lib.decomposition import projected_loss
+from polca_lib.findings import Findings
+from polca_lib.report import explorer, write_report
 
 SETTINGS = ClusteringConfig(order="first", min_cluster_size=5, breakthrough_window=20)
 PROVENANCE = pd.DataFrame({"value": {"seed": "0", "device": "cpu"}})
@@ -58,9 +60,12 @@ def text(tokens=40):
     return {"text": [f" {w}" for w in words], "example": np.arange(tokens) // 10, "position": np.arange(tokens) % 10}
 
 
-def written(tmp_path, projections, labels, **settings):
-    settings = {"clustering": SETTINGS, "title": "A run", "provenance": PROVENANCE, **settings}
-    return write_report(tmp_path / "report.html", projections, labels, **settings).read_text(encoding="utf-8")
+def found(projections, labels, hidden_after=None):
+    return Findings(projections, projected_loss(projections, SETTINGS.order), labels, SETTINGS, hidden_after)
+
+
+def written(tmp_path, *made, title="A run"):
+    return write_report(tmp_path / "report.html", found(*made), title=title, provenance=PROVENANCE).read_text("utf-8")
 
 
 def visible(page):
@@ -70,13 +75,13 @@ def visible(page):
 
 def test_summary_counts_what_there_is():
     projections, labels = made(**text())
-    found = summary(projections, labels, SETTINGS, hidden_after=25)
-    json.dumps(found, allow_nan=False)
-    assert (found["tokens"], found["vectors"], found["checkpoints"]) == (40, 2, 7)
-    assert (found["clusters"], found["vectors_with_clusters"], found["vectors_falling"]) == (2, 1, 2)
-    assert found["claimed"] == pytest.approx(2)  # of two vectors each claims the whole, and the loss halves that
-    assert found["inside"] == pytest.approx(1)
-    first, second = found["breakthroughs"]
+    told = found(projections, labels, 25).summary()
+    json.dumps(told, allow_nan=False)
+    assert (told["tokens"], told["vectors"], told["checkpoints"]) == (40, 2, 7)
+    assert (told["clusters"], told["vectors_with_clusters"], told["vectors_falling"]) == (2, 1, 2)
+    assert told["claimed"] == pytest.approx(2)  # of two vectors each claims the whole, and the loss halves that
+    assert told["inside"] == pytest.approx(1)
+    first, second = told["breakthroughs"]
     assert (first["cluster"], first["hidden"], first["breakthrough"]) == (2, True, 30)
     assert (second["cluster"], second["hidden"]) == (1, False)
     assert first["made_of"] == "' late' 100%"
@@ -84,7 +89,7 @@ def test_summary_counts_what_there_is():
 
 
 def test_page_shows_the_numbers_and_hidden_clusters_first(tmp_path):
-    page = visible(written(tmp_path, *made(**text()), hidden_after=25))
+    page = visible(written(tmp_path, *made(**text()), 25))
     assert "A run" in page
     assert page.index("&#39; late&#39; 100%") < page.index("&#39; early&#39; 35%")
     assert page.count('class="hidden-one"') == 1
@@ -94,8 +99,8 @@ def test_page_shows_the_numbers_and_hidden_clusters_first(tmp_path):
 
 def test_column_that_sets_a_cluster_apart_says_what_it_is_made_of():
     columns = {"parity": np.arange(40) % 2, "late": np.arange(40) >= 20, "number": np.arange(40) * 1.5 + 7}
-    found = summary(*made(tokens=40, **columns), SETTINGS, 25)
-    assert [one["made_of"] for one in found["breakthroughs"]] == ["late: 'True' 100%", "late: 'False' 100%"]
+    clusters = found(*made(tokens=40, **columns), 25).clusters
+    assert clusters["made_of"].tolist() == ["late: 'True' 100%", "late: 'False' 100%"]
 
 
 @pytest.mark.parametrize(
@@ -108,14 +113,14 @@ def test_column_that_sets_a_cluster_apart_says_what_it_is_made_of():
     ],
 )
 def test_any_run_has_a_page(tmp_path, shape, told):
-    assert told in visible(written(tmp_path, *made(**shape), hidden_after=None))
+    assert told in visible(written(tmp_path, *made(**shape)))
 
 
 def test_run_without_clusters_says_so(tmp_path):
     projections, labels = made(**text())
-    page = visible(written(tmp_path, projections, xr.full_like(labels, OUTLIER)))
-    assert "HDBSCAN found no cluster along any direction" in page
-    assert summary(projections, xr.full_like(labels, OUTLIER), SETTINGS)["breakthroughs"] == []
+    none = xr.full_like(labels, OUTLIER)
+    assert "HDBSCAN found no cluster along any direction" in visible(written(tmp_path, projections, none))
+    assert found(projections, none).summary()["breakthroughs"] == []
 
 
 def test_run_without_the_loss_inside_has_a_page(tmp_path):
@@ -126,7 +131,7 @@ def test_run_without_the_loss_inside_has_a_page(tmp_path):
 
 def test_contexts_stay_within_their_example():
     projections, labels = made(**text())
-    shown = explorer(projections, labels, SETTINGS, title="x")._data["vectors"]
+    shown = explorer(found(projections, labels))._data["vectors"]
     contexts = [context for vector in shown for cluster in vector["clusters"] for context in cluster["contexts"]]
     assert len(contexts) == 20
     for context in contexts:
@@ -157,7 +162,7 @@ def page(browser):
 def test_text_of_a_corpus_is_never_read_as_html(tmp_path, page):
     file, title = tmp_path / "report.html", "<script>window.hacked = 8</script>\u202e title"
     projections, labels = hostile()
-    write_report(file, projections, labels, clustering=SETTINGS, title=title, provenance=PROVENANCE, hidden_after=25)
+    write_report(file, found(projections, labels, 25), title=title, provenance=PROVENANCE)
     assert file.stat().st_size < 8_000_000  # a token of 10 MB is cut
     page.goto(file.as_uri())
     page.wait_for_selector(".polca-chip")
@@ -187,7 +192,7 @@ def test_text_of_a_corpus_is_never_read_as_html(tmp_path, page):
 def test_page_fits_a_phone_and_both_schemes(tmp_path, browser, scheme):
     file = tmp_path / "report.html"
     projections, labels = made(**text())
-    write_report(file, projections, labels, clustering=SETTINGS, title="A run", provenance=PROVENANCE, hidden_after=25)
+    write_report(file, found(projections, labels, 25), title="A run", provenance=PROVENANCE)
     context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
     page = context.new_page()
     page.goto(file.as_uri())
