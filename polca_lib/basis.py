@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polca_lib.checkpoints import Checkpoints
-from polca_lib.config import DirectionsConfig
+from polca_lib.config import OF_HESSIAN, DirectionsConfig
 from polca_lib.curvature import Eigenpairs, HessianOperator, krylov_rows, top_eigenpairs
 from polca_lib.memory import default_budget, rows_that_fit
 from polca_lib.pieces import PieceStore
@@ -34,8 +34,7 @@ _STORED = {
     "parameters": {"axis": (("vector",), "int64")},
 }
 
-_OF_HESSIAN = ("hessian", "shuffled", "final")
-_WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in _OF_HESSIAN)
+_WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in OF_HESSIAN)
 
 _Piece = tuple[int, dict[str, np.ndarray | float]]
 
@@ -91,7 +90,7 @@ def compute_basis(
     kind, n_parameters = settings.kind, checkpoints.token_loss.n_parameters
     births = _birth_steps(settings, steps, seed, checkpoints)
     n_vectors = len(births)
-    if hessian_batch is None and kind in _OF_HESSIAN:
+    if hessian_batch is None and kind in OF_HESSIAN:
         raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {_WITHOUT_HESSIAN}")
     template = xr.Dataset(
         coords={"vector": np.arange(1, n_vectors + 1), "birth_step": ("vector", births)},
@@ -110,7 +109,7 @@ def compute_basis(
             pieces = ((row, {"axis": axes[row]}) for row in missing)
         else:
             memory = default_budget(checkpoints.device) if memory is None else memory
-            block = settings.k if kind in _OF_HESSIAN else 1
+            block = settings.k if kind in OF_HESSIAN else 1
 
             def find(start: int) -> Iterator[_Piece]:
                 if kind == "trajectory":

@@ -19,6 +19,7 @@ from polca_lib.presets import PRESETS
 Order = Literal["first", "second", "exact", "trapezoid"]
 Scaling = Literal["raw", "unit", "zscore"]
 BasisKind = Literal["hessian", "shuffled", "final", "trajectory", "random", "parameters"]
+OF_HESSIAN: tuple[BasisKind, ...] = ("hessian", "shuffled", "final")
 Mode = Literal["auto", "forward", "reverse"]
 Precision = Literal["float32", "bfloat16"]
 TaskName = Literal["addition", "grammar", "wikipedia"]

@@ -23,9 +23,9 @@ from polca_lib.progress import progress
 
 EngineName = Literal["in-process", "processes", "dask", "ray"]
 
-# What glibc comes to by itself, and Dask's own setting keeps it from: with less, tensors are mapped and zeroed anew for
-# each operation, which two workers do at the same time far slower than one.
-_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+# Dask has workers give memory back to the system at once. Tensors are then mapped and zeroed anew for each operation,
+# and two workers that do so side by side take nearly twice the time.
+_DASK = {"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}
 
 _PATIENCE = 3  # times that an engine may break down with no task done in between
 
@@ -159,7 +159,8 @@ def engine(
     """Have :func:`carry_out` use an engine within the block.
 
     Args:
-        name: ``in-process``; ``processes`` of this machine (joblib's loky); ``dask`` or ``ray``, a cluster.
+        name: ``in-process``, also within a block of another engine; ``processes`` of this machine (joblib's loky);
+            ``dask`` or ``ray``, a cluster.
         workers: processes to use; of a cluster all it has, if not given.
         address: of a running cluster, such as ``tcp://10.0.0.1:8786`` for Dask or ``auto`` for Ray. Without one, a
             cluster of ``workers`` processes is started on this machine and shut down afterwards.
@@ -175,7 +176,9 @@ def engine(
     if workers is not None and workers < 1:
         raise ValueError(f"workers = {workers}; allowed: 1 or more")
     with contextlib.ExitStack() as stack:
-        if name == "processes":
+        if name == "in-process":
+            stack.enter_context(joblib.parallel_config("sequential"))
+        elif name == "processes":
             stack.enter_context(joblib.parallel_config("loky", n_jobs=workers or -1))
         elif name == "dask":
             _dask(stack, workers, address)
@@ -186,11 +189,13 @@ def engine(
 
 def _dask(stack: contextlib.ExitStack, workers: int | None, address: str | None) -> None:
     try:
+        import dask
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise EngineFailure(f"engine = 'dask' needs {error.name}; install polca-lib[cluster]") from None
     if not address:
-        local = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, env=_ALLOCATOR)
+        stack.enter_context(dask.config.set(_DASK))
+        local = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
         address = stack.enter_context(local)
     try:
         client = stack.enter_context(Client(address, timeout=20))
@@ -208,11 +213,7 @@ def _ray(stack: contextlib.ExitStack, workers: int | None, address: str | None) 
     if not ray.is_initialized():
         try:
             ray.init(
-                address=address,
-                num_cpus=None if address else workers,
-                include_dashboard=False,
-                log_to_driver=False,
-                runtime_env={"env_vars": _ALLOCATOR},
+                address=address, num_cpus=None if address else workers, include_dashboard=False, log_to_driver=False
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise EngineFailure(f"no Ray cluster answers at address = {address!r}: {error}") from None

@@ -29,6 +29,11 @@ def default_budget(device: str | torch.device) -> int:
     return max(0, min(psutil.virtual_memory().available, within)) // 2
 
 
+def settled_budget(device: str | torch.device) -> int:
+    """:func:`default_budget`, down to a power of two: what hangs on it seldom differs from one start to the next."""
+    return 2 ** math.floor(math.log2(max(1, default_budget(device))))
+
+
 def peak_bytes(function: Callable[[], object], device: str | torch.device) -> int:
     """Run ``function`` and return the most bytes its tensors held at one time, beyond what was there before.
 

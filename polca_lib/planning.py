@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import math
-import pickle
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
-
-from polca_lib.config import DirectionsConfig, Precision
-from polca_lib.memory import default_budget, rows_that_fit
-from polca_lib.strategy import choose, differentiate
+from polca_lib.config import OF_HESSIAN, DirectionsConfig, ProjectionConfig
+from polca_lib.memory import rows_that_fit, settled_budget
+from polca_lib.probe import on_paper, probe
 from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
 
-_SHORT = 0.3  # seconds that a pass may take for the ways of differentiating to be tried, and timed
-_LONG = 30.0  # seconds that a pass may be expected to take for it to be timed at all
-_PROBE = 8.0  # seconds that those tried are meant to take
-_WAYS = {"jvp": "forward mode", "taylor": "forward mode by Taylor arithmetic", "reverse": "reverse mode"}
 _HVP = 4  # operations of a product with a Hessian whose graph is kept, in those of a pass forward
 _GRAPH = 3  # of building that graph
-_SQUARE = 1024  # of the matrices by which a device's rate is measured
-_OF_HESSIAN = ("hessian", "shuffled", "final")
 
 _GROWTH = (
     "Projections take time in proportion to tokens, checkpoints and parameters, in forward mode also to vectors;",
@@ -71,11 +57,10 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
-        lengths = {"checkpoints": self.checkpoints, "tokens": self.tokens, "vectors": self.vectors}
         rows = [
             ("model", f"{self.parameters:,} trainable parameters, {_size(self.vector_bytes)} a vector or checkpoint"),
             ("data", f"{self.examples:,} examples, {self.tokens:,} tokens"),
-            ("run", ", ".join(f"{n:,} {name}" for name, n in lengths.items() if name != "tokens")),
+            ("run", f"{self.checkpoints:,} checkpoints, {self.vectors:,} vectors"),
             ("way", f"{self.way}: {self.why}"),
             ("tasks", f"{self.tasks:,} of (checkpoint, block of {self.block} vectors)"),
             ("", ""),
@@ -114,12 +99,8 @@ def plan(
     *,
     checkpoints: int,
     basis: DirectionsConfig,
-    n_vectors: int,
+    projection: ProjectionConfig,
     hessian_batch: Batch | None = None,
-    curvature: bool = False,
-    curvature_examples: int | None = None,
-    inside_loss: bool = True,
-    precision: Precision = "float32",
     device: str = "cpu",
     memory: int | None = None,
     workers: int = 1,
@@ -136,10 +117,9 @@ def plan(
         token_loss: of the model.
         validation: examples whose tokens are decomposed.
         checkpoints: how many.
-        basis: its settings.
-        n_vectors: of the basis.
+        basis: its settings, with the number of vectors.
+        projection: its settings.
         hessian_batch: sample for the Hessian.
-        curvature, curvature_examples, inside_loss, precision: see :class:`polca_lib.config.ProjectionConfig`.
         device: of the workers.
         memory: bytes a worker may take; half of what the device has free now if not given.
         workers: that share the projections.
@@ -148,39 +128,37 @@ def plan(
     Raises:
         ValueError: a number out of range.
     """
-    for name, value in (("checkpoints", checkpoints), ("n_vectors", n_vectors), ("workers", workers)):
-        least = 2 if name == "checkpoints" else 1
+    n_vectors = basis.n_vectors
+    for name, value, least in (("checkpoints", checkpoints, 2), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"{name} = {value}; allowed: {least} or more")
-    if n_vectors > token_loss.n_parameters:
-        raise ValueError(f"n_vectors = {n_vectors}; allowed: at most {token_loss.n_parameters}, the parameters")
+    if n_vectors is None or n_vectors > token_loss.n_parameters:
+        raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {token_loss.n_parameters}, the parameters")
     d, one = token_loss.n_parameters, token_loss.n_parameters * token_loss.dtype.itemsize
-    budget = default_budget(device) if memory is None else memory
+    budget = settled_budget(device) if memory is None else memory
     first = next(split_examples(validation, 1))
-    examples, per_example, forward = n_examples(validation), *_on_paper(token_loss, first)
-    tokens, order = examples * per_example, 2 if curvature and curvature_examples is None else 1
-    probe = _probe(token_loss, validation, forward, n_vectors, order, precision, device, budget, operations_per_second)
-    projection = examples * probe.cost * checkpoints
-    if curvature and curvature_examples is not None:
-        projection += curvature_examples * (1 + 4 * n_vectors) * forward * checkpoints
-    if inside_loss:
-        projection += examples * forward * checkpoints
+    examples, per_example, forward = n_examples(validation), *on_paper(token_loss, first)
+    tokens, of_some = examples * per_example, projection.curvature and not projection.curvature_of_all
+    found = probe(token_loss, validation, forward, n_vectors, projection, device, budget, operations_per_second)
+    operations = examples * found.cost * checkpoints
+    if of_some:
+        operations += projection.curvature_examples * (1 + 4 * n_vectors) * forward * checkpoints
+    if projection.inside_loss:
+        operations += examples * forward * checkpoints
     block = rows_that_fit(n_vectors, one, budget // 2)
     blocks = math.ceil(n_vectors / block)
     products, hessian = 0, 0.0
-    if basis.kind in _OF_HESSIAN:
-        sample, births = (
-            n_examples(validation if hessian_batch is None else hessian_batch),
-            math.ceil(n_vectors / basis.k),
-        )
+    if basis.kind in OF_HESSIAN:
+        sample = n_examples(validation if hessian_batch is None else hessian_batch)
+        births = math.ceil(n_vectors / basis.k)
         products = births * basis.max_products
         hessian = float(sample * forward * births * (_GRAPH + _HVP * basis.max_products))
         # Lanczos and what is taken out of each product: two passes, over the vectors there are.
         hessian += products * 4.0 * d * (basis.max_products / 2 + n_vectors / 2)
     stored = {"random": 8 * n_vectors**2, "parameters": 8 * n_vectors}.get(basis.kind, n_vectors * one)
-    curved = 0 if not curvature else (tokens if curvature_examples is None else curvature_examples * per_example)
-    numbers = (tokens + curved) * n_vectors + (2 if inside_loss else 1) * tokens + 2 * n_vectors + 1
-    vectors_read = n_vectors * one * (1 if blocks == 1 else checkpoints * (2 if inside_loss else 1))
+    curved = projection.curvature_examples * per_example if of_some else tokens * projection.curvature
+    numbers = (tokens + curved) * n_vectors + (1 + projection.inside_loss) * tokens + 2 * n_vectors + 1
+    vectors_read = n_vectors * one * (1 if blocks == 1 else checkpoints * (1 + projection.inside_loss))
     thetas_read = one * checkpoints * (1 if workers == 1 else 2)
     return Plan(
         parameters=d,
@@ -191,8 +169,8 @@ def plan(
         workers=workers,
         device=device,
         basis=basis.kind,
-        way=probe.way,
-        why=probe.why,
+        way=found.way,
+        why=found.why,
         block=block,
         tasks=checkpoints * (blocks + 1 if blocks > 1 else 1),
         vector_bytes=one,
@@ -203,125 +181,13 @@ def plan(
         read_bytes=vectors_read * (workers if blocks == 1 else 1) + thetas_read,
         pass_operations=forward,
         basis_operations=hessian,
-        projection_operations=float(projection),
+        projection_operations=float(operations),
         products=products,
-        operations_per_second=probe.rate,
-        basis_seconds=hessian / probe.rate,
-        projection_seconds=projection / probe.rate / min(workers, checkpoints * blocks),
-        measured=probe.measured,
+        operations_per_second=found.rate,
+        basis_seconds=hessian / found.rate,
+        projection_seconds=operations / found.rate / min(workers, checkpoints * blocks),
+        measured=found.measured,
     )
-
-
-@dataclass(frozen=True)
-class _Probe:
-    way: str
-    why: str
-    cost: float  # operations of an example, for all vectors
-    rate: float  # operations a second
-    measured: str
-
-
-def _probe(
-    token_loss: TokenLoss,
-    validation: Batch,
-    forward: int,
-    n_vectors: int,
-    order: int,
-    precision: Precision,
-    device: str,
-    budget: int,
-    rate: float | None,
-) -> _Probe:
-    """How a pass will be differentiated, what that costs and how fast it goes."""
-    plain = "forward mode", "a pass along each vector", float(forward * (1 + 2 * order * n_vectors))
-    if rate is not None:
-        return _Probe(*plain, rate, "the operations per second that were given, and operations counted without data")
-    matrices = _matrix_rate(device, token_loss.dtype)
-    one = token_loss.n_parameters * token_loss.dtype.itemsize
-    if 4 * one > budget or forward / matrices > _LONG:
-        return _Probe(
-            *plain, matrices, f"products of matrices alone, {matrices:.2g} operations a second; nothing was run"
-        )
-    first = pytree.tree_map(lambda t: t.to(device), next(split_examples(validation, 1)))
-    theta = 0.02 * torch.randn(token_loss.n_parameters, dtype=token_loss.dtype, device=device)
-    with torch.no_grad():
-        seconds = min(_timed(lambda: token_loss(theta, first)) for _ in range(3))  # the first takes longer
-    if seconds > _SHORT:
-        tangent = torch.randn_like(theta)
-        took = _timed(lambda: torch.func.jvp(lambda at: token_loss(at, first), (theta,), (tangent,)))
-        return _Probe(*plain, 3 * forward / took, f"a pass along one vector on one example, {took:.1f} s")
-    few = rows_that_fit(n_vectors, one, budget // 4)
-    vectors = torch.randn(few, token_loss.n_parameters, dtype=token_loss.dtype, device=device)
-    vectors /= vectors.norm(dim=1, keepdim=True)
-    size = _several(token_loss, theta, validation, _PROBE / 2 / (1 + 2 * order * few))
-    part = pytree.tree_map(lambda t: t.to(device), next(split_examples(validation, size)))
-    settings = {"order": order, "precision": precision if order == 1 else "float32", "memory": budget // 2}
-    strategy = choose(token_loss, theta, part, vectors, **settings)
-    way = "reverse" if strategy.mode == "reverse" else "taylor" if strategy.taylor else "jvp"
-    cost = strategy.cost.get(way, strategy.cost["jvp"])
-    more = n_vectors / few if way == "reverse" else (1 + 2 * order * n_vectors) / (1 + 2 * order * few)
-    took = min(_timed(lambda: differentiate(strategy, token_loss, theta, part, vectors)) for _ in range(2))
-    why = ", ".join(f"{_WAYS[name]} {strategy.cost[name]:.2g}" for name in _WAYS if name in strategy.cost)
-    return _Probe(
-        _WAYS[way],
-        f"operations of an example along {few} vectors: {why}",
-        float(cost * more),
-        n_examples(part) * cost / took,
-        f"{n_examples(part)} examples along {few} vectors, done as they will be, {took:.1f} s",
-    )
-
-
-def _several(token_loss: TokenLoss, theta: Tensor, batch: Batch, seconds: float) -> int:
-    """How many examples take so long in a pass: of few, much of the time is none of theirs."""
-    n, every = 1, n_examples(batch)
-    with torch.no_grad():
-        while n < every:
-            part = pytree.tree_map(lambda t: t.to(theta.device), next(split_examples(batch, n)))
-            if _timed(lambda part=part: token_loss(theta, part)) > seconds:
-                return n
-            n = min(2 * n, every)
-    return every
-
-
-def _timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _matrix_rate(device: str, dtype: torch.dtype) -> float:
-    one = torch.randn(_SQUARE, _SQUARE, device=device, dtype=dtype)
-    _timed(lambda: one @ one)
-    return 2 * _SQUARE**3 / min(_timed(lambda: one @ one) for _ in range(5))
-
-
-def _on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
-    """Losses of an example, and operations of a pass on it, counted on tensors without data, if the model allows."""
-
-    def count(loss: TokenLoss, theta: Tensor, batch: Batch) -> tuple[int, int]:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            losses = loss(theta, batch)
-        return losses.numel(), counter.get_total_flops()
-
-    light = pickle.loads(pickle.dumps(token_loss)) if _travels(token_loss) else token_loss
-    try:
-        paper = TokenLoss(light.model.to("meta"), light._module.loss) if light is not token_loss else None
-        if paper is not None:
-            theta = torch.empty(paper.n_parameters, dtype=paper.dtype, device="meta")
-            return count(paper, theta, pytree.tree_map(lambda t: t.to("meta"), one))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        pass  # what a loss does may hang on its data
-    return count(token_loss, torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype), one)
-
-
-def _travels(token_loss: TokenLoss) -> bool:
-    try:
-        pickle.dumps(token_loss)
-    except Exception:
-        return False
-    return True
 
 
 def _size(n: float) -> str:

@@ -22,7 +22,7 @@ from polca_lib.basis import inner_products, read_vectors
 from polca_lib.checkpoints import Checkpoints
 from polca_lib.config import ProjectionConfig
 from polca_lib.engine import carry_out
-from polca_lib.memory import default_budget, rows_that_fit
+from polca_lib.memory import rows_that_fit, settled_budget
 from polca_lib.pieces import PieceStore
 from polca_lib.strategy import Mode, Precision, Strategy, choose, differentiate, relative_difference
 from polca_lib.token_loss import Batch, TokenLoss, split_examples
@@ -176,8 +176,7 @@ def project_runs(
             f"{sorted(together)}{' and the curvature of all tokens' if whole else ''}; allowed: one mode and one "
             "precision, and curvature on a sample (projection.curvature_examples) or none"
         )
-    # A power of two, so that what hangs on it seldom differs from one start to the next.
-    budget = 2 ** math.floor(math.log2(max(1, default_budget(checkpoints.device)))) if memory is None else memory
+    budget = settled_budget(checkpoints.device) if memory is None else memory
     one = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
     total = sum(basis.sizes["vector"] for basis in bases)
     fitting = rows_that_fit(total, one, budget // 2)

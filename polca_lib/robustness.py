@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from polca_lib import significance, specification
 from polca_lib.basis import read_vectors
 from polca_lib.clustering import DROPPED, OUTLIER, cluster_tokens
-from polca_lib.config import ClusteringConfig, RunConfig, Scaling
+from polca_lib.config import OF_HESSIAN, ClusteringConfig, RunConfig, Scaling
 from polca_lib.curvature import HessianOperator, top_eigenpairs
 from polca_lib.pipeline import Run
 from polca_lib.projection import project
@@ -240,7 +240,7 @@ def concentration(study: Study) -> pd.DataFrame:
     loss, batch = study.run.checkpoints.token_loss, study.run.task.hessian
     batch = batch.to(study.run.config.device)
     for kind in study.bases:
-        if kind not in ("hessian", "shuffled", "final"):
+        if kind not in OF_HESSIAN:
             continue
         basis = study.on_basis(kind).basis
         for row, birth in enumerate(basis["birth_step"].values):

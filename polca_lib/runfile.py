@@ -10,7 +10,7 @@ from polca_lib.analysis import Analysis
 from polca_lib.checkpoints import Checkpoints
 from polca_lib.huggingface import HuggingFaceRevisions
 from polca_lib.planning import Plan, plan
-from polca_lib.settings import Code, RunFile, Source
+from polca_lib.settings import Code, RunFile
 from polca_lib.sources import SafetensorsFolder, StateDictFolder
 from polca_lib.token_loss import Subject, TokenLoss
 
@@ -24,12 +24,10 @@ def open_analysis(file: str | Path) -> Analysis:
         TypeError: its function returns something else than a subject.
     """
     file = Path(file).resolve()
-    about = RunFile.read(file)
-    subject = _subject(about.code, file.parent)
-    loss = TokenLoss(subject.model, subject.loss)
+    about, subject, loss = _read(file)
     return Analysis(
         about.place(file),
-        _checkpoints(about.checkpoints, loss, about.device, file.parent),
+        _checkpoints(about, loss, file.parent),
         subject.validation,
         hessian=subject.hessian,
         tokens=subject.tokens,
@@ -57,27 +55,25 @@ def plan_analysis(
         FileNotFoundError, ValueError, ImportError, TypeError: see :func:`open_analysis`.
     """
     file = Path(file).resolve()
-    about = RunFile.read(file)
-    subject = _subject(about.code, file.parent)
-    loss = TokenLoss(subject.model, subject.loss)
-    if checkpoints is None:
-        checkpoints = len(about.chosen(_checkpoints(about.checkpoints, loss, about.device, file.parent).steps))
+    about, subject, loss = _read(file)
     return plan(
         loss,
         subject.validation,
-        checkpoints=checkpoints,
+        checkpoints=checkpoints or len(about.chosen(_checkpoints(about, loss, file.parent).steps)),
         basis=about.basis,
-        n_vectors=about.basis.n_vectors,
+        projection=about.projection,
         hessian_batch=subject.hessian,
-        curvature=about.projection.curvature,
-        curvature_examples=about.projection.curvature_examples,
-        inside_loss=about.projection.inside_loss,
-        precision=about.projection.precision,
         device=about.device,
         memory=about.memory,
         workers=workers or about.engine.workers or 1,
         operations_per_second=operations_per_second,
     )
+
+
+def _read(file: Path) -> tuple[RunFile, Subject, TokenLoss]:
+    about = RunFile.read(file)
+    subject = _subject(about.code, file.parent)
+    return about, subject, TokenLoss(subject.model, subject.loss)
 
 
 def _subject(code: Code, folder: Path) -> Subject:
@@ -106,8 +102,9 @@ def _subject(code: Code, folder: Path) -> Subject:
     return subject
 
 
-def _checkpoints(source: Source, loss: TokenLoss, device: str, folder: Path) -> Checkpoints:
+def _checkpoints(about: RunFile, loss: TokenLoss, folder: Path) -> Checkpoints:
     """The checkpoints that a file tells of."""
+    source, device = about.checkpoints, about.device
     local = folder / source.path
     if source.kind == "safetensors":
         return SafetensorsFolder(local, loss, device, pattern=source.pattern)

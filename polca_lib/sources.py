@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 _STATE_DICTS = (".pt", ".pth", ".bin", ".ckpt")
 
 
-class _Folder:
+class _Folder(ABC):
     """Checkpoints in a folder, each a file, or a folder of its own; the last number in the name is the step."""
 
     def __init__(self, path: str | Path, token_loss: TokenLoss, device: str = "cpu", *, pattern: str | None = None):
@@ -54,14 +55,14 @@ class _Folder:
 
     _allowed: str
 
-    def _holds_weights(self, place: Path) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _holds_weights(self, place: Path) -> bool: ...
 
-    def _read(self, place: Path) -> Mapping[str, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self, place: Path) -> Mapping[str, Tensor]: ...
 
-    def _files(self, place: Path) -> list[Path]:
-        raise NotImplementedError
+    @abstractmethod
+    def _files(self, place: Path) -> list[Path]: ...
 
     @property
     def steps(self) -> list[int]:

@@ -124,7 +124,7 @@ class TokenLoss:
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor]):
         _refuse_what_is_no_function(model)
-        self.model = model
+        self.model, self.loss = model, loss
         named = dict(model.named_parameters())
         trainable = {name: p.detach() for name, p in named.items() if p.requires_grad}
         if not trainable or not all(p.is_floating_point() for p in named.values()):
@@ -156,7 +156,7 @@ class TokenLoss:
         light = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.model.parameters() if p.requires_grad
         }
-        return TokenLoss, (deepcopy(self.model, light), self._module.loss)
+        return TokenLoss, (deepcopy(self.model, light), self.loss)
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` at parameters ``theta``, differentiable in ``theta``."""

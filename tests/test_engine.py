@@ -67,6 +67,15 @@ def test_tasks_that_leave_nothing_behind_are_an_error_rather_than_done_for_ever(
         carry_out(len, lambda: ["a", "b"], total=2, description="tasks", unit="task")
 
 
+def test_in_process_is_in_process_also_within_another_engine():
+    done = []
+    with engine("processes", workers=2), engine("in-process"):
+        carry_out(
+            done.append, lambda: [t for t in range(5) if t not in done], total=5, description="tasks", unit="task"
+        )
+    assert done == [0, 1, 2, 3, 4]
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def engaged(request):
     with engine(request.param, workers=2):

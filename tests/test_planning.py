@@ -20,9 +20,9 @@ BATCH = mlp_batch(5, torch.float32)
 STEPS = [0, 20, 40, 60, 80]
 
 
-def planned(token_loss, batch=BATCH, **settings):
-    settings = {"checkpoints": 5, "n_vectors": 6, "basis": DirectionsConfig(kind="random"), **settings}
-    return plan(token_loss, batch, **settings)
+def planned(token_loss, batch=BATCH, *, n_vectors=6, **settings):
+    basis, projection = DirectionsConfig(kind="random", n_vectors=n_vectors), ProjectionConfig(curvature=False)
+    return plan(token_loss, batch, **{"checkpoints": 5, "basis": basis, "projection": projection, **settings})
 
 
 def bytes_of(path, name):
@@ -43,9 +43,8 @@ def test_bytes_and_tasks_are_those_of_the_run(tmp_path, kind, settings, memory):
     path = tmp_path / "projections.zarr"
     project_run(path, checkpoints, STEPS, BATCH, tokens, vectors, projection, memory)
     found = planned(
-        checkpoints.token_loss, n_vectors=n, basis=basis, memory=memory, operations_per_second=1e9,
-        curvature=projection.curvature, curvature_examples=projection.curvature_examples,
-    )  # fmt: skip
+        checkpoints.token_loss, basis=basis, projection=projection, memory=memory, operations_per_second=1e9
+    )
     stored = {"random": "mixing", "parameters": "axis"}.get(kind, "vectors")
     records = ("eigenvalue", "residual", "products")
     assert found.basis_bytes == sum(bytes_of(tmp_path / "basis.zarr", name) for name in (stored, *records))
@@ -77,7 +76,9 @@ def test_operations_are_those_of_forward_passes_along_all_vectors():
         one.projection_seconds / 5
     )
     assert one.products == one.basis_seconds == 0
-    hessian = planned(token_loss, batch, basis=DirectionsConfig(max_products=10), operations_per_second=1e6)
+    hessian = planned(
+        token_loss, batch, basis=DirectionsConfig(n_vectors=6, max_products=10), operations_per_second=1e6
+    )
     assert hessian.products == 60
 
 
@@ -109,7 +110,8 @@ def test_model_that_does_not_fit_is_planned_on_paper():
     [
         ({"checkpoints": 1}, "checkpoints = 1; allowed: 2 or more"),
         ({"workers": 0}, "workers = 0; allowed: 1 or more"),
-        ({"n_vectors": 1000}, "n_vectors = 1000; allowed: at most 31, the parameters"),
+        ({"n_vectors": 1000}, "basis.n_vectors = 1000; allowed: 1 to 31, the parameters"),
+        ({"n_vectors": None}, "basis.n_vectors = None; allowed: 1 to 31, the parameters"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings, told):
