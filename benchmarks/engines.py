@@ -24,8 +24,8 @@ from polca_lib.basis import compute_basis
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.config import DirectionsConfig, ProjectionConfig, RunConfig
 from polca_lib.engine import engine
+from polca_lib.grid import project_run
 from polca_lib.models import build_model
-from polca_lib.projection import project_run
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.arithmetic import Addition
 from polca_lib.token_loss import TokenLoss

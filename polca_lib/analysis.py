@@ -31,12 +31,12 @@ from polca_lib.config import ClusteringConfig
 from polca_lib.decomposition import projected_loss
 from polca_lib.engine import carry_out
 from polca_lib.findings import Findings
+from polca_lib.grid import project_run
 from polca_lib.pieces import PieceStore
-from polca_lib.projection import project_run
 from polca_lib.report import write_report
 from polca_lib.settings import AnalysisSettings
 from polca_lib.status import FILES
-from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
+from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples, to_device
 
 
 class Analysis:
@@ -83,10 +83,10 @@ class Analysis:
         """One row per token that is decomposed."""
         loss, first = self.checkpoints.token_loss, next(split_examples(self.validation, 1))
         theta = self.checkpoints.theta(self.steps[0])
-        loss.check(theta, _to(next(split_examples(self.validation, 3)), theta.device))
+        loss.check(theta, to_device(next(split_examples(self.validation, 3)), theta.device))
         given = self._given
         with torch.no_grad():
-            own = len(loss(theta, _to(first, theta.device)))
+            own = len(loss(theta, to_device(first, theta.device)))
         if given is None:
             return pd.DataFrame({"example": np.repeat(np.arange(n_examples(self.validation)), own)})
         if len(given) != own * n_examples(self.validation):
@@ -107,7 +107,7 @@ class Analysis:
                 self._basis.path / FILES["basis"],
                 settings,
                 self.checkpoints,
-                None if self.hessian is None else _to(self.hessian, self.checkpoints.device),
+                None if self.hessian is None else to_device(self.hessian, self.checkpoints.device),
                 steps=settings.births(self.steps),
                 seed=self.settings.seed,
                 memory=self.settings.memory,
@@ -115,7 +115,7 @@ class Analysis:
 
     @cached_property
     def projections(self) -> xr.Dataset:
-        """Losses and derivatives along the basis, see :func:`polca_lib.projection.project_run`."""
+        """Losses and derivatives along the basis, see :func:`polca_lib.grid.project_run`."""
         basis, tokens = self.basis, self.tokens
         path = self._projection.path / FILES["projection"]
         with self._projection.at_work():
@@ -247,7 +247,7 @@ class Analysis:
         kept = stored.dataset()["loss"].isel(step=0).values
         theta, few = self.checkpoints.theta(self.steps[0]), next(split_examples(self.validation, 3))
         with torch.no_grad():
-            now = self.checkpoints.token_loss(theta, _to(few, theta.device)).cpu().numpy()
+            now = self.checkpoints.token_loss(theta, to_device(few, theta.device)).cpu().numpy()
         if not np.allclose(now, kept[: len(now)], rtol=1e-3, atol=1e-5):
             raise ArtefactMismatch(
                 f"the model or its loss gives {now[0]:.4f} for the first token of "
@@ -268,10 +268,6 @@ class _Clustering:
         curves = projected_loss(self.projections.isel(vector=[index]), self.settings.order)
         labels = cluster_tokens(curves.isel(vector=0), self.settings)
         PieceStore.open(self.path).write(index, cluster=labels.values)
-
-
-def _to(batch: Batch, device: str | torch.device) -> Batch:
-    return pytree.tree_map(lambda tensor: tensor.to(device), batch)
 
 
 def _batch_key(batch: Batch) -> str:

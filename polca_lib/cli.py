@@ -51,7 +51,7 @@ def _told() -> Iterator[None]:
     """Errors as one message and an exit code."""
     from polca_lib.artefacts import ArtefactMismatch, DamagedFile
     from polca_lib.engine import EngineFailure
-    from polca_lib.projection import NonFiniteProjection
+    from polca_lib.worker import NonFiniteProjection
 
     try:
         yield

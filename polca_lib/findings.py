@@ -30,7 +30,7 @@ class Findings:
     """What a run found; each table is made when first asked for.
 
     Args:
-        projections: from :func:`polca_lib.projection.project_run`.
+        projections: from :func:`polca_lib.grid.project_run`.
         curves: projected loss, (step, token, vector), in nats, from :func:`polca_lib.decomposition.projected_loss`.
         labels: (vector, token), from :func:`polca_lib.clustering.cluster_tokens`.
         clustering: its settings; they say the order, too.

@@ -26,9 +26,9 @@ from polca_lib.artefacts import Artefact, provenance
 from polca_lib.basis import compute_basis, load_basis
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.config import PRESET_NAMES, BasisKind, RunConfig, TaskName, parse_assignments
+from polca_lib.grid import project_runs
 from polca_lib.models import build_model
 from polca_lib.pieces import PieceStore
-from polca_lib.projection import project_runs
 from polca_lib.tasks.arithmetic import Addition
 from polca_lib.tasks.language import Grammar, Wikipedia
 from polca_lib.tasks.task import Task
@@ -115,7 +115,7 @@ class Run:
 
     @cached_property
     def projections(self) -> xr.Dataset:
-        """Losses and derivatives along the basis, see :func:`polca_lib.projection.project_run`."""
+        """Losses and derivatives along the basis, see :func:`polca_lib.grid.project_run`."""
         if (stored := self._stored_projections()) is not None:
             return stored
         return project_together([self])[0]
@@ -177,7 +177,7 @@ def project_together(runs: Sequence[Run]) -> list[xr.Dataset]:
     Those that measure the curvature of all tokens have a pass each.
 
     Args:
-        runs: that differ in ``basis`` and ``projection`` alone, see :func:`polca_lib.projection.project_runs`.
+        runs: that differ in ``basis`` and ``projection`` alone, see :func:`polca_lib.grid.project_runs`.
 
     Raises:
         ValueError: they are not of one training run and one validation sample.

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import cloudpickle
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from polca_lib.config import ProjectionConfig
 from polca_lib.memory import rows_that_fit
 from polca_lib.strategy import choose, differentiate
-from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples
+from polca_lib.token_loss import Batch, TokenLoss, n_examples, split_examples, to_device
 
 _SHORT = 0.3  # seconds that a pass may take for the ways of differentiating to be tried, and timed
 _LONG = 30.0  # seconds that a pass may be expected to take for it to be timed at all
@@ -67,7 +66,7 @@ def probe(
         return Probe(
             *plain, matrices, f"products of matrices alone, {matrices:.2g} operations a second; nothing was run"
         )
-    first = pytree.tree_map(lambda t: t.to(device), next(split_examples(validation, 1)))
+    first = to_device(next(split_examples(validation, 1)), device)
     theta = 0.02 * torch.randn(token_loss.n_parameters, dtype=token_loss.dtype, device=device)
     with torch.no_grad():
         seconds = min(_timed(lambda: token_loss(theta, first)) for _ in range(3))  # the first takes longer
@@ -79,7 +78,7 @@ def probe(
     vectors = torch.randn(few, token_loss.n_parameters, dtype=token_loss.dtype, device=device)
     vectors /= vectors.norm(dim=1, keepdim=True)
     size = _several(token_loss, theta, validation, _PROBE / 2 / (1 + 2 * order * few))
-    part = pytree.tree_map(lambda t: t.to(device), next(split_examples(validation, size)))
+    part = to_device(next(split_examples(validation, size)), device)
     strategy = choose(
         token_loss,
         theta,
@@ -109,7 +108,7 @@ def _several(token_loss: TokenLoss, theta: Tensor, batch: Batch, seconds: float)
     n, every = 1, n_examples(batch)
     with torch.no_grad():
         while n < every:
-            part = pytree.tree_map(lambda t: t.to(theta.device), next(split_examples(batch, n)))
+            part = to_device(next(split_examples(batch, n)), theta.device)
             if _timed(lambda part=part: token_loss(theta, part)) > seconds:
                 return n
             n = min(2 * n, every)
@@ -136,7 +135,7 @@ def on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
         copy = cloudpickle.loads(cloudpickle.dumps(token_loss))
         paper = TokenLoss(copy.model.to("meta"), copy.loss)
         theta = torch.empty(paper.n_parameters, dtype=paper.dtype, device="meta")
-        return _count(paper, theta, pytree.tree_map(lambda t: t.to("meta"), one))
+        return _count(paper, theta, to_device(one, "meta"))
     except Exception:  # not every model can be copied, and what a loss does may hang on its data
         return _count(token_loss, torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype), one)
 

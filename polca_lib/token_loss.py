@@ -292,3 +292,8 @@ def split_examples(batch: Batch, size: int) -> Iterator[Batch]:
     """Consecutive pieces of ``batch``, of ``size`` examples each (the last may be shorter)."""
     for start in range(0, n_examples(batch), size):
         yield pytree.tree_map(lambda t: t[start : start + size], batch)  # noqa: B023
+
+
+def to_device(batch: Batch, device: str | torch.device) -> Batch:
+    """The batch with all its tensors on ``device``."""
+    return pytree.tree_map(lambda tensor: tensor.to(device), batch)

@@ -20,8 +20,9 @@ from cases import folder_bytes, mlp_batch, tiny_checkpoints, tiny_config
 from polca_lib.basis import compute_basis
 from polca_lib.config import ProjectionConfig
 from polca_lib.engine import EngineFailure, Portable, TaskFailure, carry_out, engine
+from polca_lib.grid import project_run
 from polca_lib.pieces import PieceStore
-from polca_lib.projection import NonFiniteProjection, project_run
+from polca_lib.worker import NonFiniteProjection
 
 BATCH = mlp_batch(5, torch.float32)
 STEPS = list(range(0, 81, 4))

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polca_lib.basis import compute_basis
 from polca_lib.config import DirectionsConfig, ProjectionConfig
+from polca_lib.grid import project_run
 from polca_lib.pieces import PieceStore
 from polca_lib.planning import plan
-from polca_lib.projection import project_run
 from polca_lib.token_loss import TokenLoss
 
 BATCH = mlp_batch(5, torch.float32)

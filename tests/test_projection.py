@@ -20,15 +20,17 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-import polca_lib.projection as projection
+import polca_lib.worker as worker
 from polca_lib.basis import compute_basis, read_vectors
 from polca_lib.config import ModelConfig, ProjectionConfig
+from polca_lib.grid import project_run, project_runs
 from polca_lib.models import build_model
 from polca_lib.pieces import PieceStore
-from polca_lib.projection import NonFiniteProjection, project, project_run, project_runs
+from polca_lib.projection import project
 from polca_lib.strategy import choose
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
+from polca_lib.worker import NonFiniteProjection
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 
@@ -215,13 +217,13 @@ def test_run_without_curvature_stores_none(tmp_path, made):
 @pytest.mark.parametrize("place", ["project", "write"])
 def test_projections_killed_and_resumed_have_the_bytes_of_those_that_were_not(tmp_path, made, monkeypatch, place, n):
     with monkeypatch.context() as patch:
-        owner = projection if place == "project" else PieceStore
+        owner = worker if place == "project" else PieceStore
         patch.setattr(owner, place, fail_at(getattr(owner, place), n))
         with pytest.raises(KeyboardInterrupt):
             project_all(tmp_path / "killed", made)
     calls = []
     with monkeypatch.context() as patch:
-        patch.setattr(projection, "project", lambda *a, **k: (calls.append(1), project(*a, **k))[1])
+        patch.setattr(worker, "project", lambda *a, **k: (calls.append(1), project(*a, **k))[1])
         project_all(tmp_path / "killed", made)
     project_all(tmp_path / "whole", made)
     assert len(calls) == len(STEPS) - (n - 1)
@@ -267,7 +269,7 @@ def test_vectors_for_which_there_is_no_room_are_read_in_blocks_with_the_same_res
         blocks.append(stop - start)
         return read_vectors(basis, start, stop, **place)
 
-    monkeypatch.setattr(projection, "read_vectors", read)
+    monkeypatch.setattr(worker, "read_vectors", read)
     made = make(tmp_path, basis__kind=kind, basis__k=7, basis__n_vectors=28, basis__tolerance=0.5)
     whole = project_all(tmp_path / "whole", made, **settings)
     assert blocks == [28]
