@@ -177,9 +177,8 @@ def report(
 
         settings, analysis = RunFile.read(file), open_analysis(file)
         written = analysis.report(output or analysis.folder / "report.html", settings.title)
-        _print(
-            {"folder": str(analysis.folder), "report": str(written), "summary": analysis.findings.summary()}, as_json
-        )
+        found = analysis.findings.summary()
+        _print({"folder": str(analysis.folder), "report": str(written), "summary": found}, as_json)
 
 
 def _print(done: dict[str, Any], as_json: bool) -> None:
