@@ -46,7 +46,11 @@ studies: $(VENV)/.ready
 	for seed in $(SEEDS); do $(BIN)/python -m polca_lib.reproduce --task $(TASK) --preset $(PRESET) --seed $$seed --device $(DEVICE) || exit; done
 	$(BIN)/python -m polca_lib.verdicts
 
-faults: $(VENV)/.ready
+$(VENV)/.store: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[faults]'
+	touch $@
+
+faults: $(VENV)/.store
 	$(BIN)/python tests/faults.py
 
 # Nothing here uses torchvision, which one of the libraries asks for: beside a CPU build of torch, PyPI's breaks transformers.

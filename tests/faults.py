@@ -59,6 +59,7 @@ tolerance = 0.1
 min_cluster_size = 8
 """
 STEPS = range(0, 121, 20)
+MOVING = ("seconds.txt", ".lock", "report.html")  # files that tell of time
 STAGES = {"basis": "basis.zarr", "projection": "projections.zarr", "clusters": "clusters.zarr"}
 
 
@@ -89,8 +90,9 @@ def make(folder):
     return folder
 
 
-def work(folder, log, stages=("basis", "projections", "labels", "report"), before=None):
+def work(folder, log, stages=("basis", "projections", "labels", "report"), before=None, environment=()):
     """Body of a process: go on with the run, as `polca run` does."""
+    os.environ.update(environment)
     with log.open("a") as told, contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
         try:
             if before == "clock set back":
@@ -131,11 +133,10 @@ def finish(folder, **settings):
 def results(folder):
     """Bytes of all results that don't tell of time; halves of files that a killed process left are none."""
     files = sorted(file for file in (folder / "results").rglob("*") if file.is_file())
-    moving = ("seconds.txt", ".lock", "report.html")
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in files
-        if file.name not in moving and file.suffix != ".partial"
+        if file.name not in MOVING and file.suffix != ".partial"
     }
 
 
@@ -381,6 +382,38 @@ def older_format(folder, expected):
     return {"tries": 1, "figure": "refused by name, told by status, left as it was"}
 
 
+def object_store(folder, expected, kills=3, seed=0):
+    """Results in an object store that speaks S3 (moto's server), SIGKILL several times: the objects are the files."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        address = "http://{}:{}".format(*server.get_host_and_port())
+        keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+        environment = {**keys, "AWS_ENDPOINT_URL": address}
+        session = boto3.session.Session("x", "x", region_name="us-east-1")
+        bucket = session.resource("s3", endpoint_url=address).create_bucket(Bucket="bucket")
+        run, rng = make(folder / "run"), np.random.default_rng(seed)
+        (run / "polca.toml").write_text(SETTINGS.replace('folder = "results"', 'folder = "s3://bucket/results"'))
+        for _ in range(kills):
+            process = start(run, environment=environment)
+            process.join(rng.uniform(2, 6))
+            check(process.exitcode is None, f"a process failed, or was done:\n{(run / 'log.txt').read_text()}")
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        code, told = finish(run, environment=environment)
+        check(code == 0, told)
+        got = {one.key: one.get()["Body"].read() for one in bucket.objects.filter(Prefix="results/")}
+        got = {key: content for key, content in got.items() if Path(key).name not in MOVING}
+        odd = sorted(key for key in expected.keys() | got.keys() if got.get(key) != expected.get(key))
+        check(not odd, f"{len(odd)} objects differ from the files of a run on disk, such as {odd[:3]}")
+    finally:
+        server.stop()
+    return {"tries": kills, "figure": f"{len(got)} objects, byte for byte the files of a run on disk"}
+
+
 FAULTS = {
     "SIGKILL at random moments": killed,
     "damaged pieces": damaged_pieces,
@@ -391,6 +424,7 @@ FAULTS = {
     "folder can't be written": read_only,
     "clock set back": clock_set_back,
     "older format": older_format,
+    "results in an object store": object_store,
 }
 NEED_MOUNT = ("disk full", "folder can't be written")
 
