@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from polca_lib.memory import default_budget, rows_that_fit
 from polca_lib.pieces import PieceStore
 from polca_lib.progress import progress
 from polca_lib.token_loss import Batch
+from polca_lib.vectors import gaussian, inner_products, mixing, orthogonalise, read_vectors, without
 
 _RECORDS = ("eigenvalue", "residual", "products")
 
@@ -37,8 +38,6 @@ _STORED = {
 _WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in OF_HESSIAN)
 
 _Piece = tuple[int, dict[str, np.ndarray | float]]
-
-_SLICE = 2**14  # parameters for which all Gaussian vectors are in memory at once
 
 
 def compute_basis(
@@ -78,11 +77,11 @@ def compute_basis(
         memory: bytes to take; half of what the device has free if not given.
 
     Returns:
-        Dataset, opened but not read, with what :func:`read_vectors` needs: ``vectors`` (vector, parameter), unit norm;
-        or ``mixing`` (vector, gaussian), which makes a random basis from the Gaussian vectors of the seed; or
-        ``axis`` (vector), the parameter along whose axis it points. Coordinates: ``vector`` (from 1), ``birth_step``,
-        ``eigenvalue`` (nats per squared parameter unit, of P H P), ``residual`` (relative) and ``products``
-        (Hessian-vector products); the last three are NaN where they have no meaning.
+        Dataset, opened but not read, with what :func:`polca_lib.vectors.read_vectors` needs: ``vectors`` (vector,
+        parameter), unit norm; or ``mixing`` (vector, gaussian), which makes a random basis from the Gaussian vectors of
+        the seed; or ``axis`` (vector), the parameter along whose axis it points. Coordinates: ``vector`` (from 1),
+        ``birth_step``, ``eigenvalue`` (nats per squared parameter unit, of P H P), ``residual`` (relative) and
+        ``products`` (Hessian-vector products); the last three are NaN where they have no meaning.
 
     Raises:
         ValueError: the memory is too small for the Hessian of a single example, or the Hessian has no batch.
@@ -102,8 +101,8 @@ def compute_basis(
     store.heal()
     if missing := store.missing():
         if kind == "random":
-            mixing = _mixing(seed, n_vectors, n_parameters)
-            pieces = ((row, {"mixing": mixing[row]}) for row in missing)
+            rows = mixing(seed, n_vectors, n_parameters)
+            pieces = ((row, {"mixing": rows[row]}) for row in missing)
         elif kind == "parameters":
             axes = checkpoints.theta(checkpoints.steps[-1]).abs().topk(n_vectors).indices.cpu().numpy()
             pieces = ((row, {"axis": axes[row]}) for row in missing)
@@ -129,66 +128,6 @@ def load_basis(path: Path) -> xr.Dataset | None:
     """The basis at ``path``, as :func:`compute_basis` returns it, or nothing if it is not complete."""
     stored = PieceStore.load(path)
     return None if stored is None else stored.set_coords(_RECORDS)
-
-
-def read_vectors(
-    basis: xr.Dataset,
-    start: int = 0,
-    stop: int | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "block d"]:
-    """Vectors ``start`` (from 0) up to, not including, ``stop`` of a basis, in rows; only those are read or made.
-
-    Args:
-        basis: as :func:`compute_basis` returns it.
-        start, stop: rows; to the last one if ``stop`` is not given.
-        device, dtype: of the result.
-    """
-    rows = range(basis.sizes["vector"])[start:stop]
-    block = slice(rows.start, rows.stop)
-    if "vectors" in basis:
-        return torch.from_numpy(basis["vectors"][block].values).to(device, dtype)
-    result = torch.zeros(len(rows), basis.attrs["parameters"], device=device, dtype=dtype)
-    if "axis" in basis:
-        return result.scatter_(1, torch.from_numpy(basis["axis"][block].values).to(device)[:, None], 1)
-    mixing = torch.from_numpy(basis["mixing"][block].values)
-    for part, gaussians in _gaussian_slices(basis.attrs["seed"], rows.stop, basis.attrs["parameters"]):
-        # One by one, so that a vector is the same to the last bit in whichever block it is read.
-        for own, row in enumerate(rows):
-            result[own, part] = (mixing[own, : row + 1] @ gaussians[: row + 1]).to(result)
-    return result
-
-
-def inner_products(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-    """All inner products of two sets of long vectors, summed in float64.
-
-    In float32, torch sums a million squares to four digits or so: too few for lengths, and for the small part of a
-    movement that lies along one direction.
-    """
-    size = max(1, 2**22 // max(len(rows), len(others)))
-    chunks = zip(rows.split(size, dim=1), others.split(size, dim=1), strict=True)
-    return sum(one.double() @ other.double().T for one, other in chunks)
-
-
-def gram_error(vectors: Float[Tensor, "vector d"]) -> float:
-    """Largest entry of abs(B B^T - I) for vectors in rows: zero for an orthonormal basis."""
-    return (inner_products(vectors, vectors) - torch.eye(len(vectors), device=vectors.device)).abs().max().item()
-
-
-def without(vector: Float[Tensor, " d"], known: Iterable[Float[Tensor, " d"]]) -> Float[Tensor, " d"]:
-    """The part of ``vector`` that is orthogonal to the orthonormal ``known``, which are taken out one by one."""
-    rest = vector.clone()
-    for one in known:
-        rest.sub_(one, alpha=inner_products(one[None], rest[None]).item())
-    return rest
-
-
-def orthogonalise(vector: Float[Tensor, " d"], against: Iterable[Float[Tensor, " d"]]) -> Float[Tensor, " d"]:
-    """Unit vector orthogonal to the orthonormal ``against``: Gram-Schmidt, twice, in float64."""
-    rest = without(without(vector.double(), against), against)
-    return (rest / rest.norm()).to(vector.dtype)
 
 
 def _birth_steps(settings: DirectionsConfig, steps: Sequence[int], seed: int, checkpoints: Checkpoints) -> np.ndarray:
@@ -262,7 +201,7 @@ def _eigenvectors(
         # P once a product, after H: in Lanczos all vectors come from products, but for the start.
         return top_eigenpairs(
             lambda vector: without(hessian(vector), found),
-            without(_gaussian(seed, len(found), n_parameters, checkpoints), found),
+            without(gaussian(seed, len(found), n_parameters, device=first.device, dtype=first.dtype), found),
             settings.k,
             which=settings.which,
             tolerance=settings.tolerance,
@@ -337,24 +276,3 @@ def _gram(checkpoints: Checkpoints, steps: Sequence[int], held: int) -> Float[Te
             del other
         del rows
     return gram
-
-
-def _gaussian(seed: int, index: int, n: int, checkpoints: Checkpoints) -> Float[Tensor, " d"]:
-    values = np.random.default_rng([seed, index]).standard_normal(n, dtype=np.float32)
-    return torch.from_numpy(values).to(checkpoints.device, checkpoints.token_loss.dtype)
-
-
-def _gaussian_slices(seed: int, n: int, d: int) -> Iterator[tuple[slice, Float[Tensor, "n part"]]]:
-    """The first ``n`` Gaussian vectors of a seed, a part of their ``d`` entries at a time, in float64."""
-    generators = [np.random.default_rng([seed, index]) for index in range(n)]
-    for start in range(0, d, _SLICE):
-        part = slice(start, min(start + _SLICE, d))
-        draws = [g.standard_normal(part.stop - start, dtype=np.float32) for g in generators]
-        yield part, torch.from_numpy(np.stack(draws)).double()
-
-
-def _mixing(seed: int, n: int, d: int) -> Float[np.ndarray, "vector gaussian"]:
-    """Gram-Schmidt as a lower triangular matrix: its rows make orthonormal vectors out of the Gaussian ones."""
-    gram = sum(gaussians @ gaussians.T for _, gaussians in _gaussian_slices(seed, n, d))
-    root = torch.linalg.cholesky(gram)
-    return torch.linalg.solve_triangular(root, torch.eye(n, dtype=root.dtype), upper=False).numpy()

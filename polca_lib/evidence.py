@@ -10,11 +10,11 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib import decomposition, robustness, significance, specification, tables
-from polca_lib.basis import read_vectors
 from polca_lib.breakthroughs import cluster_breakthroughs
 from polca_lib.clustering import cluster_tokens, summarise_clusters
 from polca_lib.projection import project
 from polca_lib.study import Study
+from polca_lib.vectors import read_vectors
 
 PAPER_TERM = {"steps": 10, "vectors": 5, "examples": 100}  # of v3's Appendix C: 400 tokens
 

@@ -12,11 +12,11 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from polca_lib.basis import inner_products, read_vectors
 from polca_lib.checkpoints import Checkpoints
 from polca_lib.pieces import PieceStore
 from polca_lib.progress import progress
 from polca_lib.token_loss import Batch, TokenLoss, split_examples
+from polca_lib.vectors import inner_products, read_vectors
 
 _EXAMPLES = 128  # through the model at one time
 _STREAM = 1  # or random directions would be those of the random basis and of the starts of Lanczos

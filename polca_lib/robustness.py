@@ -13,7 +13,6 @@ import xarray as xr
 from sklearn.metrics import roc_auc_score
 
 from polca_lib import significance, specification
-from polca_lib.basis import read_vectors
 from polca_lib.clustering import DROPPED, OUTLIER, cluster_tokens
 from polca_lib.config import OF_HESSIAN, ClusteringConfig, RunConfig, Scaling
 from polca_lib.curvature import HessianOperator, top_eigenpairs
@@ -22,6 +21,7 @@ from polca_lib.projection import project
 from polca_lib.strategy import choose
 from polca_lib.study import Study
 from polca_lib.tasks import arithmetic
+from polca_lib.vectors import read_vectors
 
 PAPER_TERM = {"steps": 10, "vectors": 5, "examples": 100}  # of v3's Appendix C: 400 tokens
 

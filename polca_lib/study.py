@@ -13,11 +13,11 @@ import torch
 import xarray as xr
 
 from polca_lib import decomposition, interventions, specification, tables
-from polca_lib.basis import read_vectors
 from polca_lib.breakthroughs import hidden_threshold
 from polca_lib.clustering import cluster_tokens
 from polca_lib.config import BasisKind, ClusteringConfig, RunConfig, Scaling
 from polca_lib.pipeline import Run, project_together
+from polca_lib.vectors import read_vectors
 
 BASES = ("hessian", "shuffled", "final", "trajectory", "random", "parameters")
 """Bases that are compared; single parameters are those of LCA, a strategy of its own."""

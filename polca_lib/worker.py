@@ -14,13 +14,13 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from polca_lib.basis import inner_products, read_vectors
 from polca_lib.checkpoints import Checkpoints
 from polca_lib.config import ProjectionConfig
 from polca_lib.pieces import PieceStore
 from polca_lib.projection import project
 from polca_lib.strategy import Strategy, choose
 from polca_lib.token_loss import Batch, split_examples, to_device
+from polca_lib.vectors import inner_products, read_vectors
 
 
 class NonFiniteProjection(RuntimeError):

@@ -11,11 +11,11 @@ from upath import UPath
 
 from polca_lib.analysis import Analysis, Remembered
 from polca_lib.artefacts import ArtefactMismatch, DamagedFile
-from polca_lib.basis import read_vectors
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.pieces import PieceStore
 from polca_lib.status import status
 from polca_lib.token_loss import TokenLoss
+from polca_lib.vectors import read_vectors
 
 BATCH, SAMPLE = mlp_batch(20, torch.float32), mlp_batch(7, torch.float32, seed=1)
 TOKENS = pd.DataFrame({"kind": np.tile(["one", "two"], 20)})

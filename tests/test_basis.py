@@ -4,15 +4,8 @@ import torch
 from cases import fail_at, folder_bytes, mlp_batch, orthonormal, problem, tiny_checkpoints, tiny_config
 
 from polca_lib import basis as basis_module
-from polca_lib.basis import (
-    compute_basis,
-    gram_error,
-    inner_products,
-    load_basis,
-    orthogonalise,
-    read_vectors,
-    without,
-)
+from polca_lib import vectors
+from polca_lib.basis import compute_basis, load_basis
 from polca_lib.checkpoints import CheckpointFolder
 from polca_lib.curvature import HessianOperator
 from polca_lib.memory import peak_bytes
@@ -20,6 +13,7 @@ from polca_lib.models import build_model
 from polca_lib.pieces import PieceStore
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
+from polca_lib.vectors import gram_error, inner_products, orthogonalise, read_vectors, without
 
 KINDS = ("hessian", "shuffled", "final", "random", "parameters")
 BATCH = mlp_batch(7, torch.float32)
@@ -259,7 +253,7 @@ def test_nothing_that_was_read_stays_in_memory(tmp_path, checkpoints):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vectors_are_the_same_in_whichever_block_they_are_read(tmp_path, checkpoints, monkeypatch, kind):
-    monkeypatch.setattr(basis_module, "_SLICE", 10)
+    monkeypatch.setattr(vectors, "_SLICE", 10)
     basis = compute(tmp_path, checkpoints, basis__kind=kind, basis__k=3)
     whole = read_vectors(basis)
     for size in (1, 5, 7, 11):
@@ -269,7 +263,7 @@ def test_vectors_are_the_same_in_whichever_block_they_are_read(tmp_path, checkpo
 
 
 def test_random_basis_is_gram_schmidt_on_the_gaussian_vectors_of_the_seed(tmp_path, checkpoints, monkeypatch):
-    monkeypatch.setattr(basis_module, "_SLICE", 7)
+    monkeypatch.setattr(vectors, "_SLICE", 7)
     basis = compute(tmp_path, checkpoints, basis__kind="random", basis__k=3, seed=5)
     gaussians = [np.random.default_rng([5, j]).standard_normal(31, dtype=np.float32) for j in range(12)]
     q, r = np.linalg.qr(np.stack(gaussians).T.astype(np.float64))

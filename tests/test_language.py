@@ -11,7 +11,6 @@ from cases import TINY_RUN, token_gradients
 from spacy.language import Language as Pipeline
 
 from polca_lib import english
-from polca_lib.basis import read_vectors
 from polca_lib.charts import label_table
 from polca_lib.config import RunConfig
 from polca_lib.english import SHOWN, TABLES, explorer_of
@@ -23,6 +22,7 @@ from polca_lib.tasks import grammar
 from polca_lib.tasks.corpus import Article, is_validation
 from polca_lib.tasks.language import CONTEXT, Grammar, Wikipedia, next_token_loss
 from polca_lib.token_loss import TokenLoss
+from polca_lib.vectors import read_vectors
 from polca_lib.verdicts import PAPER_ENGLISH, english_counts, judge_english
 
 TINY = {

@@ -20,11 +20,11 @@ ROOMS = (
     "tasks.tokenization", "tasks.grammar", "presets", "progress", "starter", "config", "tasks.arithmetic", "models",
     "memory", "token_loss", "tasks.task", "artefacts", "layout", "pieces", "status", "engine", "settings",
     "tasks.corpus", "tasks.prepared", "tasks.language", "checkpoints", "sources", "huggingface", "training",
-    "curvature", "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "probe", "planning",
-    "projection", "worker", "grid", "interventions", "decomposition", "clustering", "breakthroughs", "significance",
-    "specification", "tagging", "labeling", "constructions", "figures", "explorer", "findings", "report", "analysis",
-    "runfile", "cli", "tables", "pipeline", "study", "robustness", "evidence", "language_study", "english", "reproduce",
-    "charts", "claims", "verdicts",
+    "curvature", "vectors", "basis", "sites", "signals", "reverse", "jets", "taylor", "forward", "strategy", "probe",
+    "planning", "projection", "worker", "grid", "interventions", "decomposition", "clustering", "breakthroughs",
+    "significance", "specification", "tagging", "labeling", "constructions", "figures", "explorer", "findings",
+    "report", "analysis", "runfile", "cli", "tables", "pipeline", "study", "robustness", "evidence", "language_study",
+    "english", "reproduce", "charts", "claims", "verdicts",
 )  # fmt: skip
 
 

@@ -7,12 +7,12 @@ from cases import TINY_RUN, fail_at, folder_bytes, token_gradients
 
 from polca_lib import pipeline
 from polca_lib.artefacts import ArtefactMismatch
-from polca_lib.basis import read_vectors
 from polca_lib.config import PRESETS
 from polca_lib.curvature import HessianOperator
 from polca_lib.pipeline import Run
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
+from polca_lib.vectors import read_vectors
 
 
 def tiny(**overrides):

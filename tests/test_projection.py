@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polca_lib.worker as worker
-from polca_lib.basis import compute_basis, read_vectors
+from polca_lib.basis import compute_basis
 from polca_lib.config import ModelConfig, ProjectionConfig
 from polca_lib.grid import project_run, project_runs
 from polca_lib.models import build_model
@@ -30,6 +30,7 @@ from polca_lib.projection import project
 from polca_lib.strategy import choose
 from polca_lib.tasks import arithmetic
 from polca_lib.token_loss import TokenLoss
+from polca_lib.vectors import read_vectors
 from polca_lib.worker import NonFiniteProjection
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
