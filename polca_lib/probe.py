@@ -130,13 +130,22 @@ def _matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
-    """Losses of an example, and operations of a pass on it: counted on tensors without data, if the model allows."""
+    """Losses of an example, and operations of a pass on it: counted on tensors without data, if the model allows.
+
+    Raises:
+        ValueError: it does not, and has no data of its own to do without.
+    """
     try:
         copy = cloudpickle.loads(cloudpickle.dumps(token_loss))
         paper = TokenLoss(copy.model.to("meta"), copy.loss)
         theta = torch.empty(paper.n_parameters, dtype=paper.dtype, device="meta")
         return _count(paper, theta, to_device(one, "meta"))
-    except Exception:  # not every model can be copied, and what a loss does may hang on its data
+    except Exception as error:  # not every model can be copied, and what a loss does may hang on its data
+        if any(buffer.is_meta for buffer in token_loss.model.buffers()):
+            raise ValueError(
+                f"operations can't be counted without data ({error}), but the model has buffers on device meta; give "
+                "it those, or, of transformers, build it with attn_implementation='eager'"
+            ) from error
         return _count(token_loss, torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype), one)
 
 

@@ -105,6 +105,24 @@ def test_model_that_does_not_fit_is_planned_on_paper():
     assert "This does not fit" in str(found)
 
 
+def test_model_without_data_whose_loss_hangs_on_them_is_refused():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+            self.register_buffer("scale", torch.ones(1))
+
+    def loss(model, batch):
+        return batch[0].flatten(1).sum(1) * model.weight.sum() * (2.0 if batch[0].sum() > 0 else model.scale)
+
+    with torch.device("meta"):
+        model = Odd()
+    with pytest.raises(ValueError, match=r"can't be counted without data \(.*meta.*\), but the model has buffers on"):
+        planned(TokenLoss(model, loss), n_vectors=2, operations_per_second=1e9)
+    found = planned(TokenLoss(Odd(), loss), n_vectors=2, operations_per_second=1e9)
+    assert (found.parameters, found.tokens) == (3, 5)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
