@@ -55,9 +55,9 @@ def project_run(
         theta_{t+1} - theta_t to the next checkpoint, along b; ``distance`` (step): its length; ``inside_loss``
         (step, token): loss at theta_t + B^T B (theta_{t+1} - theta_t), after the part of the movement that lies in the
         basis, left out without ``settings.inside_loss``. The last three are NaN at the last step. ``product_error``
-        (step, vector): see :class:`Projected`, of the block of the vector. With ``settings.curvature_examples``,
-        ``curvature`` is (step, sample, vector), of the tokens of the first examples. Attributes ``memory`` (bytes) and
-        ``threads`` (of torch) that each worker had.
+        (step, vector): see :class:`polca_lib.projection.Projected`, of the block of the vector. With
+        ``settings.curvature_examples``, ``curvature`` is (step, sample, vector), of the tokens of the first examples.
+        Attributes ``memory`` (bytes) and ``threads`` (of torch) that each worker had.
 
     Raises:
         NonFiniteProjection: names the checkpoint; what was stored before stays.
