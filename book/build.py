@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import joblib
 import nbformat
 import papermill
 from plotly.offline import get_plotlyjs
@@ -28,20 +29,29 @@ from polca_lib.explorer import PLOTLY_FILE
 
 ROOT = Path(__file__).parents[1]
 README_PICTURE = "book/_static/polca-laptop.png"
+AT_ONCE = 2  # notebooks; much of the time of one is starting its kernel, and importing
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Execute one notebook with those of ``parameters`` that it has and that differ from its own."""
+    """Execute one notebook with those of ``parameters`` that it has and that differ from its own.
+
+    Raises:
+        RuntimeError: a cell fails.
+    """
+    print(f"running {source.name}", flush=True)
     own = {name: ast.literal_eval(p["default"]) for name, p in papermill.inspect_notebook(str(source)).items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    notebook = papermill.execute_notebook(
-        str(source),
-        str(target),
-        {name: value for name, value in parameters.items() if name in own and own[name] != value},
-        kernel_name="python3",
-        cwd=str(ROOT),
-        progress_bar=sys.stderr.isatty(),
-    )
+    try:
+        notebook = papermill.execute_notebook(
+            str(source),
+            str(target),
+            {name: value for name, value in parameters.items() if name in own and own[name] != value},
+            kernel_name="python3",
+            cwd=str(ROOT),
+            progress_bar=False,
+        )
+    except papermill.PapermillExecutionError as error:  # which does not travel between processes
+        raise RuntimeError(f"{source.name}: {error}") from None
     # Papermill's notes and progress bars hold paths and times of this machine.
     for item in (notebook, *notebook.cells):
         for notes in ("papermill", "execution"):
@@ -104,10 +114,11 @@ def main() -> None:
         parser.error(str(error))
     folder = arguments.output.resolve() / arguments.preset
     shutil.rmtree(folder / "source", ignore_errors=True)
-    for notebook in notebooks:
-        target = notebook if arguments.in_place else folder / "source" / "notebooks" / notebook.name
-        print(f"running {notebook.name}", flush=True)
-        execute(notebook, target, parameters)
+    place = ROOT / "notebooks" if arguments.in_place else folder / "source" / "notebooks"
+    # Threads of one kernel that wait for work must not keep the other from it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    own = (joblib.delayed(execute)(notebook, place / notebook.name, parameters) for notebook in notebooks)
+    joblib.Parallel(n_jobs=AT_ONCE, batch_size=1)(own)
     if arguments.in_place:
         export_figure(ROOT / "notebooks" / "06_orders.ipynb", "fig-carry", ROOT / README_PICTURE)
     else:
