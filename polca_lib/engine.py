@@ -27,6 +27,7 @@ EngineName = Literal["in-process", "processes", "dask", "ray"]
 # and two workers that do so side by side take nearly twice the time.
 _DASK = {"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}
 
+_ANSWER = 20  # seconds in which a scheduler must answer
 _PATIENCE = 3  # times that an engine may break down with no task done in between
 
 
@@ -198,7 +199,7 @@ def _dask(stack: contextlib.ExitStack, workers: int | None, address: str | None)
         local = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
         address = stack.enter_context(local)
     try:
-        client = stack.enter_context(Client(address, timeout=20))
+        client = stack.enter_context(Client(address, timeout=_ANSWER))
     except OSError as error:
         raise EngineFailure(f"no Dask scheduler answers at address = {address!r}: {error}") from None
     stack.enter_context(joblib.parallel_config("dask", client=client, wait_for_workers_timeout=60))

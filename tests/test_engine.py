@@ -169,7 +169,8 @@ def test_engine_that_cannot_be_is_refused(settings, told):
         pass
 
 
-def test_cluster_that_does_not_answer_is_named():
+def test_cluster_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr("polca_lib.engine._ANSWER", 1)
     with (
         pytest.raises(EngineFailure, match=r"no Dask scheduler answers at address = 'tcp://127\.0\.0\.1:9'"),
         engine("dask", address="tcp://127.0.0.1:9"),
