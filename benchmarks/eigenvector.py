@@ -21,13 +21,14 @@ from harness import Trial
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
-from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.config import RunConfig, TrainingConfig
-from polca_lib.curvature import HessianOperator, top_eigenpairs
-from polca_lib.models import build_model
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.tasks.settings import RunConfig, TrainingConfig
+from polca_lib.derivatives.hessian import HessianOperator
+from polca_lib.method.eigenpairs import top_eigenpairs
+from polca_lib.tasks.models import build_model
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss
-from polca_lib.training import train
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.tasks.training import train
 
 SEED = 0
 STEPS = {"smoke": 40, "laptop": 300, "paper": 100}  # of training before the Hessian is looked at

@@ -19,16 +19,18 @@ import joblib
 import pandas as pd
 import torch
 
-from polca_lib.artefacts import software
-from polca_lib.basis import compute_basis
-from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.config import DirectionsConfig, ProjectionConfig, RunConfig
-from polca_lib.engine import engine
-from polca_lib.grid import project_run
-from polca_lib.models import build_model
+from polca_lib.storage.artefacts import software
+from polca_lib.method.basis import compute_basis
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.analysis.settings import ProjectionConfig
+from polca_lib.method.settings import DirectionsConfig
+from polca_lib.tasks.settings import RunConfig
+from polca_lib.analysis.engine import engine
+from polca_lib.analysis.projections import project_run
+from polca_lib.tasks.models import build_model
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.arithmetic import Addition
-from polca_lib.token_loss import TokenLoss
+from polca_lib.derivatives.token_loss import TokenLoss
 
 ENGINES = (("in-process", None), ("processes", 1), ("processes", 2), ("dask", 1), ("dask", 2), ("ray", 1), ("ray", 2))
 

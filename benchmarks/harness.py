@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from polca_lib.artefacts import software
+from polca_lib.storage.artefacts import software
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("smoke", "laptop", "paper")

@@ -1,11 +1,11 @@
-"""The transformer of ``polca_lib.models`` once more, from ``nn.Linear`` alone: some libraries know no other layer."""
+"""The transformer of ``polca_lib.tasks.models`` once more, from ``nn.Linear`` alone: some libraries know no other layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from polca_lib.config import ModelConfig
+from polca_lib.tasks.settings import ModelConfig
 
 
 class LinearModel(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polca_lib.token_loss import Batch, TokenLoss
+from polca_lib.derivatives.token_loss import Batch, TokenLoss
 
 Block = dict[str, int]
 Loss = Callable[[nn.Module, Batch], Tensor]

@@ -14,13 +14,13 @@ import harness
 import torch
 from harness import Trial
 
-from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.config import RunConfig, TrainingConfig
-from polca_lib.models import build_model
-from polca_lib.pipeline import Run
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.tasks.settings import RunConfig, TrainingConfig
+from polca_lib.tasks.models import build_model
+from polca_lib.tasks.run import Run
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss
-from polca_lib.training import train
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.tasks.training import train
 
 STEPS = {"smoke": 20, "laptop": 100, "paper": 20}  # of one turn
 

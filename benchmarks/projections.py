@@ -20,12 +20,12 @@ from linear_model import LinearModel
 from peers import LEAST_TARGETS, PEERS, Loss, Problem, peer_trial
 from torch import Tensor, nn
 
-from polca_lib.config import ModelConfig, RunConfig
-from polca_lib.models import ENGLISH, build_model
-from polca_lib.projection import project
-from polca_lib.strategy import choose
+from polca_lib.tasks.settings import ModelConfig, RunConfig
+from polca_lib.tasks.models import ENGLISH, build_model
+from polca_lib.derivatives.projection import project
+from polca_lib.derivatives.strategy import choose
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss
+from polca_lib.derivatives.token_loss import TokenLoss
 
 SCALED = ("vmap(grad)", "jvp, one by one", "vmap(jvp)")  # the peers whose growth is followed
 LANGUAGE = {  # model, sequences, vectors

@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from polca_lib.figures import OKABE_ITO
+from polca_lib.report.palette import OKABE_ITO
 
 QUESTIONS = ("projections", "scaling", "profile", "memory", "eigenvector", "hessian product", "training step", "stages")
 OPTIONAL = ("error", "fraction_of_peak", "max_error", "peak_bytes", "ratio_to_budget", "products", "residual")

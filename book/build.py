@@ -24,8 +24,8 @@ import nbformat
 import papermill
 from plotly.offline import get_plotlyjs
 
-from polca_lib.config import PRESET_NAMES, RunConfig, parse_assignments
-from polca_lib.explorer import PLOTLY_FILE
+from polca_lib.tasks.settings import PRESET_NAMES, RunConfig, parse_assignments
+from polca_lib.report.explorer import PLOTLY_FILE
 
 ROOT = Path(__file__).parents[1]
 README_PICTURE = "book/_static/polca-laptop.png"

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.config import RunConfig
-from polca_lib.token_loss import TokenLoss
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.tasks.settings import RunConfig
+from polca_lib.derivatives.token_loss import TokenLoss
 
 TINY_RUN = {
     "data.validation_examples": 12,

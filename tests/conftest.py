@@ -6,7 +6,7 @@ import torch
 from cases import TINY_RUN, problem
 from hypothesis import settings
 
-from polca_lib.pipeline import Run
+from polca_lib.tasks.run import Run
 
 # On a busy machine an example may take long: that says nothing about the library.
 settings.register_profile("polca", deadline=None, max_examples=30, database=None)

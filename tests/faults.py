@@ -98,7 +98,7 @@ def work(folder, log, stages=("basis", "projections", "labels", "report"), befor
             if before == "clock set back":
                 time.time = lambda: 86400.0
                 time.time_ns = lambda: 86400 * 10**9
-            from polca_lib.runfile import open_analysis
+            from polca_lib.analysis.runfile import open_analysis
 
             analysis = open_analysis(folder / "polca.toml")
             for stage in stages:
@@ -113,7 +113,7 @@ def work(folder, log, stages=("basis", "projections", "labels", "report"), befor
 
 _FORK = multiprocessing.get_context("forkserver")
 # What a process needs is imported once, in the server that others are forked from.
-_FORK.set_forkserver_preload(["polca_lib.runfile", "faults"])
+_FORK.set_forkserver_preload(["polca_lib.analysis.runfile", "faults"])
 
 
 def start(folder, **settings):
@@ -142,8 +142,8 @@ def results(folder):
 
 def finished(folder):
     """The pieces that are done, each with the identities of its files: a file that is written again has another."""
-    from polca_lib.artefacts import DamagedFile
-    from polca_lib.pieces import PieceStore
+    from polca_lib.storage.artefacts import DamagedFile
+    from polca_lib.storage.pieces import PieceStore
 
     found = {}
     for stage, name in STAGES.items():
@@ -374,7 +374,7 @@ def older_format(folder, expected):
     before = results(run)
     code, told = finish(run)
     check(code == 1 and "format_version = 1" in told, told)
-    from polca_lib.status import status
+    from polca_lib.analysis.status import status
 
     problems = [row["problem"] for row in status(run / "results")]
     check(any("format 1" in (problem or "") for problem in problems), f"status says {problems}")
@@ -434,7 +434,7 @@ def main():
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--moments", type=int, default=50, help="of SIGKILL")
     moments = parser.parse_args().moments
-    from polca_lib.artefacts import software
+    from polca_lib.storage.artefacts import software
 
     with tempfile.TemporaryDirectory() as folder:
         expected, rows = reference(Path(folder) / "reference"), []

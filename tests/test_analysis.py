@@ -9,13 +9,14 @@ import torch
 from cases import MIXED, Mlp, folder_bytes, mlp_batch, mlp_loss, problem, tiny_checkpoints, token_gradients
 from upath import UPath
 
-from polca_lib.analysis import Analysis, Remembered
-from polca_lib.artefacts import ArtefactMismatch, DamagedFile
-from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.pieces import PieceStore
-from polca_lib.status import status
-from polca_lib.token_loss import TokenLoss
-from polca_lib.vectors import read_vectors
+from polca_lib.analysis.stages import Analysis
+from polca_lib.storage.checkpoints import Remembered
+from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.storage.pieces import PieceStore
+from polca_lib.analysis.status import status
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.vectors import read_vectors
 
 BATCH, SAMPLE = mlp_batch(20, torch.float32), mlp_batch(7, torch.float32, seed=1)
 TOKENS = pd.DataFrame({"kind": np.tile(["one", "two"], 20)})

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from polca_lib.config import ModelConfig
-from polca_lib.models import build_model
+from polca_lib.tasks.settings import ModelConfig
+from polca_lib.tasks.models import build_model
 from polca_lib.tasks import arithmetic
 
 operands = st.integers(0, 999)

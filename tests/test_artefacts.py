@@ -5,13 +5,7 @@ from itertools import pairwise
 import pytest
 from cases import folder_bytes
 
-from polca_lib.artefacts import (
-    Artefact,
-    ArtefactMismatch,
-    fingerprint,
-    software,
-    write_atomically,
-)
+from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, fingerprint, software, write_atomically
 
 CONFIG = {"training": {"steps": 100, "betas": [0.9, 0.95]}, "seed": 0}
 
@@ -50,7 +44,7 @@ def test_folder_of_another_stage_is_refused(tmp_path):
 
 def test_folder_of_another_format_is_refused(tmp_path, monkeypatch):
     open_artefact(tmp_path / "a")
-    monkeypatch.setattr("polca_lib.artefacts.FORMAT_VERSION", 10**6)
+    monkeypatch.setattr("polca_lib.storage.artefacts.FORMAT_VERSION", 10**6)
     with pytest.raises(ArtefactMismatch, match="format_version"):
         open_artefact(tmp_path / "a")
 

@@ -3,17 +3,17 @@ import pytest
 import torch
 from cases import fail_at, folder_bytes, mlp_batch, orthonormal, problem, tiny_checkpoints, tiny_config
 
-from polca_lib import basis as basis_module
-from polca_lib import vectors
-from polca_lib.basis import compute_basis, load_basis
-from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.curvature import HessianOperator
-from polca_lib.memory import peak_bytes
-from polca_lib.models import build_model
-from polca_lib.pieces import PieceStore
+from polca_lib.method import basis as basis_module
+from polca_lib.method import vectors
+from polca_lib.method.basis import compute_basis, load_basis
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.derivatives.hessian import HessianOperator
+from polca_lib.derivatives.memory import peak_bytes
+from polca_lib.tasks.models import build_model
+from polca_lib.storage.pieces import PieceStore
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss
-from polca_lib.vectors import gram_error, inner_products, orthogonalise, read_vectors, without
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.vectors import gram_error, inner_products, orthogonalise, read_vectors, without
 
 KINDS = ("hessian", "shuffled", "final", "random", "parameters")
 BATCH = mlp_batch(7, torch.float32)

@@ -4,14 +4,9 @@ import pytest
 import xarray as xr
 from cases import sigmoid_drop
 
-from polca_lib.breakthroughs import (
-    breakthrough_step,
-    cluster_breakthroughs,
-    flat_after,
-    hidden_threshold,
-    mark_hidden,
-)
-from polca_lib.config import ClusteringConfig
+from polca_lib.method.breakthroughs import breakthrough_step, flat_after, hidden_threshold, mark_hidden
+from polca_paper.homogeneity import cluster_breakthroughs
+from polca_lib.method.settings import ClusteringConfig
 
 STEPS = np.arange(0, 401, 20)
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from cases import Attention, Mlp, flip_bit, folder_bytes, mlp_loss, next_token_loss
 
-from polca_lib.checkpoints import CheckpointFolder, DamagedFile, load_tensors, save_tensors
-from polca_lib.token_loss import TokenLoss
+from polca_lib.storage.checkpoints import CheckpointFolder, DamagedFile, load_tensors, save_tensors
+from polca_lib.derivatives.token_loss import TokenLoss
 
 TENSORS = {"a": torch.arange(3.0), "b": torch.tensor(7)}
 

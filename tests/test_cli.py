@@ -10,7 +10,7 @@ import faults
 import pytest
 from typer.testing import CliRunner
 
-from polca_lib.cli import app
+from polca_lib.analysis.cli import app
 
 HELP = {
     "--help": ("plan", "run", "status", "report", "Exit codes"),
@@ -54,7 +54,7 @@ def test_run_computes_all_and_says_so_in_json(folder, ran):
 
 
 def test_command_is_there_as_a_process_of_its_own(folder, ran):
-    done = subprocess.run([sys.executable, "-m", "polca_lib.cli", "status"], capture_output=True, text=True, cwd=folder)
+    done = subprocess.run([sys.executable, "-m", "polca_lib.analysis.cli", "status"], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0
     assert "24 of 24 pieces" in done.stdout
 

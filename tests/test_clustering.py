@@ -8,19 +8,10 @@ from cases import sigmoid_drop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polca_lib import clustering
-from polca_lib.clustering import (
-    DROPPED,
-    OUTLIER,
-    cluster_tokens,
-    composition,
-    falls,
-    homogeneity_table,
-    medoid,
-    most_homogeneous,
-    scale,
-)
-from polca_lib.config import ClusteringConfig
+from polca_lib.method import clustering
+from polca_lib.method.clustering import DROPPED, OUTLIER, cluster_tokens, composition, falls, medoid, scale
+from polca_paper.homogeneity import homogeneity_table, most_homogeneous
+from polca_lib.method.settings import ClusteringConfig
 
 STEPS = np.arange(0, 401, 20)
 CONFIG = ClusteringConfig(min_cluster_size=20)

@@ -4,7 +4,9 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from polca_lib.config import PRESET_NAMES, PRESETS, ClusteringConfig, RunConfig, field_names
+from polca_lib.method.settings import ClusteringConfig
+from polca_lib.tasks.presets import PRESETS
+from polca_lib.tasks.settings import PRESET_NAMES, RunConfig, field_names
 
 
 @pytest.mark.parametrize("task", PRESETS)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from polca_lib.constructions import ambiguous, construction_table, told_by_key, told_by_neighbours
+from polca_paper.constructions import ambiguous, construction_table, told_by_key, told_by_neighbours
 
 STEPS = np.arange(10)
 

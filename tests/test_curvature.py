@@ -3,12 +3,13 @@ import pytest
 import torch
 from cases import problem
 
-from polca_lib.config import ModelConfig
-from polca_lib.curvature import HessianOperator, krylov_rows, top_eigenpairs
-from polca_lib.memory import peak_bytes
-from polca_lib.models import build_model
+from polca_lib.tasks.settings import ModelConfig
+from polca_lib.derivatives.hessian import HessianOperator
+from polca_lib.method.eigenpairs import krylov_rows, top_eigenpairs
+from polca_lib.derivatives.memory import peak_bytes
+from polca_lib.tasks.models import build_model
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss, n_examples
+from polca_lib.derivatives.token_loss import TokenLoss, n_examples
 
 D = 40
 

@@ -6,21 +6,9 @@ import torch
 import xarray as xr
 from cases import Problem, Quadratic, orthonormal, problem, token_gradients
 
-from polca_lib.decomposition import (
-    ORDERS,
-    accumulate,
-    closure,
-    compare_trajectories,
-    fisher,
-    loss_change,
-    movement_share,
-    polca,
-    projected_loss,
-    reversals,
-    second_order_health,
-)
-from polca_lib.projection import project
-from polca_lib.token_loss import TokenLoss
+from polca_lib.method.decomposition import ORDERS, accumulate, closure, compare_trajectories, fisher, loss_change, movement_share, polca, projected_loss, reversals, second_order_health
+from polca_lib.derivatives.projection import project
+from polca_lib.derivatives.token_loss import TokenLoss
 
 
 def projections(token_loss, thetas, batch, vectors):

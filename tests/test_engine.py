@@ -17,12 +17,12 @@ import pytest
 import torch
 from cases import folder_bytes, mlp_batch, tiny_checkpoints, tiny_config
 
-from polca_lib.basis import compute_basis
-from polca_lib.config import ProjectionConfig
-from polca_lib.engine import EngineFailure, Portable, TaskFailure, carry_out, engine
-from polca_lib.grid import project_run
-from polca_lib.pieces import PieceStore
-from polca_lib.worker import NonFiniteProjection
+from polca_lib.method.basis import compute_basis
+from polca_lib.analysis.settings import ProjectionConfig
+from polca_lib.analysis.engine import EngineFailure, Portable, TaskFailure, carry_out, engine
+from polca_lib.analysis.projections import project_run
+from polca_lib.storage.pieces import PieceStore
+from polca_lib.analysis.worker import NonFiniteProjection
 
 BATCH = mlp_batch(5, torch.float32)
 STEPS = list(range(0, 81, 4))
@@ -170,7 +170,7 @@ def test_engine_that_cannot_be_is_refused(settings, told):
 
 
 def test_cluster_that_does_not_answer_is_named(monkeypatch):
-    monkeypatch.setattr("polca_lib.engine._ANSWER", 1)
+    monkeypatch.setattr("polca_lib.analysis.engine._ANSWER", 1)
     with (
         pytest.raises(EngineFailure, match=r"no Dask scheduler answers at address = 'tcp://127\.0\.0\.1:9'"),
         engine("dask", address="tcp://127.0.0.1:9"),

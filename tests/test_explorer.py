@@ -11,7 +11,7 @@ import xarray as xr
 from cases import sigmoid_drop
 from plotly.offline import get_plotlyjs
 
-from polca_lib.explorer import PLOTLY_FILE, Explorer
+from polca_lib.report.explorer import PLOTLY_FILE, Explorer
 
 STEPS = np.arange(0, 601, 10)
 SIZES = {1: [240, 96, 31], 2: [410, 120], 3: []}

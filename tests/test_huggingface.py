@@ -15,10 +15,10 @@ from cases import flip_bit, token_gradients
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from polca_lib.artefacts import DamagedFile
-from polca_lib.huggingface import HuggingFaceRevisions, causal_lm, next_token_losses
-from polca_lib.projection import project
-from polca_lib.token_loss import TokenLoss
+from polca_lib.storage.artefacts import DamagedFile
+from polca_lib.storage.huggingface import HuggingFaceRevisions, causal_lm, next_token_losses
+from polca_lib.derivatives.projection import project
+from polca_lib.derivatives.token_loss import TokenLoss
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "far", "away"]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -4,8 +4,8 @@ import torch
 import xarray as xr
 from cases import mlp_batch, orthonormal, problem, tiny_checkpoints
 
-from polca_lib import interventions
-from polca_lib.interventions import losses_at, move_along, random_directions, undo_movement
+from polca_lib.method import interventions
+from polca_lib.method.interventions import losses_at, move_along, random_directions, undo_movement
 
 STEPS = [0, 20, 40]
 BATCH = mlp_batch(5, torch.float32)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 import polca_lib.taylor  # noqa: F401 (where the rules are)
-from polca_lib.jets import Jet
+from polca_lib.derivatives.jets import Jet
 
 N_VECTORS = 2
 MASK = torch.tensor([[True, False, True], [False, False, True]])

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from spacy.language import Language as Pipeline
 
-from polca_lib import labeling
-from polca_lib.breakthroughs import mirrored
-from polca_lib.clustering import DROPPED, OUTLIER, homogeneity_table, medoid, scale
-from polca_lib.constructions import adjusted_rand, best_clusters, construction_table
-from polca_lib.labeling import contexts, label_clusters, nearest, simple_by_chance
-from polca_lib.tagging import load_pipeline, preceding_tags, tag_texts, tag_tokens, tag_windows
+from polca_paper import labeling
+from polca_lib.method.breakthroughs import mirrored
+from polca_lib.method.clustering import DROPPED, OUTLIER, medoid, scale
+from polca_paper.homogeneity import homogeneity_table
+from polca_paper.constructions import adjusted_rand, best_clusters, construction_table
+from polca_lib.report.contexts import contexts, nearest
+from polca_paper.labeling import label_clusters, simple_by_chance
+from polca_paper.tagging import load_pipeline, preceding_tags, tag_texts, tag_tokens, tag_windows
 from polca_lib.tasks.tokenization import PAD, encode, pack, train_tokenizer
 
 TAGS = {

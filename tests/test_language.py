@@ -10,20 +10,20 @@ import torch
 from cases import TINY_RUN, token_gradients
 from spacy.language import Language as Pipeline
 
-from polca_lib import english
-from polca_lib.charts import label_table
-from polca_lib.config import RunConfig
-from polca_lib.english import SHOWN, TABLES, explorer_of
-from polca_lib.language_study import LanguageStudy
-from polca_lib.models import ENGLISH, build_model
-from polca_lib.pipeline import Run
-from polca_lib.reproduce import Kept, complete
+from polca_paper import english
+from polca_paper.charts import label_table
+from polca_lib.tasks.settings import RunConfig
+from polca_paper.english import SHOWN, TABLES, explorer_of
+from polca_paper.language_study import LanguageStudy
+from polca_lib.tasks.models import ENGLISH, build_model
+from polca_lib.tasks.run import Run
+from polca_paper.reproduce import Kept, complete
 from polca_lib.tasks import grammar
 from polca_lib.tasks.corpus import Article, is_validation
 from polca_lib.tasks.language import CONTEXT, Grammar, Wikipedia, next_token_loss
-from polca_lib.token_loss import TokenLoss
-from polca_lib.vectors import read_vectors
-from polca_lib.verdicts import PAPER_ENGLISH, english_counts, judge_english
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.vectors import read_vectors
+from polca_paper.verdicts import PAPER_ENGLISH, english_counts, judge_english
 
 TINY = {
     **{name: value for name, value in TINY_RUN.items() if not name.startswith("clustering")},

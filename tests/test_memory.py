@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.func import jvp, vmap
 
-from polca_lib import memory
-from polca_lib.memory import default_budget, fit, peak_bytes
+from polca_lib.derivatives import memory
+from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
 
 N = 1000  # float32 numbers, 4000 bytes
 

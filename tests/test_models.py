@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from polca_lib.config import ModelConfig
-from polca_lib.models import ARITHMETIC, ENGLISH, build_model
+from polca_lib.tasks.settings import ModelConfig
+from polca_lib.tasks.models import ARITHMETIC, ENGLISH, build_model
 
 TINY = ModelConfig(n_layers=1, d_model=8, n_heads=2, d_mlp=16)
 

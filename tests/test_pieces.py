@@ -9,8 +9,8 @@ import zarr
 from cases import flip_bit, folder_bytes
 from upath import UPath
 
-from polca_lib.artefacts import DamagedFile
-from polca_lib.pieces import PieceStore
+from polca_lib.storage.artefacts import DamagedFile
+from polca_lib.storage.pieces import PieceStore
 
 TEMPLATE = xr.Dataset(coords={"step": [0, 20, 40], "token": [0, 1], "text": ("token", ["a", "bc"])})
 VARIABLES = {"loss": (("step", "token"), "float32"), "distance": (("step",), "float64")}

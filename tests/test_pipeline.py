@@ -5,14 +5,14 @@ import pytest
 import torch
 from cases import TINY_RUN, fail_at, folder_bytes, token_gradients
 
-from polca_lib import pipeline
-from polca_lib.artefacts import ArtefactMismatch
-from polca_lib.config import PRESETS
-from polca_lib.curvature import HessianOperator
-from polca_lib.pipeline import Run
+from polca_lib.tasks import run
+from polca_lib.storage.artefacts import ArtefactMismatch
+from polca_lib.tasks.presets import PRESETS
+from polca_lib.derivatives.hessian import HessianOperator
+from polca_lib.tasks.run import Run
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss
-from polca_lib.vectors import read_vectors
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.vectors import read_vectors
 
 
 def tiny(**overrides):

@@ -9,12 +9,13 @@ import torch
 from cases import mlp_batch, problem, tiny_checkpoints
 from torch.utils.flop_counter import FlopCounterMode
 
-from polca_lib.basis import compute_basis
-from polca_lib.config import DirectionsConfig, ProjectionConfig
-from polca_lib.grid import project_run
-from polca_lib.pieces import PieceStore
-from polca_lib.planning import plan
-from polca_lib.token_loss import TokenLoss
+from polca_lib.method.basis import compute_basis
+from polca_lib.analysis.settings import ProjectionConfig
+from polca_lib.method.settings import DirectionsConfig
+from polca_lib.analysis.projections import project_run
+from polca_lib.storage.pieces import PieceStore
+from polca_lib.analysis.plan import plan
+from polca_lib.derivatives.token_loss import TokenLoss
 
 BATCH = mlp_batch(5, torch.float32)
 STEPS = [0, 20, 40, 60, 80]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import fail_at, flip_bit, folder_bytes
 
-from polca_lib.artefacts import ArtefactMismatch, DamagedFile
+from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
 from polca_lib.tasks import prepared
 from polca_lib.tasks.corpus import Article, DamagedCorpus, is_validation, read_articles
 from polca_lib.tasks.prepared import FILES, prepare_corpus

@@ -21,17 +21,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polca_lib.worker as worker
-from polca_lib.basis import compute_basis
-from polca_lib.config import ModelConfig, ProjectionConfig
-from polca_lib.grid import project_run, project_runs
-from polca_lib.models import build_model
-from polca_lib.pieces import PieceStore
-from polca_lib.projection import project
-from polca_lib.strategy import choose
+from polca_lib.method.basis import compute_basis
+from polca_lib.analysis.settings import ProjectionConfig
+from polca_lib.tasks.settings import ModelConfig
+from polca_lib.analysis.projections import project_run, project_runs
+from polca_lib.tasks.models import build_model
+from polca_lib.storage.pieces import PieceStore
+from polca_lib.derivatives.projection import project
+from polca_lib.derivatives.strategy import choose
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss
-from polca_lib.vectors import read_vectors
-from polca_lib.worker import NonFiniteProjection
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.vectors import read_vectors
+from polca_lib.analysis.worker import NonFiniteProjection
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 

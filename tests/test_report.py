@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from polca_lib.clustering import DROPPED, OUTLIER
-from polca_lib.config import ClusteringConfig
-from polca_lib.decomposition import projected_loss
-from polca_lib.findings import Findings
-from polca_lib.report import explorer, write_report
+from polca_lib.method.clustering import DROPPED, OUTLIER
+from polca_lib.method.settings import ClusteringConfig
+from polca_lib.method.decomposition import projected_loss
+from polca_lib.report.findings import Findings
+from polca_lib.report.page import explorer, write_report
 
 SETTINGS = ClusteringConfig(order="first", min_cluster_size=5, breakthrough_window=20)
 PROVENANCE = pd.DataFrame({"value": {"seed": "0", "device": "cpu"}})

@@ -10,17 +10,18 @@ import torch
 import xarray as xr
 from cases import TINY_RUN
 
-from polca_lib import charts, claims, decomposition, evidence, reproduce
-from polca_lib.claims import CLAIMS, Claim
-from polca_lib.clustering import DROPPED, composition
-from polca_lib.evidence import TABLES
-from polca_lib.pipeline import Run
-from polca_lib.reproduce import Kept, complete, folder
-from polca_lib.study import Study
+from polca_lib.method import decomposition
+from polca_paper import charts, claims, evidence, reproduce
+from polca_paper.claims import CLAIMS, Claim
+from polca_lib.method.clustering import DROPPED, composition
+from polca_paper.evidence import TABLES
+from polca_lib.tasks.run import Run
+from polca_paper.reproduce import Kept, complete, folder
+from polca_paper.study import Study
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.arithmetic import SKILLS
-from polca_lib.token_loss import TokenLoss
-from polca_lib.verdicts import COLUMNS, JUDGED, first_run, judge
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_paper.verdicts import COLUMNS, JUDGED, first_run, judge
 
 KEPT = sorted(path.parent.name for path in folder("").glob("*/provenance.json"))
 

@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import polca_lib.reverse as reverse
 import polca_lib.signals as kept_signals
-from polca_lib.reverse import project_reverse
-from polca_lib.signals import signals, weights_of
-from polca_lib.sites import layout
-from polca_lib.token_loss import TokenLoss, split_examples
+from polca_lib.derivatives.reverse import project_reverse
+from polca_lib.derivatives.signals import signals, weights_of
+from polca_lib.derivatives.products import layout
+from polca_lib.derivatives.token_loss import TokenLoss, split_examples
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 

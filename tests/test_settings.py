@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from polca_lib.settings import AnalysisSettings, OwnBasis, OwnClustering, RunFile
+from polca_lib.analysis.settings import AnalysisSettings, OwnBasis, OwnClustering, RunFile
 
 FILE = """
 folder = "results"

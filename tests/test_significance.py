@@ -6,9 +6,10 @@ import pytest
 import xarray as xr
 from sklearn.metrics import adjusted_rand_score
 
-from polca_lib.clustering import DROPPED, OUTLIER, homogeneity_table, most_homogeneous
-from polca_lib.config import RunConfig
-from polca_lib.significance import check_on_other_half, permutation_null, rand_indices, settings_grid
+from polca_lib.method.clustering import DROPPED, OUTLIER
+from polca_paper.homogeneity import homogeneity_table, most_homogeneous
+from polca_lib.tasks.settings import RunConfig
+from polca_paper.significance import check_on_other_half, permutation_null, rand_indices, settings_grid
 
 CONFIG = RunConfig.from_preset("smoke").clustering.model_copy(
     update={"min_cluster_size": 10, "min_samples_divisor": 10}
@@ -62,7 +63,7 @@ def test_every_draw_is_what_the_homogeneity_table_says_of_the_shuffled_labels(ru
             drawn.append(permuted(self.own, values, axis=axis))
             return drawn[-1]
 
-    monkeypatch.setattr("polca_lib.significance.np.random.default_rng", Watched)
+    monkeypatch.setattr("polca_paper.significance.np.random.default_rng", Watched)
     null = permutation_null(labels, draws=20).sel(rule=rule)
     strata = pd.Series(labels["place"].values)
     groups = list(strata.groupby(pd.Series(list(zip(strata, strict=True)))).indices.values())

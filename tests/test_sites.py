@@ -3,8 +3,8 @@ import torch
 from cases import MODELS, Quadratic, problem
 from torch import nn
 
-from polca_lib.sites import WatchProducts, layout, signals_alone
-from polca_lib.token_loss import TokenLoss, split_examples
+from polca_lib.derivatives.products import WatchProducts, layout, signals_alone
+from polca_lib.derivatives.token_loss import TokenLoss, split_examples
 
 HEADS = {f"heads.{name}" for name, _ in MODELS["multi-head"][0].heads.named_parameters()}
 

@@ -8,9 +8,9 @@ import torch
 from cases import Attention, Mlp, flip_bit, mlp_loss, next_token_loss
 from safetensors.torch import save_file
 
-from polca_lib.artefacts import DamagedFile
-from polca_lib.sources import SafetensorsFolder, StateDictFolder
-from polca_lib.token_loss import TokenLoss
+from polca_lib.storage.artefacts import DamagedFile
+from polca_lib.storage.folders import SafetensorsFolder, StateDictFolder
+from polca_lib.derivatives.token_loss import TokenLoss
 
 LOSS = TokenLoss(Mlp(), mlp_loss)
 

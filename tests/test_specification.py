@@ -4,17 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from polca_lib.clustering import DROPPED, cluster_tokens, homogeneity_table, most_homogeneous
-from polca_lib.decomposition import coarsen, polca, projected_loss
-from polca_lib.specification import (
-    CLUSTERING,
-    SUMMED,
-    available_orders,
-    beyond_chance,
-    deciding_choices,
-    specification_curve,
-    trajectories,
-)
+from polca_lib.method.clustering import DROPPED, cluster_tokens
+from polca_paper.homogeneity import homogeneity_table, most_homogeneous
+from polca_lib.method.decomposition import coarsen, polca, projected_loss
+from polca_paper.specification import CLUSTERING, SUMMED, available_orders, beyond_chance, deciding_choices, specification_curve, trajectories
 
 
 @pytest.fixture(scope="module")

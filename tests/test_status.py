@@ -7,9 +7,9 @@ import pytest
 import xarray as xr
 from cases import flip_bit, folder_bytes
 
-from polca_lib.artefacts import Artefact
-from polca_lib.pieces import PieceStore
-from polca_lib.status import as_table, status
+from polca_lib.storage.artefacts import Artefact
+from polca_lib.storage.pieces import PieceStore
+from polca_lib.analysis.status import as_table, status
 
 TEMPLATE = xr.Dataset(coords={"step": [0, 20, 40], "vector": [1, 2, 3]})
 VARIABLES = {"gradient": (("step", "vector"), "float32"), "loss": (("step",), "float32")}

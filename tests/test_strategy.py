@@ -19,14 +19,14 @@ from cases import (
 from torch import nn
 
 import polca_lib.signals as signals
-from polca_lib.config import ModelConfig
-from polca_lib.memory import peak_bytes
-from polca_lib.models import build_model
-from polca_lib.projection import project
-from polca_lib.sites import layout, signals_alone
-from polca_lib.strategy import choose, differentiate, relative_difference
+from polca_lib.tasks.settings import ModelConfig
+from polca_lib.derivatives.memory import peak_bytes
+from polca_lib.tasks.models import build_model
+from polca_lib.derivatives.projection import project
+from polca_lib.derivatives.products import layout, signals_alone
+from polca_lib.derivatives.strategy import choose, differentiate, relative_difference
 from polca_lib.tasks import arithmetic
-from polca_lib.token_loss import TokenLoss, split_examples
+from polca_lib.derivatives.token_loss import TokenLoss, split_examples
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -7,9 +7,9 @@ from cases import MODELS, orthonormal, problem, token_curvatures, token_gradient
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from polca_lib.sites import layout
-from polca_lib.strategy import choose, differentiate
-from polca_lib.token_loss import TokenLoss, split_examples
+from polca_lib.derivatives.products import layout
+from polca_lib.derivatives.strategy import choose, differentiate
+from polca_lib.derivatives.token_loss import TokenLoss, split_examples
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

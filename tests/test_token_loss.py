@@ -20,8 +20,8 @@ from cases import (
 from torch import nn
 from torch.func import jvp, vmap
 
-from polca_lib.projection import project
-from polca_lib.token_loss import TokenLoss, n_examples, split_examples
+from polca_lib.derivatives.projection import project
+from polca_lib.derivatives.token_loss import TokenLoss, n_examples, split_examples
 
 
 def test_flatten_undoes_unflatten_and_back(case):

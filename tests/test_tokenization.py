@@ -6,16 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from polca_lib.tasks.tokenization import (
-    PAD,
-    GrowingArray,
-    encode,
-    encode_many,
-    id_type,
-    load_tokenizer,
-    pack,
-    train_tokenizer,
-)
+from polca_lib.tasks.tokenization import PAD, GrowingArray, encode, encode_many, id_type, load_tokenizer, pack, train_tokenizer
 
 TEXTS = ["The theory of the three thieves, in Œuvre.\n\nThen 1984 was there.\nAnd the café 日本 was theirs."] * 20
 VOCABULARY = 300

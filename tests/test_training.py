@@ -5,10 +5,10 @@ import torch
 from cases import Mlp, fail_at, flip_bit, folder_bytes, mlp_batch, mlp_loss
 from torch import nn
 
-from polca_lib.checkpoints import CheckpointFolder
-from polca_lib.config import TrainingConfig
-from polca_lib.token_loss import TokenLoss
-from polca_lib.training import NonFiniteLoss, train
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.tasks.settings import TrainingConfig
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.tasks.training import NonFiniteLoss, train
 
 CONFIG = TrainingConfig(steps=12, learning_rate=0.01, warmup_steps=5, checkpoint_every=2, state_every=4)
 

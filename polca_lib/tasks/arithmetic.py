@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polca_lib.config import RunConfig
+from polca_lib.tasks.settings import RunConfig
 
 PLUS, EQUALS = 10, 11
 N_ANSWER = 4

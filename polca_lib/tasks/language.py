@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polca_lib.artefacts import fingerprint
-from polca_lib.config import RunConfig
+from polca_lib.storage.artefacts import fingerprint
+from polca_lib.tasks.settings import RunConfig
 from polca_lib.tasks import grammar
 from polca_lib.tasks.prepared import PreparedCorpus, prepare_corpus
 from polca_lib.tasks.tokenization import PAD, pack

@@ -20,18 +20,10 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from polca_lib.artefacts import Artefact, DamagedFile, fingerprint, write_atomically
-from polca_lib.progress import progress
+from polca_lib.storage.artefacts import Artefact, DamagedFile, fingerprint, write_atomically
+from polca_lib.storage.progress import progress
 from polca_lib.tasks.corpus import VALIDATION_ONE_IN, Article, hub_config, is_validation, read_articles
-from polca_lib.tasks.tokenization import (
-    GrowingArray,
-    encode,
-    encode_many,
-    id_type,
-    load_tokenizer,
-    pack,
-    train_tokenizer,
-)
+from polca_lib.tasks.tokenization import GrowingArray, encode, encode_many, id_type, load_tokenizer, pack, train_tokenizer
 
 ARRAYS = ("train", "validation", "article", "starts", "ends")
 FILES = ("tokenizer.json", "articles.jsonl", *(f"{name}.npy" for name in ARRAYS))

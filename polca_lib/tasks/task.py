@@ -8,7 +8,7 @@ from typing import Protocol
 import pandas as pd
 from torch import Tensor, nn
 
-from polca_lib.token_loss import Batch
+from polca_lib.derivatives.token_loss import Batch
 
 
 class Task(Protocol):

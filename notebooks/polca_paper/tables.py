@@ -1,0 +1,203 @@
+"""Result tables, beside the paper's numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import get_args
+
+import joblib
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from polca_paper.homogeneity import cluster_breakthroughs
+from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, composition, falls
+from polca_paper.homogeneity import most_homogeneous
+from polca_lib.method.settings import ClusteringConfig, Scaling
+from polca_lib.tasks.settings import RunConfig
+from polca_lib.tasks.arithmetic import SKILLS
+
+PAPER = Path(__file__).parents[1] / "data" / "paper"
+
+
+def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
+    """Quartiles and mean of the loss (step, token) over the tokens of each skill and of each place (Figures 7 and 8).
+
+    Args:
+        loss: (step, token).
+        kinds: coordinates of ``loss`` that say what a token is.
+
+    Returns:
+        Rows ``by`` (one of ``kinds``), ``value``, ``step``, with ``low``, ``median``, ``high`` and ``mean``, in nats.
+    """
+    parts = []
+    for by in kinds:
+        for value in np.unique(loss[by].values):
+            own = loss[:, loss[by].values == value]
+            low, median, high = own.quantile([0.25, 0.5, 0.75], dim="token").values
+            row = {"low": low, "median": median, "high": high, "mean": own.mean("token").values}
+            parts.append(pd.DataFrame({"by": by, "value": value, "step": loss["step"].values, **row}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
+    """One row of the strategy comparison (Table 3): the three most homogeneous clusters and the hidden share.
+
+    Args:
+        labels: (token,) or (vector, token).
+        table: its clusters, from :func:`polca_paper.homogeneity.cluster_breakthroughs`.
+
+    Returns:
+        ``homogeneity_v1_1`` ... ``f1_v3_3``: measures of the three best clusters, by v1's rule (any cluster counts) and
+        v3's (only clusters whose carries lie in the 10s and 100s); NaN where there are fewer. ``base_rate``: share of
+        carry tokens among all that were not dropped. ``hidden``: share of clusters with a hidden breakthrough.
+        ``clusters``, and ``vectors`` that have tokens left. ``dropped`` before HDBSCAN and ``outliers`` of it: tokens,
+        mean over those vectors.
+    """
+    row = {}
+    for rule in ("v1", "v3"):
+        best = most_homogeneous(table, rule=rule)
+        for measure in ("homogeneity", "recall", "f1"):
+            row |= {f"{measure}_{rule}_{i + 1}": best[measure].get(i, np.nan) for i in range(3)}
+    each = by_vector(labels)
+    kept = (each != DROPPED).any("token")
+    row["base_rate"] = float(labels["carry"].astype(float).where(each != DROPPED).mean())
+    row["hidden"] = table["hidden"].mean() if len(table) else np.nan
+    row["clusters"] = len(table)
+    row["vectors"] = int(kept.sum())
+    row["dropped"] = float((each == DROPPED).sum("token").where(kept).mean())
+    row["outliers"] = float((each == OUTLIER).sum("token").where(kept).mean())
+    return pd.Series(row, dtype=float)
+
+
+def compare_strategies(
+    levels: Mapping[str, xr.DataArray],
+    rates: Mapping[str, xr.DataArray],
+    config: ClusteringConfig,
+    hidden_after: int,
+    n_jobs: int = 1,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Cluster every kind of trajectory with every scaling (Table 3, and the scaling that the paper leaves open).
+
+    Args:
+        levels: trajectories whose fall means learning, by name: losses and projected losses.
+        rates: the others, by name. Nothing is dropped before HDBSCAN, and there is no total change to scale by.
+        config: of the clustering; its scaling is not used.
+        hidden_after: tau, in steps.
+        n_jobs: processes.
+
+    Returns:
+        :func:`strategy_row` by scaling and name; and the number of tokens of each skill in the purest cluster, by rule,
+        scaling and name.
+    """
+    rows, purest = {}, {}
+    everything = {**levels, **rates}
+    keys = [(s, name) for s in get_args(Scaling) for name in (levels if s == "unit" else everything)]
+    cluster = joblib.delayed(cluster_breakthroughs)
+    jobs = (
+        cluster(everything[name], config.model_copy(update={"scaling": s}), hidden_after, only_falling=name in levels)
+        for s, name in keys
+    )
+    for (scaling, name), (labels, table) in zip(keys, joblib.Parallel(n_jobs=n_jobs)(jobs), strict=True):
+        rows[scaling, name] = strategy_row(labels, table)
+        for rule in ("v1", "v3"):
+            for best in most_homogeneous(table, 1, rule=rule).itertuples():
+                own = by_vector(labels).sel(vector=best.vector)
+                purest[rule, scaling, name] = composition(own).loc[best.cluster]
+    index = ["scaling", "trajectory"]
+    made_of = pd.DataFrame(purest).T.reindex(columns=list(SKILLS)).fillna(0).astype(int)
+    return pd.DataFrame(rows).T.rename_axis(index), made_of.rename_axis(["rule", *index])
+
+
+def vector_table(basis: xr.Dataset, projected: xr.DataArray, labels: xr.DataArray, table: pd.DataFrame) -> pd.DataFrame:
+    """One row per basis vector: birth, curvature, whether its mean projected loss falls, and its clusters."""
+    rows = basis[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
+    mean = projected.mean("token")
+    rows["projected_loss"] = mean.isel(step=-1).values
+    rows["falls"] = falls(mean).values
+    rows["dropped"] = (labels == DROPPED).sum("token").values
+    clusters = table.groupby("vector")
+    rows["clusters"] = clusters.size().reindex(rows.index, fill_value=0)
+    rows["homogeneity"] = clusters["homogeneity"].max().reindex(rows.index)
+    return rows
+
+
+def spread(rows: pd.DataFrame, index: str, columns: str, values: str) -> pd.DataFrame:
+    """Median and range of ``values`` over the studies in ``rows``, as text, see :func:`spread_text`."""
+    groups = rows.groupby([index, columns], sort=False)[values]
+    return groups.agg(spread_text).unstack(columns).fillna("")
+
+
+def spread_text(values: pd.Series) -> str:
+    """Median and range of what several studies have; and how many have a number, if not all do. Empty if none does."""
+    own = values.dropna()
+    if own.empty:
+        return ""
+    some = f" ({len(own)} of {len(values)})" if len(own) < len(values) else ""
+    return f"{own.median():.3f} [{own.min():.3f}, {own.max():.3f}]{some}"
+
+
+def settings_table(config: RunConfig) -> pd.DataFrame:
+    """Every setting of a run beside that of its task's preset ``paper``, a row each."""
+    paper = RunConfig.from_preset("paper", task=config.task)
+    sections = ["data", "model", "training", "basis", "projection", "clustering"]
+    sections += ["corpus"] if config.task == "wikipedia" else []
+    rows = {
+        f"{section}.{name}": {"this run": str(value), "paper": str(getattr(getattr(paper, section), name))}
+        for section in sections
+        for name, value in getattr(config, section)
+    }
+    return pd.DataFrame(rows).T
+
+
+def paper_strategies() -> pd.DataFrame:
+    """What the paper prints for each strategy (its Table 3 in v1 and v3), by name."""
+    return pd.read_csv(PAPER / "strategies.csv", index_col="strategy")
+
+
+def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
+    """Our numbers and the paper's in turn; rows as in ``ours``, NaN where the paper has none.
+
+    The paper's rows are v3's, and so is the rule that ours are counted by.
+    """
+    paper = paper_strategies().reindex(ours.index)
+    pairs = {}
+    for measure in ("homogeneity", "recall", "f1"):
+        pairs[measure, "ours"], pairs[measure, "paper"] = ours[f"{measure}_v3_1"], paper[f"{measure}_1"]
+    pairs["hidden", "ours"], pairs["hidden", "paper"] = ours["hidden"], paper["hidden"]
+    return pd.DataFrame(pairs)
+
+
+def save_results(preset: str, notebook: str, numbers: Mapping[str, object], provenance: pd.DataFrame) -> Path:
+    """Write every number a notebook shows to ``results/<preset>/<notebook>.json``, which the book's prose reads.
+
+    Args:
+        preset, notebook: names; the folder is ``POLCA_RESULTS`` if set, else ``results`` of the checkout.
+        numbers: numbers, texts, series, tables and dictionaries of them by name; tables become records.
+        provenance: of the run, from :meth:`polca_lib.tasks.run.Run.provenance`.
+
+    Returns:
+        Path of the file.
+    """
+    folder = Path(os.environ.get("POLCA_RESULTS") or PAPER.parents[1] / "results") / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: _plain(value) for name, value in numbers.items()}
+    file = folder / f"{notebook}.json"
+    file.write_text(
+        json.dumps({**plain, "provenance": provenance["value"].to_dict()}, indent=1, allow_nan=False) + "\n"
+    )
+    return file
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, pd.DataFrame):
+        return json.loads(value.reset_index().to_json(orient="records", double_precision=6))
+    if isinstance(value, pd.Series):
+        return json.loads(value.to_json(double_precision=6))
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,192 @@
+"""Our number for each of the paper's claims about addition, and the verdict.
+
+- *reproduced*: our number is within the tolerance of the paper's, and the sentence it is cited for holds;
+- *stronger here*: our number is beyond the paper's in the direction of the claim, and the sentence holds;
+- *partly*: one of the two: the number is missed, but the sentence holds; or the other way round;
+- *not reproduced*: neither;
+- *not run*: the study has no such number;
+- *does not apply*: nor could it have, as a claim about raw curves when others are judged.
+
+Where the paper has no number, the sentence decides alone; where the study finds no cluster that could be measured, the
+number is missed.
+
+The rules stand with the claims, in :mod:`polca_paper.claims`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from polca_lib.storage.artefacts import differences
+from polca_paper.claims import CLAIMS, Claim, NotRun, verdict
+from polca_lib.tasks.settings import RunConfig
+from polca_paper.reproduce import Kept
+from polca_paper.tables import PAPER
+
+
+def _measured(claim: Claim, kept: Kept) -> float:
+    try:
+        return claim.measure(kept)
+    except NotRun:
+        return float("nan")
+
+
+def scale_of(kept: Kept) -> str:
+    """The preset, and what of the run differs from it, seed and device apart."""
+    own = kept.config
+    preset = RunConfig.from_preset(own.preset, task=own.task)
+    changes = differences(preset.model_dump(mode="json"), own.model_dump(mode="json"))
+    parts = [f"{name} = {ours}" for name, _, ours in changes if name not in ("seed", "device", "memory")]
+    return "; ".join([own.preset, *parts])
+
+
+def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
+    """Verdict on each claim, by scale: studies that differ in seed alone are judged together.
+
+    Returns:
+        Rows ``claim``, ``section``, ``text``, ``paper``, ``ours`` (median), ``low``, ``high``, ``seeds``, ``preset``
+        (see :func:`scale_of`), ``device``, ``verdict`` (the most frequent; of equally many the least favourable),
+        ``each`` (how many seeds have which verdict), ``measured`` (seeds that have a number; median and range are
+        theirs), ``cited_for``, ``page`` and ``studies``, their names.
+    """
+    by_scale: dict[str, list[Kept]] = {}
+    for kept in studies:
+        by_scale.setdefault(scale_of(kept), []).append(kept)
+    rows = []
+    severity = ["does not apply", "not run", "reproduced", "stronger here", "partly", "not reproduced"]
+    for claim in claims:
+        for scale, group in by_scale.items():
+            values = np.array([_measured(claim, kept) for kept in group], float)
+            verdicts = [claim.judge(kept) for kept in group]
+            finite = values[np.isfinite(values)]
+            low, ours, high = np.quantile(finite, [0, 0.5, 1]) if len(finite) else (np.nan,) * 3
+            of = {"studies": ", ".join(kept.name for kept in group)}
+            row = {"claim": claim.name, "section": claim.section, "text": claim.text, "paper": claim.paper}
+            row |= {"ours": ours, "low": low, "high": high, "seeds": len(group), "preset": scale}
+            row["device"] = ", ".join(dict.fromkeys(str(kept.settings["device"]) for kept in group))
+            row["verdict"] = max(severity, key=lambda v: (verdicts.count(v), severity.index(v)))
+            row["each"] = ", ".join(f"{verdicts.count(v)} {v}" for v in severity if v in verdicts)
+            rows.append({**row, "measured": len(finite), "cited_for": claim.means, "page": claim.page, **of})
+    return pd.DataFrame(rows)
+
+
+def first_run(*scales: pd.DataFrame) -> pd.DataFrame:
+    """Of each claim the row of the first scale that ran it; of claims that none ran, that of the first.
+
+    Args:
+        scales: from :func:`judge`, of one scale each, with the same claims in the same order.
+    """
+    first, *rest = (rows.reset_index(drop=True) for rows in scales)
+    for rows in rest:
+        lacking = (first["verdict"] == "not run") & (rows["verdict"] != "not run")
+        first = first.where(~lacking, rows)
+    return first
+
+
+JUDGED = ("paper-0", "paper-bases", "laptop-0", "laptop-1", "laptop-2")
+"""Studies that the verdicts of the repository are on."""
+
+COLUMNS = ["claim", "section", "paper", "ours", "low", "high", "seeds", "preset", "device", "verdict"]
+"""Of ``data/paper/verdicts.csv``."""
+
+
+ENGLISH = "wikipedia-large"
+"""Study that the paper's counts about English are compared with."""
+
+PAPER_ENGLISH = {"vectors": 30, "kept": 26, "simple_label": 22, "tokens": 12_600, "dropped_mean": 6655.5}
+"""Of section 5 and v3, vectors, those whose mean falls, those with a simply labelled cluster; tokens, those dropped."""
+
+
+def english_counts(kept: Kept, kind: str = "POLCA second, raw") -> dict[str, object]:
+    """Our numbers beside ``PAPER_ENGLISH``: what ``data/paper/english_counts.json`` holds.
+
+    Args:
+        kept: a study of Wikipedia.
+        kind: of trajectory; the default is the paper's.
+    """
+    row = kept.table("counts").set_index("kind").loc[kind]
+    ours = {name: row[name].item() for name in PAPER_ENGLISH}
+    about = {"kind": kind, "preset": scale_of(kept), "seed": kept.config.seed, "device": kept.settings["device"]}
+    about |= {name: kept.provenance["stages"][name] for name in ("corpus", "tags")}
+    about["commit"] = kept.provenance["tables"]["counts"]["commit"]
+    chance = {name: row[name].item() for name in ("simple_by_chance", "clustered", "clusters", "outliers_mean")}
+    return {**ours, **chance, **about, "study": kept.name, "paper": PAPER_ENGLISH}
+
+
+def judge_english(kept: Kept, kind: str = "POLCA second, raw") -> pd.DataFrame:
+    """Verdict on each claim of section 5 by one study of Wikipedia.
+
+    Numbers are shares, of the vectors of the basis, of the kept ones, or of all tokens, so that a study with fewer can
+    be judged; the rules are those of all verdicts.
+
+    Args:
+        kept: a study of Wikipedia.
+        kind: of trajectory; the default is the paper's.
+
+    Returns:
+        Rows ``claim``, ``paper`` and ``ours`` (NaN where the paper has no number), ``holds`` (what it is cited for, or
+        the claim itself) and ``verdict``.
+    """
+    row, exact = (kept.table("counts").set_index("kind").loc[name] for name in (kind, "exact loss, raw"))
+    labels, pairs = kept.table("labels"), kept.table("mirrored")
+    own = labels[labels["kind"] == kind]
+    simple = own[own["simple"]]
+    contrast = float((simple["inside"] / simple["outside"]).median())
+    newline = ((own["label_0"] == "SPACE") & (own["inside"] > own["outside"])).sum()
+    mirrored = (pairs["kind"] == kind).sum()
+    paper, kept_vectors = PAPER_ENGLISH, max(1, row["kept"])
+    claims = [
+        ("vectors whose mean falls, share", paper["kept"] / paper["vectors"], row["kept"] / row["vectors"], None, None),
+        (
+            "of those a simply labelled cluster, share; beyond chance",
+            paper["simple_label"] / paper["kept"],
+            row["simple_label"] / kept_vectors,
+            row["simple_p"] <= 0.05,
+            True,
+        ),
+        ("the same, labels of nothing but PAD apart; beyond chance", None, row["simple_words"] / kept_vectors,
+         row["simple_words_p"] <= 0.05, None),
+        ("tokens dropped, share", paper["dropped_mean"] / paper["tokens"], row["dropped_mean"] / row["tokens"], None,
+         None),
+        ("simple labels fit twice as often inside as outside, at the median", None, contrast, contrast >= 2, None),
+        ("there are clusters of newlines", None, newline, newline > 0, None),
+        ("there are clusters that mirror each other", None, mirrored, mirrored > 0, None),
+        ("some clusters have hidden breakthroughs, share", None, row["hidden"], row["hidden"] > 0, None),
+        ("clusters of the exact loss have none, share", None, exact["hidden"], exact["hidden"] == 0, None),
+    ]  # fmt: skip
+    rows = [
+        {
+            "claim": name,
+            "paper": theirs,
+            "ours": ours,
+            "holds": holds,
+            "verdict": verdict(theirs, ours, holds, larger_is_stronger=larger),
+        }
+        for name, theirs, ours, holds, larger in claims
+    ]
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Judge every claim by the studies named; write ``verdicts.csv`` and ``english_counts.json`` in ``data/paper``."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("studies", nargs="*", default=JUDGED, help="folders in data/addition; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=PAPER / "verdicts.csv")
+    arguments = parser.parse_args()
+    try:
+        verdicts = judge([Kept(name) for name in arguments.studies])
+        counts = english_counts(Kept(ENGLISH, setting="english"))
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    arguments.output.write_text(verdicts[COLUMNS].to_csv(index=False, float_format="%.6g"))
+    arguments.output.with_name("english_counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""A small GPT on generated English.
+
+`python my_run.py` trains it, in about a minute, and keeps its weights in checkpoints/. `polca run` then asks
+`setup` for the model, its loss and the data. Put your own in their place.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from polca_lib.tasks.grammar import VOCABULARY, document
+from polca_lib.derivatives.token_loss import Subject
+
+CONTEXT, WIDTH, STEPS, EVERY = 32, 64, 600, 20
+
+
+class Block(nn.Module):
+    """Attention and a small network, each added to what comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH) for _ in range(2)])
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, 4, WIDTH // 4)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(-2))
+        return x + self.mlp(self.norms[1](x))
+
+
+class GPT(nn.Module):
+    """Two blocks over embedded tokens and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(len(VOCABULARY), WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(WIDTH, len(VOCABULARY))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.blocks(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]))
+
+
+def loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """The loss of every token but the first of its window, one after another, in nats."""
+    logits = model(windows[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+
+
+def text(seed: int, n: int) -> Tensor:
+    """``n`` windows of text, the documents one after another."""
+    rng, words = np.random.default_rng(seed), []
+    while len(words) < n * CONTEXT:
+        words += list(document(rng).ids)
+    return torch.tensor(words[: n * CONTEXT]).reshape(n, CONTEXT)
+
+
+def setup() -> Subject:
+    """What `polca` needs to know; the weights come from the checkpoints."""
+    validation = text(seed=1, n=100)
+    tokens = pd.DataFrame(
+        {
+            "text": [VOCABULARY[word] for word in validation[:, 1:].flatten()],
+            "example": np.repeat(np.arange(100), CONTEXT - 1),
+            "position": np.tile(np.arange(1, CONTEXT), 100),
+        }
+    )
+    return Subject(GPT().eval(), loss, validation, hessian=text(seed=2, n=50), tokens=tokens)
+
+
+def train() -> None:
+    """Train, and keep the weights every few steps."""
+    torch.manual_seed(0)
+    model, windows = GPT(), text(seed=3, n=64 * STEPS // 10)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    folder = Path(__file__).parent / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    for step in range(STEPS + 1):
+        if step % EVERY == 0:
+            save_file(model.state_dict(), folder / f"step-{step}.safetensors")
+        batch = windows[torch.randint(len(windows), (64,))]
+        mean = loss(model, batch).mean()
+        optimiser.zero_grad()
+        mean.backward()
+        optimiser.step()
+        if step % 100 == 0:
+            print(f"step {step}: loss {mean.item():.3f}")
+
+
+if __name__ == "__main__":
+    train()

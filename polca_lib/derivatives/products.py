@@ -1,0 +1,201 @@
+"""Where weight matrices meet data: the matrix products of a model, found by watching one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from polca_lib.derivatives.token_loss import Batch, TokenLoss
+
+_MATMULS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that depends on parameters alone, such as a rearranged weight."""
+
+    value: Tensor
+    leaves: frozenset[str]
+    build: Callable[[Mapping[str, Tensor]], Tensor]  # named parameters -> value
+
+
+@dataclass(frozen=True)
+class Site:
+    """One product ``x @ weight`` of activations with a matrix that depends on parameters alone."""
+
+    weight: Derived  # of shape (in, out)
+    shape: tuple[int, ...]  # of the product, for one example
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a few passes on one example show of a model."""
+
+    sites: tuple[Site, ...]
+    elsewhere: frozenset[str]  # parameters used in any other way: biases, scales, embeddings
+    tokens: int  # target tokens of the example
+    alone: frozenset[int]
+    """Sites where the output at a position matters to one target token alone. After the last mixing of positions all
+    products are such."""
+
+
+class WatchProducts(TorchFunctionMode):
+    """Finds products of data with weights as they happen, and has ``at_product`` carry them out.
+
+    Args:
+        parameters: by name; what is computed from them alone is followed.
+        at_product: ``(index, x, weight, bias) -> x @ weight.value + bias``; the bias may be None.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        at_product: Callable[[int, Tensor, Derived, Tensor | None], Tensor],
+    ):
+        super().__init__()
+        # Keyed by identity; the values keep the tensors alive, so that no identity is given out twice.
+        self._derived = {
+            id(p): Derived(p, frozenset([name]), lambda named, name=name: named[name]) for name, p in parameters.items()
+        }
+        self._at_product = at_product
+        self._count = 0
+        self.elsewhere: set[str] = set()
+
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = keywords or {}
+        if (product := self._product(function, arguments, keywords)) is not None:
+            return product
+        leaves, spec = pytree.tree_flatten((arguments, keywords))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        known = {id(t): self._derived[id(t)] for t in tensors if id(t) in self._derived}
+        result = function(*arguments, **keywords)
+        if not known:
+            return result
+        sources = frozenset().union(*(derived.leaves for derived in known.values()))
+        if any(id(t) not in known for t in tensors):
+            self.elsewhere |= sources
+            return result
+
+        # Without a reference to self: a cycle would keep the tensors of a pass until Python looks for cycles.
+        def build(named: Mapping[str, Tensor]) -> Tensor:
+            values = [known[id(x)].build(named) if isinstance(x, Tensor) else x for x in leaves]
+            positional, by_name = pytree.tree_unflatten(values, spec)
+            return function(*positional, **by_name)
+
+        parts = (
+            {(): result}
+            if isinstance(result, Tensor)
+            else dict(enumerate(result))
+            if isinstance(result, tuple | list)
+            else {}
+        )
+        for part, value in parts.items():
+            pick = (lambda named: build(named)) if part == () else (lambda named, part=part: build(named)[part])
+            self._derived[id(value)] = Derived(value, sources, pick)
+        return result
+
+    def _product(self, function: Callable, arguments: tuple, keywords: dict[str, Any]) -> Tensor | None:
+        """The result, if this call is a product of data with a weight matrix (plus a bias)."""
+        bias = None
+        if function is functional.linear:
+            named = dict(zip(("input", "weight", "bias"), arguments, strict=False)) | keywords
+            x, weight, bias = named["input"], named["weight"], named.get("bias")
+        elif function is torch.addmm and not keywords:
+            bias, x, weight = arguments
+        elif function in _MATMULS and len(arguments) == 2:
+            x, weight = arguments
+        else:
+            return None
+        derived = self._derived.get(id(weight))
+        if derived is None or id(x) in self._derived or weight.ndim != 2 or x.ndim < 2:
+            return None
+        if bias is not None:
+            self.elsewhere |= self._derived[id(bias)].leaves if id(bias) in self._derived else set()
+        if function is functional.linear:
+            build = derived.build
+            derived = Derived(weight.mT, derived.leaves, lambda named: build(named).mT)
+        self._count += 1
+        return self._at_product(self._count - 1, x, derived, bias)
+
+
+def layout(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: Batch) -> Layout:
+    """Look at a model: at its matrix products, and at which of them matter to single tokens.
+
+    Args:
+        token_loss: the loss.
+        theta: parameters, shape (d,).
+        example: a batch of one example.
+    """
+    # What holds by structure holds anywhere; at the given point a signal may happen to be zero.
+    random = torch.Generator(theta.device).manual_seed(0)
+    noise = torch.randn(theta.shape, generator=random, dtype=theta.dtype, device=theta.device)
+    parameters = token_loss.unflatten(theta.detach() + theta.abs().mean() * noise)
+    sites: list[Site] = []
+
+    def note(_: int, x: Tensor, weight: Derived, bias: Tensor | None) -> Tensor:
+        result = x @ weight.value
+        sites.append(Site(weight, tuple(result.shape)))
+        return result if bias is None else result + bias
+
+    with torch.no_grad(), WatchProducts(parameters, note) as watch:
+        tokens = token_loss.at(parameters, example).numel()
+    found = signals_alone(token_loss, parameters, example, range(len(sites)))
+    alone = frozenset(index for index, (signal, token) in found.items() if token is not None and signal.any())
+    return Layout(tuple(sites), frozenset(watch.elsewhere), tokens, alone)
+
+
+def signals_alone(
+    token_loss: TokenLoss, parameters: Mapping[str, Tensor], batch: Batch, sites: Collection[int]
+) -> dict[int, tuple[Float[Tensor, "position leaving"], Int[Tensor, " position"] | None]]:
+    """How the sum of the losses changes with the outputs of products, and which token each position matters to.
+
+    Args:
+        token_loss: the loss.
+        parameters: by name.
+        batch: examples; positions are those of all examples.
+        sites: indices of products.
+
+    Returns:
+        By site: the gradient, and the target tokens, or None if some position matters to several.
+    """
+    probes: dict[int, Tensor] = {}
+
+    def add_probe(index: int, x: Tensor, weight: Derived, bias: Tensor | None) -> Tensor:
+        result = x @ weight.value
+        if index in sites:
+            # The gradient of a zero that is added to the product is the signal that comes back to it.
+            probes[index] = torch.zeros_like(result, requires_grad=True)
+            result = result + probes[index]
+        return result if bias is None else result + bias
+
+    with torch.enable_grad(), WatchProducts(parameters, add_probe):
+        loss = token_loss.at(parameters, batch)
+    if not probes or not len(loss):
+        return {}
+    # Token j counts w_j times: then so do the signals of the positions that matter to it alone.
+    weights = 1 + torch.arange(len(loss), dtype=loss.dtype, device=loss.device) / len(loss)
+    plain, weighted = (
+        torch.autograd.grad(loss, list(probes.values()), w, retain_graph=True, materialize_grads=True)
+        for w in (torch.ones_like(weights), weights)
+    )
+    found = {}
+    for index, one, other in zip(probes, plain, weighted, strict=True):
+        one, other = one.flatten(0, -2), other.flatten(0, -2)
+        size = one.square().sum(1)
+        ratio = torch.where(size > 0, (one * other).sum(1) / size, 1.0)
+        token = ((ratio - 1) * len(loss)).round().long().clamp(0, len(loss) - 1)
+        rest = (other - weights[token][:, None] * one).norm(dim=1)
+        # What is small beside the largest signal may be rounding of it.
+        known = bool((rest <= 1e-4 * size.sqrt() + 1e-7 * size.max().sqrt()).all())
+        found[index] = (one, token if known else None)
+    return found

@@ -1,0 +1,79 @@
+"""<grad L(x; theta), b> and b^T H(x; theta) b for all tokens x and vectors b, at one point."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from polca_lib.derivatives.strategy import Mode, Precision, Strategy, choose, differentiate, relative_difference
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, split_examples
+
+_SAMPLE = 4, 8  # examples, and vectors, on which the error of products in bfloat16 is measured
+
+
+class Projected(NamedTuple):
+    """Losses and directional derivatives at one point, in nats per unit of length in weight space."""
+
+    loss: Float[Tensor, " token"]
+    gradient: Float[Tensor, "token vector"]
+    curvature: Float[Tensor, "token vector"] | None
+    error: float  # of gradient, root mean square over that of gradient, on a sample; 0 in full precision
+
+
+def project(
+    token_loss: TokenLoss,
+    theta: Float[Tensor, " d"],
+    batch: Batch,
+    vectors: Float[Tensor, "vector d"],
+    *,
+    curvature: bool = False,
+    mode: Mode = "auto",
+    precision: Precision = "float32",
+    memory: int | None = None,
+    strategy: Strategy | None = None,
+) -> Projected:
+    """Derivatives of each token's loss along each vector.
+
+    In forward mode a pass along b yields <grad L(x), b> for all tokens x at once, and b^T H(x) b with it. In reverse
+    mode the gradient of each token is formed piece by piece and multiplied with the vectors, or the vectors are taken
+    to the activations first, whichever is less; that is cheaper when few positions are targets. Of gradients with
+    respect to weights that multiply data nothing but tiles is ever held.
+
+    Args:
+        token_loss: the loss.
+        theta: parameters, shape (d,).
+        batch: examples.
+        vectors: directions in rows, of unit length if the results are to be per unit of length.
+        curvature: also second derivatives, in forward mode.
+        mode: ``auto`` takes the one with fewer operations, see :func:`polca_lib.derivatives.strategy.choose`.
+        precision: ``float32`` multiplies in the dtype of the model. With ``bfloat16``, reverse mode rounds the
+            operands of its products with the vectors, and of its backward passes, to 8 bits; sums stay in float32
+            but for one rounding a piece. Forward mode, and hence curvature, is never rounded.
+        memory: bytes to take beyond the arguments; half of what the device has free if not given.
+        strategy: as ``choose`` returned it for the same model, vectors of the same number and settings; chosen here
+            if not given.
+
+    Raises:
+        ValueError: shapes do not fit, a setting is not allowed, or memory is too small.
+    """
+    if vectors.ndim != 2 or vectors.shape[1] != token_loss.n_parameters:
+        raise ValueError(
+            f"vectors have shape {tuple(vectors.shape)}; allowed: (any, {token_loss.n_parameters}), "
+            "one direction in parameter space a row"
+        )
+    order = 2 if curvature else 1
+    strategy = strategy or choose(
+        token_loss, theta, batch, vectors, order=order, mode=mode, precision=precision, memory=memory
+    )
+    if strategy.order != order:
+        raise ValueError(f"strategy was chosen for order = {strategy.order}; curvature = {curvature} needs {order}")
+    loss, (gradient, *second) = differentiate(strategy, token_loss, theta, batch, vectors)
+    error = 0.0
+    if strategy.precision == "bfloat16":
+        examples, every = next(split_examples(batch, _SAMPLE[0])), math.ceil(len(vectors) / _SAMPLE[1])
+        exact = differentiate(strategy.in_full(), token_loss, theta, examples, vectors[::every])[1][0]
+        error = relative_difference(gradient[: len(exact), ::every], exact)
+    return Projected(loss, gradient, second[0] if curvature else None, error)

@@ -1,0 +1,160 @@
+"""Directional derivatives in reverse mode: per-token gradients formed tile by tile, never as a whole, or not at all.
+
+The gradient of a token's loss with respect to a weight matrix is a sum of outer products over positions, of the
+activation that enters the product and the backward signal that comes to its output. Both are small and are kept for
+many examples. A tile of the gradients of some hundred tokens is then formed, fits into the processor's cache, and is
+multiplied there by the same tile of all basis vectors:
+
+    <dL(x)/dW, B_k> = sum over tiles of [sum over positions of signal activation^T] : B_k
+
+Where few positions carry signals, it takes less to multiply the vectors with activations, and that with signals:
+
+    <dL(x)/dW, B_k> = sum over positions of signal . (B_k activation)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.profiler import record_function
+
+from polca_lib.derivatives.signals import Formed, Passed, Signals, lies_by_rows, signals, tile_shape, weights_of
+from polca_lib.derivatives.products import Derived, Layout
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, split_examples
+
+
+def contract(
+    layout: Layout,
+    parameters: dict[str, Tensor],
+    directions: dict[str, Float[Tensor, "vector ..."]],
+    parts: list[Signals],
+) -> Float[Tensor, "token vector"]:
+    """<grad L(x), b> for the tokens of ``parts`` and all directions (vectors split by parameter)."""
+    n_vectors = len(next(iter(directions.values())))
+    results = [part.loss.new_zeros(part.loss.numel(), n_vectors) for part in parts]
+    for name in sorted(layout.elsewhere):
+        for result, part in zip(results, parts, strict=True):
+            result += part.gradients[name].reshape(len(result), -1) @ directions[name].reshape(n_vectors, -1).T
+    for index, site in enumerate(layout.sites):
+        weights, by_rows = _pushed(site.weight, parameters, directions), lies_by_rows(site.weight.value)
+        rows = _touching(weights)
+        weights = weights[rows]
+        some = len(weights) < n_vectors
+        sums = [result.new_zeros(len(result), len(weights)) for result in results] if some else results
+        factors = [part.factors[index] for part in parts]
+        for kind, add in ((Formed, _add_formed), (Passed, _add_passed)):
+            own = [pair for pair in zip(sums, factors, strict=True) if isinstance(pair[1], kind)]
+            if own and len(weights):
+                add(weights, by_rows, own)
+        if some:
+            for result, own_sum in zip(results, sums, strict=True):
+                result[:, rows] += own_sum
+    return torch.cat(results)
+
+
+def _touching(weights: Float[Tensor, "vector entering leaving"]) -> slice | Int[Tensor, " row"]:
+    """Vectors that change a weight matrix at all: the others, as most axes of single parameters, cost nothing there."""
+    touches = weights[:, 0, 0] != 0  # of most vectors this says it already
+    touches[~touches] = weights[~touches].flatten(1).any(dim=1)
+    rows = touches.nonzero()[:, 0]
+    side_by_side = len(rows) > 0 and rows[-1] - rows[0] < len(rows)
+    return slice(int(rows[0]), int(rows[-1]) + 1) if side_by_side else rows  # the one is a view, the other a copy
+
+
+def _add_formed(
+    weights: Float[Tensor, "vector entering leaving"],
+    by_rows: bool,
+    parts: list[tuple[Float[Tensor, "token vector"], Formed]],
+) -> None:
+    """Add the inner products of gradients, tile by tile, with the vectors."""
+    weights = weights if by_rows else weights.mT
+    dtype = parts[0][1].left[0].dtype
+    height, width = tile_shape(dtype, weights.device)
+    formed = weights.new_empty(0, dtype=dtype)
+    for i, rows in enumerate(weights.split(height, dim=1)):
+        lefts = [factors.batches(i) for _, factors in parts]
+        for j, tile in enumerate(rows.split(width, dim=2)):
+            tile = tile.to(dtype, memory_format=torch.contiguous_format).flatten(1)
+            for (result, factors), left in zip(parts, lefts, strict=True):
+                # Formed where the last tile was: fresh memory would cost more than the product.
+                formed = torch.bmm(left, factors.right[j].flatten(0, 1), out=formed.resize_(0))
+                gradients = formed.view(len(result), -1)
+                # The same product: either dtype is faster the one way round.
+                result += (tile @ gradients.T).T if dtype == torch.bfloat16 else gradients @ tile.T
+
+
+def _add_passed(
+    weights: Float[Tensor, "vector entering leaving"],
+    by_rows: bool,
+    parts: list[tuple[Float[Tensor, "token vector"], Passed]],
+) -> None:
+    """Add the products of signals with what the vectors do to activations, a block of outputs at a time."""
+    n_vectors, entering, _ = weights.shape
+    dtype = parts[0][1].entering.dtype
+    width = max(1, math.prod(tile_shape(dtype, weights.device)) // entering)
+    cut = [part.signals.split(width, dim=2) for _, part in parts]
+    for index, block in enumerate(weights.split(width, dim=2)):
+        # As the weights lie in memory: the copy is faster.
+        block = (block.movedim(0, 1) if by_rows else block.mT).to(dtype).contiguous()
+        block = block.flatten(1) if by_rows else block.flatten(0, 1).mT
+        for (result, (activations, _)), blocks in zip(parts, cut, strict=True):
+            changes = (activations @ block).unflatten(1, (n_vectors, -1))
+            by_position = torch.bmm(blocks[index], changes.mT).to(result.dtype)
+            if len(by_position):
+                positions = len(activations) * by_position.shape[1] // len(result)
+                result += by_position.unflatten(0, (-1, positions)).sum(1).flatten(0, 1)
+
+
+def _pushed(
+    weight: Derived, parameters: dict[str, Tensor], directions: dict[str, Float[Tensor, "vector ..."]]
+) -> Float[Tensor, "vector entering leaving"]:
+    """How a weight matrix that is computed from parameters changes along each direction."""
+    leaves = {name: parameters[name] for name in sorted(weight.leaves)}
+    along = {name: directions[name] for name in leaves}
+    return vmap(lambda direction: jvp(weight.build, (leaves,), (direction,))[1])(along)
+
+
+def project_reverse(
+    token_loss: TokenLoss,
+    theta: Float[Tensor, " d"],
+    layout: Layout,
+    batch: Batch,
+    vectors: Float[Tensor, "vector d"],
+    *,
+    dtype: torch.dtype,
+    chunk_examples: int,
+    pass_examples: int,
+    n_vectors: int | None = None,
+) -> tuple[Float[Tensor, " token"], Float[Tensor, "token vector"]]:
+    """Losses, and <grad L(x), b> by reverse mode.
+
+    Args:
+        token_loss: the loss.
+        theta: parameters.
+        layout: of the model, see :func:`polca_lib.derivatives.products.layout`.
+        batch: examples.
+        vectors: directions in rows.
+        dtype: of the operands of matrix products on the way back and with the vectors.
+        chunk_examples: examples whose signals are kept at one time.
+        pass_examples: examples that go through the model at one time.
+        n_vectors: how many vectors to choose for between forming gradients and not; as many as there are if not given.
+    """
+    parameters = token_loss.unflatten(theta.contiguous())  # or weights would not lie as in the layout
+    directions = token_loss.unflatten(vectors)
+    weights = weights_of(layout, parameters, dtype)
+    losses, gradients = [], []
+    for chunk in split_examples(batch, chunk_examples):
+        with record_function("signals"):
+            passes = split_examples(chunk, pass_examples)
+            parts = [
+                signals(token_loss, parameters, layout, weights, part, n_vectors or len(vectors)) for part in passes
+            ]
+        with torch.no_grad(), record_function("contract"):
+            gradients.append(contract(layout, parameters, directions, parts))
+        losses += [part.loss.flatten() for part in parts]
+        del parts  # or they would be there while the next ones are built
+    return torch.cat(losses), torch.cat(gradients)

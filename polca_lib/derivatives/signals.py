@@ -1,0 +1,212 @@
+"""What per-token gradients are made of: activations that enter products, and signals that come back to their outputs.
+
+The gradient of a token's loss with respect to a weight matrix is a sum of outer products over positions, of the
+activation that enters the product and the backward signal that comes to its output. Both are small and are kept for
+many examples, cut as :mod:`polca_lib.derivatives.reverse` needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from polca_lib.derivatives.products import Derived, Layout, WatchProducts
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples
+
+# Rows and columns of a tile of a weight matrix, as it lies in memory. On a CPU the gradients of some 128 tokens with
+# respect to it fit into the cache (measured on two cores with 32 MiB of it); on a GPU only memory has to hold them.
+_TILE = {torch.bfloat16: (128, 256), torch.float32: (64, 128), torch.float64: (32, 128)}
+_TILE_ON_GPU = (512, 1024)
+
+
+def tile_shape(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile of a weight matrix, as it lies in memory."""
+    return _TILE.get(dtype, _TILE[torch.float32]) if device.type == "cpu" else _TILE_ON_GPU
+
+
+class _Product(torch.autograd.Function):
+    """``x @ weight``, multiplied in the dtype of ``low`` on the way back, where ``keep`` gets the signal that comes.
+
+    ``probe`` has an entry for each example and no effect, but asks for the signals of each example also where ``x``
+    is a constant.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, probe: Tensor, weight: Tensor, low: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
+        return x @ weight
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *_, low, context.keep = inputs
+        context.save_for_backward(low)
+
+    @staticmethod
+    def backward(context: Any, signal: Tensor) -> tuple[Tensor | None, ...]:
+        (low,) = context.saved_tensors
+        # Contiguous, or torch would copy the weight for every example.
+        signal_low = signal.to(low.dtype).contiguous()
+        context.keep(signal_low.flatten(1, -2))
+        back = (signal_low @ low.mT).to(signal.dtype) if context.needs_input_grad[0] else None
+        return back, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *others: Any) -> tuple[Tensor, int]:
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        return _Product.apply(x, *others), 0
+
+
+class Formed(NamedTuple):
+    """Gradients with respect to a matrix, as it lies in memory: left @ right, for each token.
+
+    Both are cut into the blocks of its tiles. The activations that enter a product are the same for all tokens of an
+    example: there, ``own`` is 1.
+    """
+
+    left: list[Float[Tensor, "example own rows position"]]
+    right: list[Float[Tensor, "example own position columns"]]
+
+    def batches(self, block: int) -> Float[Tensor, "batch rows position"]:
+        """What to multiply with ``right`` when its first two dimensions are taken together."""
+        left, own = self.left[block], self.right[0].shape[1]
+        return left.flatten(1, 2) if own == 1 else left.expand(-1, own, -1, -1).flatten(0, 1)
+
+
+class Passed(NamedTuple):
+    """What multiplies B a, the change of a product's output along a direction: no gradient is formed."""
+
+    entering: Float[Tensor, "example_position entering"]
+    signals: Float[Tensor, "example_position token leaving"]
+
+
+class Weight(NamedTuple):
+    """A matrix (entering, leaving) that multiplies data, and the same in the dtype of the way back."""
+
+    value: Tensor
+    low: Tensor
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the gradients of the tokens of some examples are made of."""
+
+    loss: Float[Tensor, "example token"]
+    factors: list[Formed | Passed]  # at each site, in the dtype of products
+    gradients: dict[str, Float[Tensor, "example token ..."]]  # of the parameters used elsewhere
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in pytree.tree_leaves(vars(self)))
+
+
+def weights_of(layout: Layout, parameters: dict[str, Tensor], dtype: torch.dtype) -> list[Weight]:
+    """The matrices of all sites at ``parameters``; ``dtype`` is that of products on the way back."""
+    values = [site.weight.build(parameters).detach() for site in layout.sites]
+    return [Weight(value, value.to(dtype)) for value in values]
+
+
+def signals(
+    token_loss: TokenLoss,
+    parameters: dict[str, Tensor],
+    layout: Layout,
+    weights: list[Weight],
+    batch: Batch,
+    n_vectors: int,
+) -> Signals:
+    """Run one forward and, for each target token of an example, one backward pass, for all examples at once."""
+    n = n_examples(batch)
+    kept: dict[int, Tensor] = {}  # the signals that the last pass back brought to each site
+
+    def run(elsewhere: dict[str, Tensor], probe: Tensor, example: Batch) -> tuple[Tensor, list[Tensor]]:
+        entered = []
+
+        def at_product(index: int, x: Tensor, _: Derived, bias: Tensor | None) -> Tensor:
+            entered.append(x)
+            result = _Product.apply(x, probe, *weights[index], partial(kept.__setitem__, index))
+            return result if bias is None else result + bias
+
+        one = pytree.tree_map(lambda t: t[None], example)
+        with WatchProducts({**parameters, **elsewhere}, at_product):
+            return token_loss.at({**parameters, **elsewhere}, one), entered
+
+    with torch.enable_grad():
+        # One copy an example, without memory of its own, so that gradients come out by example.
+        elsewhere = {k: parameters[k].expand(n, *parameters[k].shape).requires_grad_() for k in layout.elsewhere}
+        probe = next(iter(parameters.values())).new_zeros(n, requires_grad=True)
+        loss, entered = vmap(run)(elsewhere, probe, batch)
+    entered = [x.detach().flatten(1, -2) for x in entered]
+    by_token: list[list[Tensor]] = [[] for _ in weights]
+    by_name: dict[str, list[Tensor]] = {name: [] for name in elsewhere}
+    for token, one_hot in enumerate(torch.eye(layout.tokens, dtype=loss.dtype, device=loss.device)):
+        found = torch.autograd.grad(
+            loss,
+            [*elsewhere.values(), probe],
+            one_hot.expand(n, -1),
+            retain_graph=token + 1 < layout.tokens,
+            materialize_grads=True,
+        )
+        for own, gradient in zip(by_name.values(), found[:-1], strict=True):
+            own.append(gradient)
+        for index, (x, weight) in enumerate(zip(entered, weights, strict=True)):
+            if index not in kept:  # no way back leads through it
+                kept[index] = weight.low.new_zeros(()).expand(*x.shape[:2], weight.low.shape[1])
+            by_token[index].append(kept[index])
+        kept.clear()
+    # One by one, so that little is there twice.
+    factors = [_factors(weight, entered.pop(0), by_token.pop(0), n_vectors) for weight in weights]
+    gradients = {name: torch.stack(by_name.pop(name), dim=1) for name in elsewhere}
+    return Signals(loss.detach(), factors, gradients)
+
+
+def operations(positions: int, tokens: int, n_vectors: int, entering: int) -> tuple[float, float]:
+    """What an example takes for each number of a weight matrix: by :class:`Passed`, and by :class:`Formed`.
+
+    Args:
+        positions: with signals.
+        tokens: target tokens.
+        n_vectors: directions.
+        entering: numbers that enter the product at a position.
+    """
+    # The vectors, for each position, then the signals, for each token too; or, for each token, the gradient, then the
+    # vectors.
+    return positions * n_vectors * (1 + tokens / entering), tokens * (positions + n_vectors)
+
+
+def _factors(
+    weight: Weight,
+    activations: Float[Tensor, "example position entering"],
+    by_token: list[Float[Tensor, "example position leaving"]],
+    n_vectors: int,
+) -> Formed | Passed:
+    dtype, tokens = weight.low.dtype, len(by_token)
+    # In the last layers most positions carry no signal: those behind the last mixing of positions.
+    active = torch.stack([((s.amax(2) != 0) | (s.amin(2) != 0)).any(0) for s in by_token]).any(0)
+    x = activations.to(dtype)
+    if not active.all():
+        x, by_token = x[:, active], [s[:, active] for s in by_token]
+    height, width = tile_shape(dtype, x.device)
+    passed, formed = operations(x.shape[1], tokens, n_vectors, len(weight.value))
+    # In either way, what is in memory at a time is no more than a tile for each token.
+    if passed <= formed and x.shape[1] * n_vectors <= height * width:
+        return Passed(x.flatten(0, 1), torch.stack(by_token, dim=2).flatten(0, 1))
+    if lies_by_rows(weight.value):
+        left = [block.mT.unsqueeze(1).contiguous() for block in x.split(height, dim=2)]
+        right = [torch.stack(blocks, dim=1) for blocks in zip(*(s.split(width, dim=2) for s in by_token), strict=True)]
+    else:
+        cut = zip(*(s.split(height, dim=2) for s in by_token), strict=True)
+        left = [torch.stack([block.mT for block in blocks], dim=1) for blocks in cut]
+        right = [block.unsqueeze(1).contiguous() for block in x.split(width, dim=2)]
+    return Formed(left, right)
+
+
+def lies_by_rows(matrix: Tensor) -> bool:
+    """Whether numbers lie side by side along the last dimension."""
+    return matrix.stride(-1) == 1

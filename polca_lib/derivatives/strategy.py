@@ -1,0 +1,253 @@
+"""Which way of differentiating is cheapest for a model and a set of vectors, and how much goes into memory at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from polca_lib.derivatives.strategy import Mode, Precision
+from polca_lib.derivatives.forward import Derivatives, by_jvp, by_taylor
+from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
+from polca_lib.derivatives.reverse import project_reverse
+from polca_lib.derivatives.signals import operations, signals, weights_of
+from polca_lib.derivatives.products import Layout, Site, layout
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples
+
+# On a CPU more at once does not help; elsewhere only memory limits it. Measured on two cores.
+_CPU_TOKENS = {"forward": 512, "reverse": 128}
+_CPU_VECTORS = 16
+# Anywhere: among more, tokens side by side could not be told apart by their weights (see sites.signals_alone).
+_TOKENS = 4096
+
+
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+
+# What else there is to do beside the products, in their terms; measured on two cores, at several widths. A pass back
+# for a token has the operations of a pass forward, but in small products, and much that is none.
+_BACKWARD = 4
+_TAYLOR = 0.85  # what Taylor arithmetic may take of plain jvp to be worth it
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How to differentiate. Results do not depend on it beyond rounding, save for ``precision``."""
+
+    mode: Literal["forward", "reverse"]
+    order: int  # of the highest derivative
+    precision: Precision
+    taylor: bool  # forward mode by Taylor arithmetic rather than by torch.func
+    layout: Layout | None  # of the model, where it is known and helps
+    n_vectors: int  # to differentiate along in all
+    cost: dict[str, float]  # for one example and all vectors, in operations of matrix products; by way, and of a pass
+    pass_examples: int = 2  # through the model at one time
+    chunk_examples: int = 2  # whose signals are kept at one time, in reverse mode
+    chunk_vectors: int = 2  # differentiated along at one time, in forward mode
+    unfit: dict[str, str] = field(default_factory=dict)  # ways that do not fit this model, and why
+
+    def in_full(self) -> Strategy:
+        """The same without rounding."""
+        return replace(self, precision="float32")
+
+
+def choose(
+    token_loss: TokenLoss,
+    theta: Float[Tensor, " d"],
+    batch: Batch,
+    vectors: Float[Tensor, "vector d"],
+    *,
+    order: int = 1,
+    mode: Mode = "auto",
+    precision: Precision = "float32",
+    memory: int | None = None,
+) -> Strategy:
+    """Choose by counting the operations of both modes, and by measuring memory on one example or a few.
+
+    With F operations in a forward pass on an example with m target tokens, d parameters and K vectors, forward mode
+    takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to single tokens (see
+    :func:`polca_lib.derivatives.forward.by_taylor`); reverse mode takes (1 + m) F, and for each of its products the less of two
+    ways, see :func:`polca_lib.derivatives.signals.operations`. A pass back for a token counts as several, as it takes longer than
+    its operations say. Each way is first tried on two examples and two vectors, against plain ``jvp``; what fails or
+    differs is not used. No time is measured: with the same memory, the choice is the same whenever a run is resumed.
+
+    Args:
+        token_loss: the loss.
+        theta: parameters, shape (d,).
+        batch: examples.
+        vectors: directions in rows.
+        order: 2 if second derivatives are wanted; they come from forward mode.
+        mode: to force one.
+        precision: of the operands of matrix products in reverse mode; forward mode is always in the model's own.
+        memory: bytes to take beyond the arguments; half of what the device has free if not given.
+
+    Raises:
+        ValueError: an argument is not allowed, the mode forced does not fit the model, or memory is too small.
+    """
+    for name, value, allowed in (
+        ("mode", mode, ("auto", "forward", "reverse")),
+        ("precision", precision, ("float32", "bfloat16")),
+        ("order", order, (1, 2)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} = {value!r}; allowed: {', '.join(map(str, allowed))}")
+    if mode == "reverse" and order == 2:
+        raise ValueError("mode = 'reverse' gives no second derivatives; allowed with curvature: 'auto', 'forward'")
+    if memory is not None and memory <= 0:
+        raise ValueError(f"memory = {memory}; allowed: a positive number of bytes")
+    budget = default_budget(theta.device) if memory is None else memory
+    one, pair, few = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
+    once = _operations(token_loss, theta, one)
+    plain = Strategy(
+        "forward", order, "float32", taylor=False, layout=None, n_vectors=len(vectors), cost={"pass": once}
+    )
+    plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
+    reference = by_jvp(token_loss, theta, pair, few, order)[1]
+
+    def usable(strategy: Strategy, name: str) -> bool:
+        tolerance = _TOLERANCE[strategy.precision]
+        try:
+            found = differentiate(strategy, token_loss, theta, pair, few)[1]
+            error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
+        except Exception as failure:  # of whatever a model does
+            plain.unfit[name] = f"{type(failure).__name__}: {failure}"
+            return False
+        if not error <= tolerance:
+            plain.unfit[name] = f"its derivatives differ from those of jvp by {error:.1g} of their size"
+        return error <= tolerance
+
+    if order == 1:
+        seen = layout(token_loss, theta, one)
+        plain.cost.update(_costs(seen, once, len(vectors), token_loss))
+        forward = min(plain.cost["jvp"], plain.cost["taylor"])
+        if mode == "reverse" or (mode == "auto" and plain.cost["reverse"] < forward):
+            try:
+                _check_elsewhere(token_loss, seen, budget)
+                reverse = replace(plain, mode="reverse", precision=precision, layout=seen)
+                if usable(reverse, "reverse"):
+                    return _sized(reverse, token_loss, theta, batch, vectors, budget)
+            except ValueError as failure:  # too little memory: forward mode may do with less
+                if mode == "reverse":
+                    raise
+                plain.unfit["reverse"] = str(failure)
+        if mode == "reverse":
+            raise ValueError(f"mode = 'reverse' does not fit this model ({plain.unfit['reverse']}); use 'forward'")
+        taylor = replace(plain, taylor=True, layout=seen)
+        worth = plain.cost["taylor"] < plain.cost["jvp"]
+    else:
+        taylor, worth = replace(plain, taylor=True), True
+    chosen = taylor if worth and usable(taylor, "taylor") else plain
+    return _sized(chosen, token_loss, theta, batch, vectors, budget)
+
+
+def differentiate(
+    strategy: Strategy,
+    token_loss: TokenLoss,
+    theta: Float[Tensor, " d"],
+    batch: Batch,
+    vectors: Float[Tensor, "vector d"],
+) -> Derivatives:
+    """Carry a strategy out."""
+    if strategy.mode == "reverse":
+        loss, gradient = project_reverse(
+            token_loss,
+            theta,
+            strategy.layout,
+            batch,
+            vectors,
+            dtype=theta.dtype if strategy.precision == "float32" else torch.bfloat16,
+            chunk_examples=strategy.chunk_examples,
+            pass_examples=strategy.pass_examples,
+            n_vectors=strategy.n_vectors,
+        )
+        return loss, [gradient]
+    losses, derivatives = [], []
+    for part in split_examples(batch, strategy.pass_examples):
+        some = vectors.split(strategy.chunk_vectors)
+        if strategy.taylor:
+            alone = strategy.layout.alone if strategy.layout else ()
+            blocks = list(by_taylor(token_loss, theta, part, some, strategy.order, alone))
+        else:
+            blocks = [by_jvp(token_loss, theta, part, block, strategy.order) for block in some]
+        losses.append(blocks[0][0])
+        derivatives.append([torch.cat(block, dim=1) for block in zip(*(found for _, found in blocks), strict=True)])
+    return torch.cat(losses), [torch.cat(parts) for parts in zip(*derivatives, strict=True)]
+
+
+def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        token_loss(theta, one)
+    return counter.get_total_flops()
+
+
+def _costs(seen: Layout, once: int, n_vectors: int, token_loss: TokenLoss) -> dict[str, float]:
+    """Of first derivatives by Taylor arithmetic and in reverse mode, now that the products are known."""
+    alone = sum(_site_operations(seen.sites[index]) for index in seen.alone)
+    elsewhere = sum(token_loss.parameters[name].numel() for name in seen.elsewhere)
+    products = seen.tokens * n_vectors * elsewhere
+    for site in seen.sites:
+        ways = operations(math.prod(site.shape[:-1]), seen.tokens, n_vectors, len(site.weight.value))
+        products += site.weight.value.numel() * min(ways)
+    return {
+        # Two backward passes tell which token a position matters to.
+        "taylor": (once * (1 + 2 * n_vectors + 4) - alone * n_vectors) / _TAYLOR,
+        "reverse": once * (1 + _BACKWARD * seen.tokens) + 2 * products,
+    }
+
+
+def _check_elsewhere(token_loss: TokenLoss, seen: Layout, budget: int) -> None:
+    """Gradients with respect to parameters that do not multiply data are formed as a whole, at least for the trial."""
+    whole = 2 * seen.tokens * sum(token_loss.parameters[name].nbytes for name in seen.elsewhere)
+    if whole > budget:
+        raise ValueError(
+            f"gradients with respect to {sorted(seen.elsewhere)} take {whole:,} bytes for two examples in reverse "
+            f"mode, but of memory only {budget:,} are left; raise memory, or use mode = 'forward'"
+        )
+
+
+def _site_operations(site: Site) -> int:
+    return 2 * math.prod(site.shape[:-1]) * site.weight.value.numel()
+
+
+def _sized(
+    strategy: Strategy, token_loss: TokenLoss, theta: Tensor, batch: Batch, vectors: Tensor, budget: int
+) -> Strategy:
+    """Fill in how many examples and vectors go into memory, by measuring what a few take."""
+    on_cpu, total = theta.device.type == "cpu", n_examples(batch)
+    one = next(split_examples(batch, 1))
+    with torch.no_grad():
+        tokens = len(token_loss(theta, one))
+    most = min(total, max(1, (_CPU_TOKENS[strategy.mode] if on_cpu else _TOKENS) // max(1, tokens)))
+
+    def peak(n: int, width: int) -> int:
+        tried = replace(strategy, pass_examples=n, chunk_examples=n, chunk_vectors=width)
+        part, some = next(split_examples(batch, n)), vectors if strategy.mode == "reverse" else vectors[:width]
+        return peak_bytes(lambda: differentiate(tried, token_loss, theta, part, some), theta.device)
+
+    width = len(vectors)
+    if strategy.mode == "forward":
+        widest, width = min(width, _CPU_VECTORS) if on_cpu else width, 1
+        while width < widest and peak(1, width) * min(2, widest / width) <= budget:
+            width = min(2 * width, widest)
+    passing = fit(lambda n: peak(n, width), budget, most)
+    chunk = passing
+    if strategy.mode == "reverse":
+        # Further examples add to the peak what is kept of them.
+        dtype = theta.dtype if strategy.precision == "float32" else torch.bfloat16
+        parameters = token_loss.unflatten(theta)
+        matrices = weights_of(strategy.layout, parameters, dtype)
+        kept = signals(token_loss, parameters, strategy.layout, matrices, one, len(vectors)).nbytes
+        # A process takes more than its tensors: pieces that are kept and freed do not pack, and products need buffers.
+        spare = budget * 5 // 8 - peak(passing, width)
+        chunk = min(total, passing * (1 + max(0, spare // (kept * passing))))
+    return replace(strategy, pass_examples=passing, chunk_examples=chunk, chunk_vectors=width)
+
+
+def relative_difference(one: Tensor, two: Tensor) -> float:
+    """Root mean square of the difference, relative to that of ``two``; zero if there is none."""
+    difference = (one - two).square().mean()
+    return 0.0 if difference == 0 or not one.numel() else (difference / two.square().mean()).sqrt().item()

@@ -1,0 +1,186 @@
+"""When does a trajectory start to drop, does the loss curve hide it (v3, Eq. 9-10), and what moves against it?"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from polca_lib.method.clustering import by_vector, cluster_tokens
+from polca_paper.homogeneity import homogeneity_table
+from polca_lib.method.settings import ClusteringConfig
+
+_MIRRORED = {"vector": int, "one": int, "other": int, "correlation": float, "share": float, "ratio": float}
+
+
+def flat_after(loss: xr.DataArray, drop: float = 7 / 8) -> int:
+    """First step at which a mean loss curve has made ``drop`` of its total fall.
+
+    The paper sets tau by hand, to step 1000, where its curve has fallen from 2.3 to about 0.3 nats: by seven eighths.
+
+    Args:
+        loss: (step,) with real steps.
+        drop: share of the fall from the first value to the lowest.
+
+    Raises:
+        ValueError: the curve never falls, so that it has no such step.
+    """
+    first, lowest = loss.isel(step=0), loss.min()
+    if not lowest < first:
+        raise ValueError("the mean loss never falls below its first value: no step hides anything; set hidden_after")
+    reached = loss <= first - drop * (first - lowest)
+    return int(loss["step"][reached.values][0])
+
+
+def hidden_threshold(loss: xr.DataArray, config: ClusteringConfig) -> int:
+    """Tau of v3's Eq. 10, in steps: as configured, or where the mean of ``loss`` (step, token) has gone flat."""
+    return flat_after(loss.mean("token")) if config.hidden_after is None else config.hidden_after
+
+
+def breakthrough_step(trajectories: xr.DataArray, window: int) -> xr.DataArray:
+    """Step at which each trajectory starts its sharpest drop.
+
+    v3's Eq. 9 takes the argmax of [f(t + D) - f(t)] - [f(t) - f(t - D)]. For a curve that falls, this is where a drop
+    *ends*; its start is the argmin, which is what is meant and what is returned. Between checkpoints curves are taken
+    as straight, so that steps need not be at a constant cadence.
+
+    Args:
+        trajectories: (step, ...).
+        window: D, in steps; at a constant cadence a multiple of it.
+
+    Raises:
+        ValueError: D is not a multiple of the cadence, or so long that no step has D on both sides.
+    """
+    steps = trajectories["step"].values
+    gaps = np.diff(steps)
+    cadence = int(gaps[0]) if (gaps == gaps[0]).all() else None
+    if cadence is not None and (window % cadence or window < cadence):
+        raise ValueError(f"window = {window} is not a multiple of the cadence of {cadence} steps")
+    own = (steps - window >= steps[0]) & (steps + window <= steps[-1])
+    if not own.any():
+        span = int(steps[-1] - steps[0])
+        longest = int(np.minimum(steps - steps[0], steps[-1] - steps).max())
+        raise ValueError(
+            f"window = {window} needs {2 * window} steps of training, but there are {span}; allowed: at most {longest}"
+        )
+    values = trajectories.transpose("step", ...).astype(np.result_type(trajectories.dtype, np.float32))
+    middle = values.isel(step=own)
+    after, before = (_between(values, middle["step"].values + shift, middle) for shift in (window, -window))
+    return (after - 2 * middle + before).idxmin("step")
+
+
+def _between(values: xr.DataArray, steps: np.ndarray, like: xr.DataArray) -> xr.DataArray:
+    """Values at ``steps``, on the straight lines between checkpoints, with the coordinates of ``like``."""
+    known = values["step"].values
+    right = np.clip(np.searchsorted(known, steps), 1, len(known) - 1)
+    weight = ((steps - known[right - 1]) / (known[right] - known[right - 1])).astype(values.dtype)
+    weight = weight.reshape(-1, *[1] * (values.ndim - 1))
+    one, two = values.values[right - 1], values.values[right]
+    # Exactly the checkpoint's own value where there is one.
+    return like.copy(data=np.where(weight == 1, two, one + weight * (two - one)).astype(values.dtype))
+
+
+def mark_hidden(
+    table: pd.DataFrame, labels: xr.DataArray, trajectories: xr.DataArray, window: int, hidden_after: int
+) -> pd.DataFrame:
+    """Add to each cluster its mean breakthrough step and whether the loss curve hides it (v3 Eq. 10).
+
+    Args:
+        table: rows with ``vector`` and ``cluster``.
+        labels: (token,) or (vector, token).
+        trajectories: what was clustered, (step, token) or (step, token, vector).
+        window: D, in steps.
+        hidden_after: tau; a breakthrough past it happens where the mean exact loss has gone flat.
+
+    Returns:
+        ``table`` with ``breakthrough`` (mean step over the cluster's tokens) and ``hidden``.
+    """
+    steps, labels = by_vector(breakthrough_step(trajectories, window)), by_vector(labels)
+    means = []
+    for row in table.itertuples():
+        inside = labels.sel(vector=row.vector).values == row.cluster
+        means.append(float(steps.sel(vector=row.vector).values[inside].mean()))
+    return table.assign(breakthrough=means, hidden=[mean > hidden_after for mean in means])
+
+
+def cluster_breakthroughs(
+    trajectories: xr.DataArray, config: ClusteringConfig, hidden_after: int, *, only_falling: bool = True
+) -> tuple[xr.DataArray, pd.DataFrame]:
+    """Breakthrough clustering from trajectories to a table: cluster, tabulate, mark what is hidden.
+
+    Args:
+        trajectories: (step, token) or (step, token, vector), with the token table's coordinates.
+        config: of the clustering.
+        hidden_after: tau, in steps.
+        only_falling: see :func:`polca_lib.method.clustering.cluster_tokens`.
+
+    Returns:
+        Labels, as :func:`polca_lib.method.clustering.cluster_tokens` gives them, and one row per cluster, with the columns
+        of :func:`polca_paper.homogeneity.homogeneity_table` and :func:`mark_hidden`.
+    """
+    labels = cluster_tokens(trajectories, config, only_falling=only_falling)
+    table = homogeneity_table(labels)
+    return labels, mark_hidden(table, labels, trajectories, config.breakthrough_window, hidden_after)
+
+
+def mirrored(curves: xr.DataArray, *, threshold: float = -0.5, at_least: float = 0.1, window: int = 1) -> pd.DataFrame:
+    """Pairs of clusters of one vector that move against each other: the paper's "mirror each other's movement".
+
+    Increments of the two curves are compared by their cosine: the correlation without removing the mean, so that one
+    that falls and one that rises are mirrored even if both are straight. Independent noise of k increments has a cosine
+    of about 1/sqrt(k), far from -0.5 with the paper's 70 checkpoints. Increments over more steps would bring out a slow
+    movement under noise, but leave fewer that are independent, so that noise gets nearer: the default is single steps.
+    Clusters of one vector share the weights' movement along it: what has opposite signs is their gradients.
+
+    Args:
+        curves: median curve of each cluster, (vector, cluster, step); NaN where a vector has fewer clusters.
+        threshold: largest cosine that counts.
+        at_least: share of the larger total variation that the smaller must have: noise alone mirrors nothing.
+        window: recorded steps of an increment.
+
+    Returns:
+        A row per pair: ``vector``, clusters ``one`` and ``other``, ``correlation``, ``share`` of the movement that is
+        opposed (of each curve's total variation the part made while the other moves the other way; mean of both),
+        ``ratio`` of the smaller total variation to the larger.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    if not -1 <= threshold < 0:
+        raise ValueError(f"threshold = {threshold}; allowed: from -1 to below 0, for curves that move against another")
+    if not 0 < at_least <= 1:
+        raise ValueError(f"at_least = {at_least}; allowed: above 0, up to 1")
+    if not 1 <= window < curves.sizes["step"]:
+        raise ValueError(f"window = {window}; allowed: 1 to {curves.sizes['step'] - 1}, for there must be an increment")
+    rows, steps = [], by_vector(curves).transpose("vector", "cluster", "step").astype(np.float64)
+    steps = steps.values[..., window:] - steps.values[..., :-window]
+    for vector, own in zip(by_vector(curves)["vector"].values, steps, strict=True):
+        moves = [i for i, step in enumerate(own) if np.abs(step).sum() > 0]  # False of NaN
+        for i, j in combinations(moves, 2):
+            one, other = own[i], own[j]
+            sizes = np.abs(own[[i, j]])
+            total = sizes.sum(axis=1)
+            correlation = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
+            ratio = total.min() / total.max()
+            if correlation <= threshold and ratio >= at_least:
+                share = (sizes[:, one * other < 0].sum(axis=1) / total).mean()
+                pair = curves["cluster"].values[[i, j]].tolist()
+                rows.append((vector, *pair, correlation, share, ratio))
+    return pd.DataFrame(rows, columns=list(_MIRRORED)).astype(_MIRRORED)
+
+
+def named_mirrors(clusters: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """For each row of ``clusters``, the clusters of its vector that move against it, such as "2, 4".
+
+    Args:
+        clusters: with ``vector`` and ``cluster``.
+        pairs: from :func:`mirrored`.
+    """
+    against: dict[tuple[int, int], set[int]] = {}
+    for vector, one, other in zip(pairs["vector"], pairs["one"], pairs["other"], strict=True):
+        against.setdefault((vector, one), set()).add(other)
+        against.setdefault((vector, other), set()).add(one)
+    keys = zip(clusters["vector"], clusters["cluster"], strict=True)
+    return [", ".join(map(str, sorted(against.get(key, ())))) for key in keys]

@@ -1,0 +1,257 @@
+"""Which tokens drop together: filters, scaling, HDBSCAN, and what a cluster is made of."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import hdbscan
+import joblib
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+
+from polca_lib.method.settings import ClusteringConfig, Scaling
+
+DROPPED, OUTLIER = -2, -1
+"""Labels of tokens that were filtered out before HDBSCAN, and of those it calls noise. Clusters count from 1."""
+
+
+def falls(trajectories: xr.DataArray, by: Literal["final", "trend"] = "final") -> xr.DataArray:
+    """Whether a trajectory falls: ends below where it began, or has a least-squares line with a negative slope."""
+    if by == "trend":
+        return trajectories.polyfit("step", 1)["polyfit_coefficients"].sel(degree=1, drop=True) < 0
+    return trajectories.isel(step=-1, drop=True) < trajectories.isel(step=0, drop=True)
+
+
+def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Float[np.ndarray, "token step"]:
+    """Trajectories as HDBSCAN sees them.
+
+    - ``raw``: as they are, so that tokens that drop by different amounts are far apart.
+    - ``unit``: from 0, divided by the magnitude of their total change, so that only the timing counts.
+    - ``zscore``: mean 0 and standard deviation 1 over time.
+
+    The paper does not say which it uses. A trajectory without any change is not divided by anything.
+    """
+    if scaling == "raw":
+        return trajectories
+    if scaling == "unit":
+        trajectories = trajectories - trajectories[:, :1]
+        size = np.abs(trajectories[:, -1:])
+    elif scaling == "zscore":
+        trajectories = trajectories - trajectories.mean(axis=1, keepdims=True)
+        size = trajectories.std(axis=1, keepdims=True)
+    else:
+        raise ValueError(f"scaling = {scaling!r} is unknown; allowed: raw, unit, zscore")
+    return trajectories / np.where(size > 0, size, 1.0)
+
+
+def cluster_tokens(
+    trajectories: xr.DataArray,
+    config: ClusteringConfig,
+    *,
+    only_falling: bool = True,
+    cache: joblib.Memory | None = None,
+) -> xr.DataArray:
+    """Cluster the trajectories of all tokens, for each vector by itself (PAPER section 3.3, 4.1).
+
+    A vector is kept if its mean trajectory falls, a token if its own does; HDBSCAN groups the rest.
+
+    Args:
+        trajectories: (step, token) or (step, token, vector), with real coordinates.
+        config: parameters of HDBSCAN and the scaling.
+        only_falling: apply the two filters. Switch it off for rates, such as Fisher information or change in loss,
+            whose fall means nothing.
+        cache: where trees are kept, to cut the same one at another ``min_cluster_size`` or ``selection`` for little.
+
+    Returns:
+        Integer labels (vector, token): ``DROPPED``, ``OUTLIER`` or the cluster's number, from 1 in order of falling
+        size. For trajectories without ``vector`` it is (token,). A vector that is not kept has all tokens dropped;
+        no cluster at all is a result, too.
+    """
+    if "vector" not in trajectories.dims:
+        return _cluster(trajectories, config, only_falling, cache)
+    labels = [_cluster(trajectories.sel(vector=v), config, only_falling, cache) for v in trajectories["vector"]]
+    return xr.concat(labels, dim="vector", coords="different", compat="equals")
+
+
+def _cluster(
+    trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool, cache: joblib.Memory | None
+) -> xr.DataArray:
+    labels = xr.full_like(trajectories.isel(step=0, drop=True), DROPPED, dtype=int).rename("cluster")
+    labels.attrs = {}
+    keep, values, min_samples = candidates(trajectories, config, only_falling)
+    labels[keep] = OUTLIER
+    if len(values) >= max(config.min_cluster_size, min_samples + 1):
+        found = fit_hdbscan(values, config, min_samples, memory=cache or joblib.Memory(None, verbose=0))
+        labels[keep] = _by_size(found.labels_)
+    return labels
+
+
+def candidates(
+    trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool = True, *, judge_vector: bool = True
+) -> tuple[Bool[np.ndarray, " token"], Float[np.ndarray, "kept step"], int]:
+    """Which tokens of one vector HDBSCAN is given, their scaled trajectories, and ``min_samples``.
+
+    With ``only_falling`` tokens are kept if they fall, and, unless ``judge_vector`` is off, if their mean does.
+    """
+    keep = np.ones(trajectories.sizes["token"], dtype=bool)
+    if only_falling:
+        keep = falls(trajectories, config.falls_by).values
+        if judge_vector and not falls(trajectories.mean("token"), config.falls_by):
+            keep = np.zeros_like(keep)
+    values = trajectories.transpose("token", "step").values[keep].astype(np.float64)
+    tokens = int(keep.sum()) if config.min_samples_from == "kept" else keep.size
+    return keep, scale(values, config.scaling), max(1, tokens // config.min_samples_divisor)
+
+
+def fit_hdbscan(
+    values: Float[np.ndarray, "token step"], config: ClusteringConfig, min_samples: int, **options: object
+) -> hdbscan.HDBSCAN:
+    """HDBSCAN, fitted to scaled trajectories; ``options`` go to ``hdbscan.HDBSCAN``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return hdbscan.HDBSCAN(
+            min_cluster_size=config.min_cluster_size,
+            min_samples=min_samples,
+            cluster_selection_method=config.selection,
+            core_dist_n_jobs=1,
+            **options,
+        ).fit(values)
+
+
+def _by_size(labels: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
+    """Number clusters from 1, largest first; ties in HDBSCAN's order."""
+    names, counts = np.unique(labels[labels >= 0], return_counts=True)
+    rank = {name: i + 1 for i, name in enumerate(names[np.argsort(-counts, kind="stable")])}
+    return np.array([rank.get(label, OUTLIER) for label in labels])
+
+
+def by_vector(values: xr.DataArray) -> xr.DataArray:
+    """``values`` with dimension ``vector`` first: vector 0 stands for none."""
+    if "vector" not in values.coords:
+        values = values.assign_coords(vector=0)
+    return values.transpose("vector", ...) if "vector" in values.dims else values.expand_dims("vector")
+
+
+def medoid(trajectories: xr.DataArray, scaling: Scaling = "raw") -> int:
+    """Index along ``token`` of the trajectory with the least total distance to the others, as HDBSCAN sees them."""
+    values = scale(trajectories.transpose("token", "step").values.astype(np.float64), scaling)
+    squares = (values**2).sum(axis=1)
+    totals = [
+        np.sqrt(np.maximum(square[:, None] + squares - 2 * block @ values.T, 0)).sum(axis=1)
+        for block, square in zip(_blocks(values), _blocks(squares), strict=True)
+    ]
+    return int(np.concatenate(totals).argmin())
+
+
+def _blocks(rows: np.ndarray, size: int = 1024) -> list[np.ndarray]:
+    """Rows in blocks: distances of all pairs at once may not fit into memory."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def composition(labels: xr.DataArray, by: str = "skill") -> pd.DataFrame:
+    """Number of tokens of each value of coordinate ``by`` (columns) in each cluster (rows) of one vector."""
+    inside = labels[labels >= 1]
+    return pd.crosstab(pd.Series(inside.values, name="cluster"), pd.Series(inside[by].values.astype(object), name=by))
+
+
+def summarise_clusters(
+    curves: xr.DataArray, loss: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw", by: str = "skill"
+) -> xr.Dataset:
+    """What the figures of clusters show, without the single tokens.
+
+    Args:
+        curves: what was clustered, (step, token) or (step, token, vector).
+        loss: exact loss, (step, token).
+        labels: from :func:`cluster_tokens`.
+        scaling: as the clustering saw the curves, for the medoid.
+        by: coordinate of ``labels`` that says what a token is.
+
+    Returns:
+        ``medoid``, ``median``, ``low`` and ``high`` (quartiles) of the curves and ``loss``, the median exact loss of
+        the same tokens, each (vector, cluster, step); ``tokens`` (vector, cluster, ``by``): how many of each kind.
+        Clusters count from 1 to the largest number of any vector, with NaN and 0 where a vector has fewer.
+    """
+    curves, labels = by_vector(curves), by_vector(labels)
+    numbers = np.arange(1, max(1, int(labels.max())) + 1)
+    kinds = np.unique(labels[by].values)
+    shape = (labels.sizes["vector"], len(numbers), curves.sizes["step"])
+    found = {name: np.full(shape, np.nan, np.float32) for name in ("medoid", "median", "low", "high", "loss")}
+    tokens = np.zeros((*shape[:2], len(kinds)), np.int32)
+    for row, vector in enumerate(labels["vector"].values):
+        label = labels.sel(vector=vector).values
+        for column in range(label.max()):
+            inside = label == column + 1
+            own = curves.sel(vector=vector)[:, inside]
+            for name, quantile in zip(
+                ("low", "median", "high"), np.quantile(own.values, [0.25, 0.5, 0.75], axis=1), strict=True
+            ):
+                found[name][row, column] = quantile
+            found["medoid"][row, column] = own.isel(token=medoid(own, scaling)).values
+            found["loss"][row, column] = np.median(loss.values[:, inside], axis=1)
+            tokens[row, column] = [(labels[by].values[inside] == kind).sum() for kind in kinds]
+    about = {name: values for name, values in labels.coords.items() if values.dims == ("vector",)}
+    return xr.Dataset(
+        {
+            **{name: (("vector", "cluster", "step"), values) for name, values in found.items()},
+            "tokens": (("vector", "cluster", by), tokens),
+        },
+        coords={**about, "cluster": numbers, "step": curves["step"].values, by: kinds},
+    )
+
+
+def homogeneity_table(
+    labels: xr.DataArray, *, positive: str = "carry", places: tuple[str, ...] = ("10s", "100s")
+) -> pd.DataFrame:
+    """How purely each cluster consists of carry tokens (Tables 3 and 4 of the paper).
+
+    Args:
+        labels: (token,) or (vector, token), from :func:`cluster_tokens`, with coordinates ``positive`` and ``place``.
+        positive: boolean coordinate of the skill.
+        places: those that v3's rule asks for.
+
+    Returns:
+        One row per cluster: ``vector`` (0 if there is none), ``cluster``, ``tokens``, ``homogeneity`` (share of its
+        tokens that carry), ``recall`` (share of the carry tokens in any cluster of this vector that lie in it: outliers
+        and dropped tokens do not count), ``f1``, ``in_places`` (share of its carry tokens in ``places``),
+        ``counts_v3`` (that share is over 0.85, which v3 asks for before it counts a cluster; v1 counts all).
+    """
+    rows = []
+    for one in by_vector(labels):
+        value, place, cluster = one[positive].values, one["place"].values, one.values
+        total = int(value[cluster >= 1].sum())
+        for number in range(1, cluster.max() + 1):
+            inside = cluster == number
+            hits = inside & value
+            precision = hits.sum() / inside.sum()
+            recall = hits.sum() / total if total else 0.0
+            in_places = float(np.isin(place[hits], places).mean()) if hits.any() else 0.0
+            rows.append(
+                {
+                    "vector": int(one["vector"]),
+                    "cluster": number,
+                    "tokens": int(inside.sum()),
+                    "homogeneity": precision,
+                    "recall": recall,
+                    "f1": 2 * precision * recall / (precision + recall) if hits.any() else 0.0,
+                    "in_places": in_places,
+                    "counts_v3": in_places > 0.85,
+                }
+            )
+    columns = ["vector", "cluster", "tokens", "homogeneity", "recall", "f1", "in_places", "counts_v3"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def most_homogeneous(table: pd.DataFrame, n: int = 3, *, rule: str = "v1") -> pd.DataFrame:
+    """The ``n`` clusters of highest homogeneity, one per vector, by v1's rule (all count) or v3's.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    if rule not in ("v1", "v3"):
+        raise ValueError(f"rule = {rule!r} is unknown; allowed: v1, v3")
+    counted = table if rule == "v1" else table[table["counts_v3"].astype(bool)]
+    best = counted.sort_values(["homogeneity", "tokens"], ascending=False, kind="stable")
+    return best.drop_duplicates("vector").head(n).reset_index(drop=True)
