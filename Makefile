@@ -24,8 +24,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 book: $(VENV)/.ready
-	$(BIN)/python -m polca_lib.pipeline --preset $(PRESET) --device $(DEVICE) --beside parameters
-	$(BIN)/python -m polca_lib.pipeline --task grammar --preset $(PRESET) --device $(DEVICE) --beside random
+	$(BIN)/polca paper run --preset $(PRESET) --device $(DEVICE) --beside parameters
+	$(BIN)/polca paper run --task grammar --preset $(PRESET) --device $(DEVICE) --beside random
 	$(BIN)/python book/build.py --preset $(PRESET) --set device=$(DEVICE)
 
 test: $(VENV)/.ready lint
@@ -37,14 +37,14 @@ lint: $(VENV)/.ready
 
 # Execute the notebooks of the checkout in place, as they are kept in the repository.
 notebooks: $(VENV)/.ready
-	$(BIN)/python -m polca_lib.pipeline --preset laptop --beside parameters
-	$(BIN)/python -m polca_lib.pipeline --task grammar --preset laptop --beside random
+	$(BIN)/polca paper run --beside parameters
+	$(BIN)/polca paper run --task grammar --beside random
 	$(BIN)/python book/build.py --preset laptop --in-place
 
 # What is kept in data is finished, not made over: delete a folder to have it made anew.
 studies: $(VENV)/.ready
-	for seed in $(SEEDS); do $(BIN)/python -m polca_lib.reproduce --task $(TASK) --preset $(PRESET) --seed $$seed --device $(DEVICE) || exit; done
-	$(BIN)/python -m polca_lib.verdicts
+	for seed in $(SEEDS); do $(BIN)/polca paper study --task $(TASK) --preset $(PRESET) --seed $$seed --device $(DEVICE) || exit; done
+	$(BIN)/polca paper verdicts
 
 $(VENV)/.store: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[faults]'

@@ -21,13 +21,13 @@ from harness import Trial
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
-from polca_lib.storage.checkpoints import CheckpointFolder
-from polca_lib.tasks.settings import RunConfig, TrainingConfig
 from polca_lib.derivatives.hessian import HessianOperator
-from polca_lib.method.eigenpairs import top_eigenpairs
-from polca_lib.tasks.models import build_model
-from polca_lib.tasks import arithmetic
 from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.eigenpairs import top_eigenpairs
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.tasks import arithmetic
+from polca_lib.tasks.models import build_model
+from polca_lib.tasks.settings import RunSettings, TrainingSettings
 from polca_lib.tasks.training import train
 
 SEED = 0
@@ -41,9 +41,9 @@ class Point:
     """A model after some training, and the examples whose mean loss it is about."""
 
     def __init__(self, size: str, device: str):
-        config = RunConfig.from_preset(size)
+        config = RunSettings.from_preset(size)
         every = {"steps": STEPS[size], "checkpoint_every": STEPS[size], "state_every": STEPS[size]}
-        training = TrainingConfig.model_validate({**config.training.model_dump(), **every})
+        training = TrainingSettings.model_validate({**config.training.model_dump(), **every})
         examples = STEPS[size] * training.batch_size
         samples = arithmetic.sample_pairs(SEED, 0, EXAMPLES[size], examples)
         stream = arithmetic.encode(samples.train).to(device).split(training.batch_size)

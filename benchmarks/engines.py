@@ -19,18 +19,18 @@ import joblib
 import pandas as pd
 import torch
 
-from polca_lib.storage.artefacts import software
-from polca_lib.method.basis import compute_basis
-from polca_lib.storage.checkpoints import CheckpointFolder
-from polca_lib.analysis.settings import ProjectionConfig
-from polca_lib.method.settings import DirectionsConfig
-from polca_lib.tasks.settings import RunConfig
-from polca_lib.analysis.engine import engine
+from polca_lib.analysis.engine import parallel_backend
 from polca_lib.analysis.projections import project_run
-from polca_lib.tasks.models import build_model
+from polca_lib.analysis.settings import ProjectionSettings
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.basis import compute_basis
+from polca_lib.method.settings import BasisSettings
+from polca_lib.storage.artefacts import software
+from polca_lib.storage.checkpoints import CheckpointFolder
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.arithmetic import Addition
-from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.tasks.models import build_model
+from polca_lib.tasks.settings import RunSettings
 
 ENGINES = (("in-process", None), ("processes", 1), ("processes", 2), ("dask", 1), ("dask", 2), ("ray", 1), ("ray", 2))
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="checkpoints")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = RunConfig.from_preset("laptop", **{"data.validation_examples": 250})
+    config = RunSettings.from_preset("laptop", **{"data.validation_examples": 250})
     task = Addition(config)
     with tempfile.TemporaryDirectory() as name:
         folder, steps = Path(name), list(range(0, 20 * arguments.steps, 20))
@@ -57,18 +57,18 @@ def main() -> None:
         for step in steps:
             checkpoints.save(step, checkpoints.token_loss.unflatten(theta))
             theta = theta + 1e-3 * torch.randn_like(theta)
-        settings = DirectionsConfig(kind="random", n_vectors=16)
+        settings = BasisSettings(kind="random", n_vectors=16)
         basis = compute_basis(folder / "basis.zarr", settings, checkpoints, None, steps=[0] * 16)
         rows, first = [], None
 
         def project(path: Path, steps: list[int]) -> None:
-            settings = ProjectionConfig(curvature=False)
+            settings = ProjectionSettings(curvature=False)
             project_run(path, checkpoints, steps, task.validation, task.tokens, basis, settings, 2**30)
 
         for repeat in range(arguments.repeats):
             for engaged, workers in ENGINES:
                 path = folder / f"{engaged}-{workers}-{repeat}.zarr"
-                with engine(engaged, workers=workers):
+                with parallel_backend(engaged, workers=workers):
                     # Starting workers, and what they import, is not what is measured: so each does a task before.
                     project(path.with_suffix(".warm"), steps[: 4 * (workers or 1)])
                     start = time.perf_counter()

@@ -1,17 +1,17 @@
-"""The transformer of ``polca_lib.tasks.models`` once more, from ``nn.Linear`` alone: some libraries know no other layer."""
+"""The transformer of ``polca_lib.tasks.models`` from ``nn.Linear`` alone: some libraries know no other layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from polca_lib.tasks.settings import ModelConfig
+from polca_lib.tasks.settings import ModelSettings
 
 
 class LinearModel(nn.Module):
     """Sizes and number of parameters are those of ``build_model``: tokens (n, T) -> logits (n, T, d_vocab_out)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelSettings):
         super().__init__()
         self.embed = nn.Embedding(config.d_vocab, config.d_model)
         self.positions = nn.Embedding(config.n_ctx, config.d_model)
@@ -28,7 +28,7 @@ class LinearModel(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelSettings):
         super().__init__()
         self.heads = config.n_heads
         self.norm_attention, self.norm_mlp = nn.LayerNorm(config.d_model), nn.LayerNorm(config.d_model)

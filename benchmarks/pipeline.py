@@ -14,12 +14,12 @@ import harness
 import torch
 from harness import Trial
 
+from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.checkpoints import CheckpointFolder
-from polca_lib.tasks.settings import RunConfig, TrainingConfig
+from polca_lib.tasks import arithmetic
 from polca_lib.tasks.models import build_model
 from polca_lib.tasks.run import Run
-from polca_lib.tasks import arithmetic
-from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.tasks.settings import RunSettings, TrainingSettings
 from polca_lib.tasks.training import train
 
 STEPS = {"smoke": 20, "laptop": 100, "paper": 20}  # of one turn
@@ -27,8 +27,8 @@ STEPS = {"smoke": 20, "laptop": 100, "paper": 20}  # of one turn
 
 def training_step(size: str, repeats: int, device: str) -> list[harness.Record]:
     """Seconds a step of ``training.train``, checkpoints included, and of the same loop without anything around it."""
-    config = RunConfig.from_preset(size)
-    settings = TrainingConfig.model_validate({**config.training.model_dump(), "steps": STEPS[size]})
+    config = RunSettings.from_preset(size)
+    settings = TrainingSettings.model_validate({**config.training.model_dump(), "steps": STEPS[size]})
     pairs = arithmetic.sample_pairs(0, 0, 0, settings.steps * settings.batch_size).train
     stream = arithmetic.encode(pairs).to(device).split(settings.batch_size)
 
@@ -75,7 +75,7 @@ def stages(size: str, device: str) -> list[harness.Record]:
     """One run of the whole pipeline into a folder of its own."""
     records = []
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(RunConfig.from_preset(size, device=device), Path(folder))
+        run = Run(RunSettings.from_preset(size, device=device), Path(folder))
         first, lca = (run.on_basis(kind, curvature=False) for kind in ("hessian", "parameters"))
         tasks: dict[str, Callable[[], object]] = {
             "training": lambda: run.checkpoints,

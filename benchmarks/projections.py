@@ -20,17 +20,17 @@ from linear_model import LinearModel
 from peers import LEAST_TARGETS, PEERS, Loss, Problem, peer_trial
 from torch import Tensor, nn
 
-from polca_lib.tasks.settings import ModelConfig, RunConfig
-from polca_lib.tasks.models import ENGLISH, build_model
 from polca_lib.derivatives.projection import project
 from polca_lib.derivatives.strategy import choose
-from polca_lib.tasks import arithmetic
 from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.tasks import arithmetic
+from polca_lib.tasks.models import ENGLISH, build_model
+from polca_lib.tasks.settings import ModelSettings, RunSettings
 
 SCALED = ("vmap(grad)", "jvp, one by one", "vmap(jvp)")  # the peers whose growth is followed
 LANGUAGE = {  # model, sequences, vectors
-    "smoke": (ModelConfig(n_layers=1, d_model=32, d_mlp=64, n_ctx=16, d_vocab=100, d_vocab_out=100), 4, 5),
-    "laptop": (ModelConfig(d_model=128, d_mlp=512, n_ctx=128, d_vocab=1000, d_vocab_out=1000), 16, 15),
+    "smoke": (ModelSettings(n_layers=1, d_model=32, d_mlp=64, n_ctx=16, d_vocab=100, d_vocab_out=100), 4, 5),
+    "laptop": (ModelSettings(d_model=128, d_mlp=512, n_ctx=128, d_vocab=1000, d_vocab_out=1000), 16, 15),
     "paper": (ENGLISH, 2, 16),
 }
 SCALING = {  # where one axis varies, and where the two others stay
@@ -52,7 +52,7 @@ def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
 
 
-def addition(config: ModelConfig, examples: int, vectors: int, device: str, linear: bool = False) -> Problem:
+def addition(config: ModelSettings, examples: int, vectors: int, device: str, linear: bool = False) -> Problem:
     """Answer tokens of three-digit sums; T = 12, four targets an example."""
     pairs = arithmetic.sample_pairs(0, examples, 0, 0).validation
     return _problem(
@@ -60,7 +60,7 @@ def addition(config: ModelConfig, examples: int, vectors: int, device: str, line
     )
 
 
-def language(config: ModelConfig, examples: int, vectors: int, device: str) -> Problem:
+def language(config: ModelSettings, examples: int, vectors: int, device: str) -> Problem:
     """Random text: every position is a target."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(config.d_vocab, (examples, config.n_ctx + 1), generator=generator)
@@ -68,7 +68,7 @@ def language(config: ModelConfig, examples: int, vectors: int, device: str) -> P
 
 
 def _problem(
-    config: ModelConfig, loss: Loss, batch: Tensor, vectors: int, targets: int, device: str, linear: bool
+    config: ModelSettings, loss: Loss, batch: Tensor, vectors: int, targets: int, device: str, linear: bool
 ) -> Problem:
     torch.manual_seed(0)
     model = LinearModel(config).to(device) if linear else build_model(config, 0, device)
@@ -81,7 +81,7 @@ def _problem(
 
 def preset_problem(size: str, device: str, linear: bool = False) -> Problem:
     """The addition task with the model, the validation examples and as many vectors as the basis of a preset."""
-    config = RunConfig.from_preset(size)
+    config = RunSettings.from_preset(size)
     return addition(config.model, config.data.validation_examples, config.n_vectors, device, linear)
 
 
@@ -177,7 +177,7 @@ def scaling_settings(size: str, device: str) -> Iterator[tuple[str, str, int, Pr
         for value in values:
             at = {**fixed, axis: value}
             width = {"d_model": at["d_model"], "d_mlp": 4 * at["d_model"]}
-            config = RunConfig.from_preset(size).model.model_copy(update=width)
+            config = RunSettings.from_preset(size).model.model_copy(update=width)
             problem = addition(config, at["tokens"] // arithmetic.N_ANSWER, at["vectors"], device)
             yield f"{size}, {axis} {value}", axis, value, problem
 
@@ -239,7 +239,7 @@ def profile_records(size: str, device: str) -> list[harness.Record]:
             if event.device_type != torch.autograd.DeviceType.CPU:
                 continue  # what ran there is counted where it was started
             place = event
-            while place is not None and place.name not in ("signals", "contract"):
+            while place is not None and place.name not in ("signals", "project_signals"):
                 place = place.cpu_parent
             kind = f"{place.name if place else 'around them'}: {_KINDS.get(event.name, 'all else')}"
             own = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total

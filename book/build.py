@@ -24,8 +24,8 @@ import nbformat
 import papermill
 from plotly.offline import get_plotlyjs
 
-from polca_lib.tasks.settings import PRESET_NAMES, RunConfig, parse_assignments
 from polca_lib.report.explorer import PLOTLY_FILE
+from polca_lib.tasks.settings import PRESET_NAMES, RunSettings, parse_assignments
 
 ROOT = Path(__file__).parents[1]
 README_PICTURE = "book/_static/polca-laptop.png"
@@ -71,7 +71,7 @@ def check_parameters(notebooks: list[Path], parameters: dict[str, Any]) -> None:
     for name in parameters:
         if name not in known:
             raise ValueError(f"no notebook has a parameter {name!r}; allowed: {', '.join(known)}")
-    RunConfig.from_preset(**{name: parameters[name] for name in ("preset", "seed", "device") if name in parameters})
+    RunSettings.from_preset(**{name: parameters[name] for name in ("preset", "seed", "device") if name in parameters})
 
 
 def build_pages(preset: str, source: Path, target: Path) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polca_lib.storage.checkpoints import CheckpointFolder
-from polca_lib.tasks.settings import RunConfig
 from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.tasks.settings import RunSettings
 
 TINY_RUN = {
     "data.validation_examples": 12,
@@ -254,7 +254,7 @@ def token_curvatures(token_loss, theta, batch, vectors):
 def tiny_config(**overrides):
     """Four basis checkpoints in 80 steps, for checkpoints from :func:`tiny_checkpoints`."""
     settings = {"training.steps": 80, "training.state_every": 40, "basis.every": 20, "basis.tolerance": 1e-4}
-    return RunConfig.from_preset("smoke", **{**settings, **overrides})
+    return RunSettings.from_preset("smoke", **{**settings, **overrides})
 
 
 def tiny_checkpoints(path, steps=range(0, 81, 20), seed=0):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 CODE = """
 import numpy as np, pandas as pd, torch
 from torch import nn
-from polca_lib.token_loss import Subject
+from polca_lib import Subject
 
 def loss(model, batch):
     inputs, targets = batch
@@ -100,7 +100,7 @@ def work(folder, log, stages=("basis", "projections", "labels", "report"), befor
                 time.time_ns = lambda: 86400 * 10**9
             from polca_lib.analysis.runfile import open_analysis
 
-            analysis = open_analysis(folder / "polca.toml")
+            analysis = open_analysis(folder / "polca.toml", verify=True)
             for stage in stages:
                 analysis.report(analysis.folder / "report.html") if stage == "report" else getattr(analysis, stage)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Figures of what studies keep: closure, chance, choices, interventions, verdicts; in the style of :mod:`figures`."""
+"""Figures of what studies keep: completeness, chance, choices, interventions, verdicts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from polca_lib.report.palette import OKABE_ITO, cluster_colour
+from polca_lib.tasks.arithmetic import SKILLS
 from polca_paper.figures import kind_colours
 from polca_paper.specification import MEASURED, beyond_chance
-from polca_lib.tasks.arithmetic import SKILLS
 
 ORDER_COLOURS = dict(zip(("first", "second", "exact", "trapezoid"), OKABE_ITO, strict=False))
 VERDICT_COLOURS = {
@@ -28,11 +28,11 @@ VERDICT_COLOURS = {
 }
 
 
-def closure_means(curves: pd.DataFrame) -> Figure:
+def completeness_means(curves: pd.DataFrame) -> Figure:
     """Mean loss change that the sum over vectors claims, by order, beside the true one and that inside the basis.
 
     Args:
-        curves: table ``closure_curves`` of a study.
+        curves: table ``completeness_curves`` of a study.
     """
     figure, (whole, near) = plt.subplots(1, 2, figsize=(10, 3.6))
     for axes in (whole, near):

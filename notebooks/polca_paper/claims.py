@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from polca_lib.tasks.settings import RunConfig
-from polca_paper.reproduce import Kept
+from polca_lib.tasks.settings import RunSettings
+from polca_paper.saved_study import SavedStudy
 from polca_paper.tables import paper_strategies
 
 TOLERANCE = 0.05
@@ -23,7 +23,7 @@ CARRY = 0.8
 """Homogeneity over which a cluster is called a carry cluster, wherever a claim in words needs one."""
 
 
-Measure = Callable[[Kept], float]
+Measure = Callable[[SavedStudy], float]
 
 
 class NotRun(LookupError):
@@ -43,13 +43,13 @@ class Claim:
     text: str
     paper: float | None  # its number, if it has one
     measure: Measure  # ours; NaN if there is nothing to measure
-    holds: Callable[[Kept], bool] | None  # the sentence; None if the number is cited for nothing beyond itself
+    holds: Callable[[SavedStudy], bool] | None  # the sentence; None if the number is cited for nothing beyond itself
     means: str  # what that is, in words
     page: str  # where the evidence stands
     tolerance: float = TOLERANCE
     larger_is_stronger: bool | None = None  # None: neither direction is
 
-    def judge(self, kept: Kept) -> str:
+    def judge(self, kept: SavedStudy) -> str:
         """The verdict on one study."""
         try:
             ours = self.measure(kept)
@@ -82,13 +82,13 @@ def verdict(
     return "partly" if holds or matches else "not reproduced"
 
 
-def _table(kept: Kept, name: str, **where: object) -> pd.DataFrame:
+def _table(kept: SavedStudy, name: str, **where: object) -> pd.DataFrame:
     """Rows of a table, of the scaling that the study is judged at if there are several.
 
     Raises:
         NotRun: there are none.
     """
-    if not (kept.path / f"{name}.csv").exists():
+    if not kept.has(name):
         raise NotRun(f"study {kept.name} has no table {name}")
     rows = kept.table(name)
     if "scaling" in rows:
@@ -100,12 +100,12 @@ def _table(kept: Kept, name: str, **where: object) -> pd.DataFrame:
     return rows
 
 
-def _row(kept: Kept, name: str, **where: object) -> pd.Series:
+def _row(kept: SavedStudy, name: str, **where: object) -> pd.Series:
     return _table(kept, name, **where).iloc[0]
 
 
 def _strategy(name: str, column: str = "homogeneity_v3_1") -> Measure:
-    def measure(kept: Kept) -> float:
+    def measure(kept: SavedStudy) -> float:
         if kept.scaling == "unit" and name in ("Fisher", "change in loss"):
             raise DoesNotApply(f"{name} is a rate, and has no final value to be scaled by")
         return float(_row(kept, "strategies", trajectory=name)[column])
@@ -116,7 +116,7 @@ def _strategy(name: str, column: str = "homogeneity_v3_1") -> Measure:
 def _basis(kind: str, column: str = "homogeneity_v3_1", beside: str = "hessian") -> Measure:
     """On curves of the paper's order, or of the first that the basis ``beside`` it has, too."""
 
-    def measure(kept: Kept) -> float:
+    def measure(kept: SavedStudy) -> float:
         rows = {name: _table(kept, "bases", basis=name).set_index("order") for name in (kind, beside)}
         for order in ("second", "first"):
             if all(order in own.index for own in rows.values()):
@@ -126,10 +126,10 @@ def _basis(kind: str, column: str = "homogeneity_v3_1", beside: str = "hessian")
     return measure
 
 
-def _carry_cluster(order: str, rule: str = "v3") -> Callable[[Kept], bool]:
+def _carry_cluster(order: str, rule: str = "v3") -> Callable[[SavedStudy], bool]:
     """Is there a cluster, by a rule, purer than the base rate, and than 95% of shuffles, in place and in digit?"""
 
-    def holds(kept: Kept) -> bool:
+    def holds(kept: SavedStudy) -> bool:
         own = _row(kept, "strategies", trajectory=f"POLCA {order}")
         tests = _table(kept, "null", order=order, rule=rule)
         return bool(own[f"homogeneity_{rule}_1"] > own["base_rate"] and tests["p"].max() <= 0.05)
@@ -141,9 +141,9 @@ def _term(column: str) -> Measure:
     return lambda kept: float(_row(kept, "second_order_term", term="second")[column])
 
 
-def _tokens(kept: Kept, vector: int, order: str) -> pd.DataFrame:
+def _tokens(kept: SavedStudy, vector: int, order: str) -> pd.DataFrame:
     """Number of tokens by cluster and skill."""
-    if not (kept.path / "clusters.zarr.zip").exists():
+    if not kept.has_clusters:
         raise NotRun(f"study {kept.name} keeps no clusters")
     own = kept.clusters["tokens"]
     kind = f"{order}, {kept.scaling}"
@@ -158,18 +158,18 @@ def _places(tokens: pd.DataFrame) -> pd.DataFrame:
     return tokens.T.groupby(lambda skill: skill.split(",")[0]).sum().T
 
 
-def _purity_of_place(kept: Kept, vector: int, order: str = "second") -> float:
+def _purity_of_place(kept: SavedStudy, vector: int, order: str = "second") -> float:
     """Share of clustered tokens that are of the most frequent place of their cluster; NaN if none is clustered."""
     places = _places(_tokens(kept, vector, order))
     return float(places.max(axis=1).sum() / places.to_numpy().sum()) if len(places) else float("nan")
 
 
-def _finds_digits(kept: Kept, vector: int) -> bool:
+def _finds_digits(kept: SavedStudy, vector: int) -> bool:
     places = _places(_tokens(kept, vector, "second"))
     return bool(_purity_of_place(kept, vector) > 0.6 and places.idxmax(axis=1).nunique() >= 2)
 
 
-def _carry_share(kept: Kept, vector: int, *, v3: bool, place: str | None = None, order: str = "second") -> float:
+def _carry_share(kept: SavedStudy, vector: int, *, v3: bool, place: str | None = None, order: str = "second") -> float:
     """Largest share of carry tokens (of one place) in a cluster of a vector; NaN if no cluster counts."""
     tokens = _tokens(kept, vector, order)
     carries = tokens[[skill for skill in tokens if skill.endswith(", carry")]]
@@ -180,64 +180,64 @@ def _carry_share(kept: Kept, vector: int, *, v3: bool, place: str | None = None,
     return float(shares.max()) if len(shares) else float("nan")
 
 
-def _dropped(kept: Kept) -> float:
-    return float(_strategy("POLCA second", "dropped")(kept) / kept.settings["data.validation_examples"] / 4)
+def _dropped(kept: SavedStudy) -> float:
+    return float(_strategy("POLCA second", "dropped")(kept) / kept.settings.data.validation_examples / 4)
 
 
 def _agreement(column: str) -> Measure:
     return lambda kept: float(_table(kept, "agreement", order="second").sort_values("cadence").iloc[0][column])
 
 
-def _closure(column: str, order: str = "first") -> Measure:
+def _completeness(column: str, order: str = "first") -> Measure:
     rows = {"basis": "hessian", "order": order}
-    return lambda kept: float(_table(kept, "closure", **rows).sort_values("cadence").iloc[0][column])
+    return lambda kept: float(_table(kept, "completeness", **rows).sort_values("cadence").iloc[0][column])
 
 
-def _exact_tokens(kept: Kept) -> pd.DataFrame:
+def _exact_tokens(kept: SavedStudy) -> pd.DataFrame:
     if kept.scaling != "raw":
         raise DoesNotApply(f"clusters of the exact loss are kept of raw curves, not with scaling {kept.scaling}")
-    if not (kept.path / "clusters.zarr.zip").exists():
+    if not kept.has_clusters:
         raise NotRun(f"study {kept.name} keeps no clusters")
     return kept.clusters["exact_tokens"].to_pandas()
 
 
-def _exact_place_share(kept: Kept) -> float:
+def _exact_place_share(kept: SavedStudy) -> float:
     """Share of tokens in the exact loss clusters that belong to the most frequent place of their cluster."""
     places = _places(_exact_tokens(kept))
     return float(places.max(axis=1).sum() / places.to_numpy().sum())
 
 
-def _finds_digits_in_loss(kept: Kept) -> bool:
+def _finds_digits_in_loss(kept: SavedStudy) -> bool:
     places = _places(_exact_tokens(kept))
     return bool(_exact_place_share(kept) > 0.6 and places.idxmax(axis=1).nunique() >= 2)
 
 
-def _no_carry_in_loss(kept: Kept) -> bool:
+def _no_carry_in_loss(kept: SavedStudy) -> bool:
     """There are clusters, and none that v3's rule counts is a carry cluster."""
     own = _row(kept, "strategies", trajectory="exact loss")
     return bool(own["clusters"] > 0 and not own["homogeneity_v3_1"] > CARRY)
 
 
-def _parameters(kept: Kept) -> float:
-    own = kept.settings
-    paper = RunConfig.from_preset("paper").model
-    if kept.config.model != paper:
+def _parameters(kept: SavedStudy) -> float:
+    own = kept.settings.model
+    paper = RunSettings.from_preset("paper").model
+    if own != paper:
         raise NotRun(f"study {kept.name} has another model than the paper's")
-    layers, d, mlp = (own[f"model.{name}"] for name in ("n_layers", "d_model", "d_mlp"))
+    layers, d, mlp = (getattr(own, name) for name in ("n_layers", "d_model", "d_mlp"))
     block = 4 * d * d + 4 * d + 2 * d * mlp + mlp + d + 4 * d
-    ends = own["model.d_vocab"] * d + own["model.n_ctx"] * d + 2 * d + (d + 1) * own["model.d_vocab_out"]
+    ends = own.d_vocab * d + own.n_ctx * d + 2 * d + (d + 1) * own.d_vocab_out
     return float(layers * block + ends)
 
 
-_SCALE, _CLOSURE = "08_scale", "09_closure"
+_SCALE, _COMPLETENESS = "08_scale", "09_completeness"
 
 
-def _more(one: Measure, other: Measure) -> Callable[[Kept], bool]:
+def _more(one: Measure, other: Measure) -> Callable[[SavedStudy], bool]:
     """Is one measure over another? What is not there, such as a cluster that v3's rule counts, stands as zero."""
     return lambda kept: bool(np.nan_to_num(one(kept)) > np.nan_to_num(other(kept)))
 
 
-def _over(measure: Measure, least: float) -> Callable[[Kept], bool]:
+def _over(measure: Measure, least: float) -> Callable[[SavedStudy], bool]:
     return lambda kept: measure(kept) > least
 
 
@@ -380,10 +380,10 @@ CLAIMS: tuple[Claim, ...] = (
         section="3.1",
         text="what is sought is a basis that captures most of the movement during optimisation",
         paper=None,
-        measure=_closure("movement_share"),
-        holds=_over(_closure("movement_share"), 0.5),
+        measure=_completeness("movement_share"),
+        holds=_over(_completeness("movement_share"), 0.5),
         means="over half of the squared movement between checkpoints lies in it",
-        page=_CLOSURE,
+        page=_COMPLETENESS,
     ),
     *_table_3_v1(),
     *_table_3(),
@@ -396,7 +396,7 @@ CLAIMS: tuple[Claim, ...] = (
         measure=_agreement("cosine"),
         holds=_over(_agreement("cosine"), 0.95),
         means="mean cosine over 0.95",
-        page=_CLOSURE,
+        page=_COMPLETENESS,
         tolerance=0.005,
     ),
     Claim(
@@ -407,7 +407,7 @@ CLAIMS: tuple[Claim, ...] = (
         measure=_agreement("l2"),
         holds=_over(_agreement("cosine"), 0.95),
         means="mean cosine over 0.95",
-        page=_CLOSURE,
+        page=_COMPLETENESS,
         tolerance=5e-4,
     ),
     Claim(
@@ -418,7 +418,7 @@ CLAIMS: tuple[Claim, ...] = (
         measure=_term("rmse"),
         holds=_more(_term("rms_true"), _term("rmse")),
         means="smaller than the term itself (root mean square)",
-        page=_CLOSURE,
+        page=_COMPLETENESS,
         larger_is_stronger=False,
     ),
     Claim(

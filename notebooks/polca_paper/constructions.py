@@ -36,7 +36,8 @@ def construction_table(labels: xr.DataArray, construction: Sequence[str]) -> pd.
         A row per cluster and construction, also where they share nothing: ``vector``, ``cluster``, ``construction``,
         ``tokens`` of the cluster, ``hits`` of them of this construction, ``homogeneity`` (their share), ``recall``
         (share of the construction's tokens in any cluster of this vector that lie in this one, as in
-        :func:`polca_paper.homogeneity.homogeneity_table`), ``f1``, ``recall_all`` and ``f1_all`` (the same of all tokens
+        :func:`polca_paper.homogeneity.homogeneity_table`), ``f1``, ``recall_all`` and ``f1_all`` (the same of all
+        tokens
         of the construction, also those dropped or set aside: a vector that keeps little can't do well), ``base_rate``
         (the construction's share of the vector's kept tokens), ``lift`` (homogeneity by base rate; NaN if none is).
 
@@ -135,7 +136,7 @@ def ambiguous(key: Sequence[object], construction: Sequence[str], group: Sequenc
     return ((numbers["construction"] > 1) & (numbers["group"] >= FOLDS)).to_numpy()
 
 
-def told_by_neighbours(
+def knn_recall(
     trajectories: xr.DataArray,
     construction: Sequence[str],
     group: Sequence[int],
@@ -178,8 +179,8 @@ def told_by_neighbours(
     return _recall(told[asked], construction[asked])
 
 
-def told_by_key(key: Sequence[object], construction: Sequence[str], group: Sequence[int]) -> pd.Series:
-    """As :func:`told_by_neighbours`, by a vote of the tokens of other groups that share a key, such as their text.
+def majority_recall(key: Sequence[object], construction: Sequence[str], group: Sequence[int]) -> pd.Series:
+    """As :func:`knn_recall`, by a vote of the tokens of other groups that share a key, such as their text.
 
     A token whose key occurs in no other group is told wrongly.
     """

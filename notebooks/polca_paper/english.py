@@ -1,6 +1,7 @@
 """The tables that the pages on English say their say with: labels of clusters, simple ones, known constructions.
 
-Each is a function of a :class:`polca_paper.language_study.LanguageStudy`, for a run of task ``grammar`` or ``wikipedia``.
+Each is a function of a :class:`polca_paper.language_study.LanguageStudy`, for a run of task ``grammar`` or
+``wikipedia``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,21 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method import breakthroughs
-from polca_paper import labeling, tables
-from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, falls, summarise_clusters
-from polca_paper.constructions import adjusted_rand, ambiguous, best_clusters, construction_table, told_by_key, told_by_neighbours
-from polca_paper.evidence import agreement, closure, closure_curves
+from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, is_decreasing, summarise_clusters
+from polca_lib.report.contexts import NEAREST, nearest
 from polca_lib.report.explorer import Explorer
-from polca_paper.language_study import LanguageStudy
 from polca_lib.tasks.language import CONTEXT
+from polca_paper import labeling, tables
+from polca_paper.constructions import (
+    adjusted_rand,
+    ambiguous,
+    best_clusters,
+    construction_table,
+    knn_recall,
+    majority_recall,
+)
+from polca_paper.evidence import agreement, completeness, completeness_curves
+from polca_paper.language_study import LanguageStudy
 
 SHOWN = ("POLCA second, raw", "POLCA first, unit", "exact loss, raw")
 """Kinds of trajectory whose clusters are kept with curves and contexts."""
@@ -64,7 +73,7 @@ def counts(study: LanguageStudy) -> pd.DataFrame:
         each = by_vector(kind.labels)
         kept = (each != DROPPED).any("token").values
         own = study.labelled[study.labelled["kind"] == name]
-        chance = labeling.simple_by_chance(kind.labels, study.tags, seed=study.run.config.seed)
+        chance = labeling.simple_by_chance(kind.labels, study.tags, seed=study.run.settings.seed)
         mean = by_vector(kind.curves.mean("token"))
         rows.append(
             {
@@ -73,7 +82,7 @@ def counts(study: LanguageStudy) -> pd.DataFrame:
                 "trajectory": kind.trajectory,
                 "scaling": kind.scaling,
                 "vectors": each.sizes["vector"],
-                "kept": int(falls(mean, study.run.config.clustering.falls_by).sum())
+                "kept": int(is_decreasing(mean, study.run.settings.clustering.falls_by).sum())
                 if kind.only_falling
                 else each.sizes["vector"],
                 "clustered": own["vector"].nunique(),
@@ -102,7 +111,7 @@ def contexts(study: LanguageStudy) -> pd.DataFrame:
     about = study.task.sources
     for name in SHOWN:
         kind = study.kinds[name]
-        near = labeling.nearest(kind.curves, kind.labels, kind.scaling)
+        near = nearest(kind.curves, kind.labels, kind.scaling)
         found = labeling.contexts(near, study.task.texts, study.run.tokens)
         if about is not None:
             found = found.assign(**about.iloc[study.run.tokens["example"].to_numpy()[found["token"]]].to_dict("list"))
@@ -169,7 +178,7 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
     """How well known constructions (or parts of speech) can be told from nearest trajectories, without any clustering.
 
     Rows ``kind``, ``construction``, ``recall``, and ``recall_like``, where only tokens of the same text vote and only
-    such are asked that have more than one construction, see :func:`polca_paper.constructions.told_by_neighbours`; of
+    such are asked that have more than one construction, see :func:`polca_paper.constructions.knn_recall`; of
     projected losses all vectors are taken together. Beside the kinds of trajectory stand ``token``, for which tokens of
     the same text vote, whatever their curves, and ``token and the one before``; the same tokens are asked of all.
     Groups are articles, or windows.
@@ -182,13 +191,13 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
     pair = study.task.texts[:, CONTEXT - 1 : -1].ravel() + "|" + text
     asked = ambiguous(text, what, group)
     told = {
-        name: (told_by_key(key, what, group), told_by_key(key[asked], what[asked], group[asked]))
+        name: (majority_recall(key, what, group), majority_recall(key[asked], what[asked], group[asked]))
         for name, key in (("token", text), ("token and the one before", pair))
     }
     for name, kind in study.kinds.items():
         if kind.scaling == "raw":
             curves = kind.curves - kind.curves.isel(step=0, drop=True) if kind.only_falling else kind.curves
-            told[name] = tuple(told_by_neighbours(curves, what, group, among=among) for among in (None, text))
+            told[name] = tuple(knn_recall(curves, what, group, among=among) for among in (None, text))
     tables = [
         pd.concat(both, axis=1, keys=["recall", "recall_like"])
         .rename_axis("construction")
@@ -203,12 +212,12 @@ def vectors(study: LanguageStudy) -> pd.DataFrame:
     """One row per vector of the run's own basis and kind of trajectory: birth, eigenvalue, fall, clusters, labels."""
     rows = []
     for name, kind in study.kinds.items():
-        if kind.basis != study.run.config.basis.kind:
+        if kind.basis != study.run.settings.basis.kind:
             continue
         table = study.main[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
         mean = kind.curves.mean("token")
         table["projected_loss"] = mean.isel(step=-1).values
-        table["falls"] = falls(mean, study.run.config.clustering.falls_by).values
+        table["falls"] = is_decreasing(mean, study.run.settings.clustering.falls_by).values
         table["dropped"] = (kind.labels == DROPPED).sum("token").values
         own = study.labelled[study.labelled["kind"] == name].groupby("vector")
         table["clusters"] = own.size().reindex(table.index, fill_value=0)
@@ -224,13 +233,13 @@ def cluster_summary(study: LanguageStudy) -> xr.Dataset:
         kind = study.kinds[name]
         curves = by_vector(kind.curves)
         summary = summarise_clusters(kind.curves, study.main["loss"], kind.labels, kind.scaling, study.by)
-        near = labeling.nearest(kind.curves, kind.labels, kind.scaling)
-        single = np.full((*summary["medoid"].shape[:2], labeling.NEAREST, summary.sizes["step"]), np.nan, np.float32)
+        near = nearest(kind.curves, kind.labels, kind.scaling)
+        single = np.full((*summary["medoid"].shape[:2], NEAREST, summary.sizes["step"]), np.nan, np.float32)
         place = {vector: row for row, vector in enumerate(summary["vector"].values)}
         for one in near.itertuples():
             own = curves.sel(vector=one.vector).isel(token=one.token)
             single[place[one.vector], one.cluster - 1, one.rank - 1] = own.values
-        summary = summary.assign_coords(rank=np.arange(1, labeling.NEAREST + 1))
+        summary = summary.assign_coords(rank=np.arange(1, NEAREST + 1))
         summary["nearest"] = (("vector", "cluster", "rank", "step"), single)
         parts[name] = summary.drop_vars(["eigenvalue", "residual", "products", "birth_step"], errors="ignore")
     whole = xr.concat(parts.values(), dim=pd.Index(list(parts), name="kind"), join="outer", fill_value={"tokens": 0})
@@ -285,8 +294,8 @@ TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
     "constructions": constructions,
     "rand": rand,
     "neighbours": neighbours,
-    "closure": closure,
-    "closure_curves": closure_curves,
+    "completeness": completeness,
+    "completeness_curves": completeness_curves,
     "agreement": agreement,
     "grid": grid,
 }

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from polca_lib.derivatives.projection import project
 from polca_lib.method import decomposition
+from polca_lib.method.clustering import cluster_tokens, summarise_clusters
+from polca_lib.method.vectors import read_vectors
 from polca_paper import robustness, significance, specification, tables
 from polca_paper.homogeneity import cluster_breakthroughs
-from polca_lib.method.clustering import cluster_tokens, summarise_clusters
-from polca_lib.derivatives.projection import project
 from polca_paper.study import Study
-from polca_lib.method.vectors import read_vectors
 
 PAPER_TERM = {"steps": 10, "vectors": 5, "examples": 100}  # of v3's Appendix C: 400 tokens
 
@@ -46,12 +46,12 @@ def purest(study: Study) -> pd.DataFrame:
 
 
 def compared_bases(study: Study) -> pd.DataFrame:
-    """Every basis, order and scaling (Table 4), with movement, closure and tokens dropped."""
+    """Every basis, order and scaling (Table 4), with movement, completeness and tokens dropped."""
     keys = [
         (kind, order, scaling)
         for kind in study.bases
         if kind != "parameters"
-        for order in available_orders(study.projections[kind])
+        for order in decomposition.available_orders(study.projections[kind])
         for scaling in ("raw", "unit")
     ]
     jobs = (
@@ -62,11 +62,11 @@ def compared_bases(study: Study) -> pd.DataFrame:
     )
     rows = []
     for (kind, order, scaling), (labels, clusters) in zip(keys, joblib.Parallel(n_jobs=-1)(jobs), strict=True):
-        projections, seed = study.projections[kind], study.run.config.seed
+        projections, seed = study.projections[kind], study.run.settings.seed
         row = {"basis": kind, "order": order, "scaling": scaling}
         row["movement_share"] = float(decomposition.movement_share(projections).mean())
         row["reversals"] = float(decomposition.reversals(projections).median())
-        closed = decomposition.closure(projections, order).attrs
+        closed = decomposition.completeness(projections, order).attrs
         row |= {name: closed[name] for name in ("share", "share_inside", "correlation_inside")}
         for name, within in (("p", ("place",)), ("p_digit", ("place", "digit"))):
             null = significance.permutation_null(labels, 1000, seed, within=within)
@@ -74,11 +74,6 @@ def compared_bases(study: Study) -> pd.DataFrame:
         row |= {f"vectors_over_{rule}": int(null["vectors_over"].sel(rule=rule)) for rule in ("v1", "v3")}
         rows.append({**row, **tables.strategy_row(labels, clusters)})
     return pd.DataFrame(rows)
-
-
-def available_orders(projections: xr.Dataset) -> list[str]:
-    """Orders of POLCA that the curvature at hand allows."""
-    return [order for order in specification.available_orders(projections) if order != specification.SUMMED]
 
 
 def vectors(study: Study) -> pd.DataFrame:
@@ -99,7 +94,7 @@ def agreement(study: Study) -> pd.DataFrame:
     for factor in _factors(study):
         projections = decomposition.coarsen(study.main, factor)
         first = decomposition.projected_loss(projections, "first")
-        for order in specification.available_orders(projections):
+        for order in specification.available_readings(projections):
             if order != "first":
                 other = specification.trajectories(projections, order)
                 fit = decomposition.compare_trajectories(first, other)
@@ -107,7 +102,7 @@ def agreement(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def closure(study: Study) -> pd.DataFrame:
+def completeness(study: Study) -> pd.DataFrame:
     """How much of the loss change the sums over vectors account for, by basis, order and cadence."""
     rows = []
     for kind, projections in study.projections.items():
@@ -116,13 +111,16 @@ def closure(study: Study) -> pd.DataFrame:
             row = {"basis": kind, "cadence": cadence(coarse)}
             if "distance" in coarse:
                 row["movement_share"] = float(decomposition.movement_share(coarse).mean())
-            rows += [{**row, "order": o, **decomposition.closure(coarse, o).attrs} for o in available_orders(coarse)]
+            rows += [
+                {**row, "order": o, **decomposition.completeness(coarse, o).attrs}
+                for o in decomposition.available_orders(coarse)
+            ]
     return pd.DataFrame(rows)
 
 
-def closure_curves(study: Study) -> pd.DataFrame:
+def completeness_curves(study: Study) -> pd.DataFrame:
     """Mean over tokens of the claimed, true and delivered loss change at each step, on the run's own basis."""
-    closed = {order: decomposition.closure(study.main, order) for order in study.curves}
+    closed = {order: decomposition.completeness(study.main, order) for order in study.curves}
     true = next(iter(closed.values()))
     means = {"step": true["step"].values}
     means |= {name: true[name].mean("token").values for name in ("true", "inside")}
@@ -141,7 +139,7 @@ def second_order_term(study: Study) -> pd.DataFrame:
     batch = study.batch[: own["examples"]]
     tokens = slice(0, 4 * len(batch))
     checkpoints, vectors = study.run.checkpoints, read_vectors(study.run.basis, 0, own["vectors"])
-    vectors = vectors.to(study.run.config.device)
+    vectors = vectors.to(study.run.settings.device)
     some = study.main.isel(step=slice(0, own["steps"] + 1), vector=slice(0, own["vectors"]))
     second = decomposition.polca(some, "second") - decomposition.polca(some, "first")
     trapezoid = decomposition.polca(some, "trapezoid") - decomposition.polca(some, "first")
@@ -227,8 +225,8 @@ TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
     "bases": compared_bases,
     "vectors": vectors,
     "agreement": agreement,
-    "closure": closure,
-    "closure_curves": closure_curves,
+    "completeness": completeness,
+    "completeness_curves": completeness_curves,
     "second_order_term": second_order_term,
     "along": along,
     "null": robustness.null,

@@ -16,9 +16,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from polca_lib.report.palette import OKABE_ITO, cluster_colour
 from polca_lib.tasks.arithmetic import PLACES, SKILLS, token_table
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E", "#000000")
 PLACE_COLOURS = dict(zip(PLACES, OKABE_ITO, strict=False))
 SKILL_COLOURS = {
     skill: PLACE_COLOURS[place] if "no carry" not in skill else sns.light_palette(PLACE_COLOURS[place], 10)[3]
@@ -50,11 +50,6 @@ def kind_colours(kinds: Iterable[str]) -> dict[str, object]:
     if set(names) <= set(SKILLS):
         return SKILL_COLOURS
     return dict(zip(names, sns.husl_palette(len(names), s=0.65), strict=True))
-
-
-def cluster_colour(number: int) -> str:
-    """Colour of cluster ``number`` (from 1), the same in every figure."""
-    return OKABE_ITO[(number - 1) % len(OKABE_ITO)]
 
 
 def sums_of_sigmoids(counts: Iterable[int] = (1, 2, 5, 20), seed: int = 0) -> Figure:
@@ -231,20 +226,20 @@ def basis_records(basis: xr.Dataset, tolerance: float) -> Figure:
     return figure
 
 
-def closure_curves(closures: Mapping[str, xr.Dataset]) -> Figure:
+def completeness_curves(all_completeness: Mapping[str, xr.Dataset]) -> Figure:
     """Mean loss change that the sum over vectors claims, by order, beside the true one; and token by token.
 
     The panels of single tokens are cut off at the range of the true changes; each says how many tokens lie outside.
     """
     figure = plt.figure(figsize=(10, 4.2))
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
-    mean, panels = left.subplots(), right.subplots(2, -(-len(closures) // 2), sharex=True, sharey=True).flat
-    true = next(iter(closures.values()))["true"]
+    mean, panels = left.subplots(), right.subplots(2, -(-len(all_completeness) // 2), sharex=True, sharey=True).flat
+    true = next(iter(all_completeness.values()))["true"]
     mean.plot(true["step"], true.mean("token"), color="black", linewidth=2.5, label="true change in loss")
     last = true.isel(step=-1)
     limits = np.array([float(last.min()), float(last.max())]) + np.array([-0.5, 0.5])
     styles = ("-", "-", "--", "-")  # exact lies on second in the mean: by construction
-    for (order, closed), colour, style, axes in zip(closures.items(), OKABE_ITO, styles, panels, strict=False):
+    for (order, closed), colour, style, axes in zip(all_completeness.items(), OKABE_ITO, styles, panels, strict=False):
         mean.plot(closed["step"], closed["claimed"].mean("token"), color=colour, label=order, linestyle=style)
         claimed = closed["claimed"].isel(step=-1)
         outside = int(((claimed < limits[0]) | (claimed > limits[1])).sum())
@@ -252,7 +247,7 @@ def closure_curves(closures: Mapping[str, xr.Dataset]) -> Figure:
         axes.plot(limits, limits, color="black", linewidth=1)
         axes.set(xlim=limits, ylim=limits, title=order)
         axes.text(0.03, 0.03, f"{outside} of {claimed.size} outside", transform=axes.transAxes, fontsize=8)
-    inside = next(iter(closures.values()))["inside"]
+    inside = next(iter(all_completeness.values()))["inside"]
     mean.plot(inside["step"], inside.mean("token"), color="0.55", linewidth=2.5, label="delivered inside the basis")
     mean.axhline(0, color="black", linewidth=0.5)
     mean.set(xlabel="training step", ylabel="change since step 0 (nats)", title="Mean over tokens")

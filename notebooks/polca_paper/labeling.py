@@ -9,13 +9,9 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Int
 
-from polca_lib.method.clustering import DROPPED, by_vector, medoid, scale
-from polca_lib.method.settings import Scaling
-from polca_paper.tagging import PAD as PAD_TAG
+from polca_lib.method.clustering import DROPPED, by_vector
 from polca_lib.tasks.tokenization import PAD
-
-NEAREST = 10
-"""Tokens of a cluster that are shown, those nearest its medoid, as in the paper."""
+from polca_paper.tagging import PAD as PAD_TAG
 
 MOST_TOKENS = 25
 """Longest context that is shown, a few words of an article, and no more of it."""
@@ -28,7 +24,6 @@ _LABELS = {
     "top_tokens": object, "top_token_share": float,
     "inside": float, "outside": float, "precision": float, "lift": float,
 }  # fmt: skip
-_NEAR = {"vector": int, "cluster": int, "rank": int, "token": int, "distance": float}
 
 
 def label_clusters(
@@ -170,36 +165,6 @@ def simple_by_chance(
         rows[f"{reading}_clusters"] = clusters[reading][1:].mean()
         rows[f"{reading}_p"] = (counted >= counted[0]).mean()
     return pd.Series(rows, dtype=float)
-
-
-def nearest(
-    trajectories: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw", n: int = NEAREST
-) -> pd.DataFrame:
-    """The ``n`` tokens of each cluster nearest its medoid, as HDBSCAN sees their trajectories.
-
-    Args:
-        trajectories: what was clustered, (step, token) or (step, token, vector).
-        labels: (token,) or (vector, token).
-        scaling: as the clustering saw the trajectories.
-        n: tokens of each cluster; fewer if it has fewer.
-
-    Returns:
-        Rows ``vector``, ``cluster``, ``rank`` (from 1, which is the medoid), ``token`` (index along ``token``) and
-        ``distance`` from the medoid, in units of the scaled trajectories.
-    """
-    curves, rows = by_vector(trajectories), []
-    for one in by_vector(labels):
-        own = curves.sel(vector=one["vector"]).transpose("token", "step")
-        for number in range(1, one.values.max(initial=0) + 1):
-            tokens = np.flatnonzero(one.values == number)
-            values = scale(own.values[tokens].astype(np.float64), scaling)
-            centre = medoid(own[tokens], scaling)
-            distance = np.linalg.norm(values - values[centre], axis=1)
-            # Others may lie on the very same point: the medoid still comes first.
-            order = np.lexsort([tokens, np.arange(len(tokens)) != centre, distance])[:n]
-            for rank, i in enumerate(order, 1):
-                rows.append((int(one["vector"]), number, rank, tokens[i], distance[i]))
-    return _table(rows, _NEAR)
 
 
 def contexts(

@@ -13,14 +13,14 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method import breakthroughs, decomposition
-from polca_paper import labeling
 from polca_lib.method.clustering import cluster_tokens
-from polca_lib.method.settings import Scaling
 from polca_lib.method.decomposition import available_orders
+from polca_lib.method.settings import Scaling
+from polca_lib.tasks.language import CONTEXT, Language, Wikipedia
 from polca_lib.tasks.run import Run
+from polca_paper import labeling
 from polca_paper.study import Study
 from polca_paper.tagging import load_pipeline, preceding_tags, tag_windows
-from polca_lib.tasks.language import CONTEXT, Language, Wikipedia
 
 if TYPE_CHECKING:
     import spacy
@@ -49,7 +49,8 @@ class LanguageStudy(Study):
     Args:
         run: of task ``grammar`` or ``wikipedia``.
         bases: that are compared.
-        ablation_curvature: see :class:`polca_paper.study.Study`; as many examples as on the run's own basis if not given.
+        ablation_curvature: see :class:`polca_paper.study.Study`; as many examples as on the run's own basis if not
+            given.
         pipeline: spaCy's, which tags the words of Wikipedia: its name, or a path; the environment variable
             ``POLCA_SPACY``, or else ``en_core_web_sm``, if not given. The grammar knows its own tags.
     """
@@ -61,13 +62,13 @@ class LanguageStudy(Study):
         ablation_curvature: int | None = None,
         pipeline: str = "",
     ):
-        config = run.config
-        if config.basis.kind != "hessian" or not config.projection.curvature:
+        settings = run.settings
+        if settings.basis.kind != "hessian" or not settings.projection.curvature:
             raise ValueError(
-                f"basis.kind = {config.basis.kind!r} and projection.curvature = {config.projection.curvature}; allowed "
-                "for the run of a study of text: 'hessian' and True; name other bases in bases"
+                f"basis.kind = {settings.basis.kind!r} and projection.curvature = {settings.projection.curvature}; "
+                "allowed for the run of a study of text: 'hessian' and True; name other bases in bases"
             )
-        measured = config.projection.curvature_examples or config.data.validation_examples
+        measured = settings.projection.curvature_examples or settings.data.validation_examples
         super().__init__(run, bases, measured if ablation_curvature is None else ablation_curvature, variants=False)
         self._name = pipeline or os.environ.get("POLCA_SPACY") or "en_core_web_sm"
 
@@ -86,7 +87,7 @@ class LanguageStudy(Study):
     @property
     def by(self) -> str:
         """What says best what a token is, its construction where that is known, else its part of speech."""
-        return "construction" if self.run.config.task == "grammar" else "tag"
+        return "construction" if self.run.settings.task == "grammar" else "tag"
 
     @cached_property
     def pipeline(self) -> spacy.Language:
@@ -119,7 +120,7 @@ class LanguageStudy(Study):
         """All kinds of trajectory with all scalings that apply, clustered, by name."""
         loss, found = self.main["loss"], []
         for basis in self.bases:
-            projections = self.main if basis == self.run.config.basis.kind else self.projections[basis].load()
+            projections = self.main if basis == self.run.settings.basis.kind else self.projections[basis].load()
             for order in available_orders(projections):
                 curves = decomposition.projected_loss(projections, order).assign_coords(loss.coords)
                 found += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in ("raw", "unit")]
@@ -140,7 +141,7 @@ class LanguageStudy(Study):
         parts = []
         for name, kind in self.kinds.items():
             table = labeling.label_clusters(kind.labels, self.tags, self.run.tokens["text"].tolist())
-            window = self.run.config.clustering.breakthrough_window
+            window = self.run.settings.clustering.breakthrough_window
             table = breakthroughs.mark_hidden(table, kind.labels, kind.curves, window, self.hidden_after)
             parts.append(table.assign(kind=name))
         return pd.concat(parts, ignore_index=True)

@@ -12,18 +12,18 @@ import torch
 import xarray as xr
 from sklearn.metrics import roc_auc_score
 
-from polca_paper import significance, specification
-from polca_lib.method.clustering import DROPPED, OUTLIER, cluster_tokens
-from polca_lib.method.settings import OF_HESSIAN, ClusteringConfig, Scaling
-from polca_lib.tasks.settings import RunConfig
 from polca_lib.derivatives.hessian import HessianOperator
-from polca_lib.method.eigenpairs import top_eigenpairs
-from polca_lib.tasks.run import Run
 from polca_lib.derivatives.projection import project
 from polca_lib.derivatives.strategy import choose
-from polca_paper.study import Study
-from polca_lib.tasks import arithmetic
+from polca_lib.method.clustering import DROPPED, OUTLIER, cluster_tokens
+from polca_lib.method.eigenpairs import top_eigenpairs
+from polca_lib.method.settings import HESSIAN_KINDS, ClusteringSettings, Scaling
 from polca_lib.method.vectors import read_vectors
+from polca_lib.tasks import arithmetic
+from polca_lib.tasks.run import Run
+from polca_lib.tasks.settings import RunSettings
+from polca_paper import significance, specification
+from polca_paper.study import Study
 
 PAPER_TERM = {"steps": 10, "vectors": 5, "examples": 100}  # of v3's Appendix C: 400 tokens
 
@@ -37,7 +37,7 @@ def null(study: Study) -> pd.DataFrame:
     for (order, scaling), labels in found.items():
         base = float(labels["carry"].astype(float).where(labels != DROPPED).mean())
         for within in (("place",), ("place", "digit")):
-            null = significance.permutation_null(labels, 1000, study.run.config.seed, within=within)
+            null = significance.permutation_null(labels, 1000, study.run.settings.seed, within=within)
             for rule in null["rule"].values:
                 own = null.sel(rule=rule)
                 low, middle, high = np.quantile(own["maximum"], [0.05, 0.5, 0.95])
@@ -61,14 +61,14 @@ def rand(study: Study) -> pd.DataFrame:
 def halves(study: Study) -> pd.DataFrame:
     """Clusters of one half of the examples, checked on the other."""
     keys = [(order, scaling) for order in study.curves for scaling in ("raw", "unit")]
-    check, seed = joblib.delayed(significance.check_on_other_half), study.run.config.seed
+    check, seed = joblib.delayed(significance.check_on_other_half), study.run.settings.seed
     found = joblib.Parallel(n_jobs=-1)(check(study.curves[o], study.clustering(s), seed) for o, s in keys)
     return pd.concat([part.assign(order=o, scaling=s) for (o, s), part in zip(keys, found, strict=True)])
 
 
 def grid(study: Study) -> pd.DataFrame:
     """The largest homogeneity over ``min_cluster_size`` and ``min_samples``, for all orders and two scalings."""
-    own = study.run.config.clustering.min_cluster_size
+    own = study.run.settings.clustering.min_cluster_size
     sizes = sorted({max(2, round(own * factor)) for factor in (1 / 3, 1 / 2, 2 / 3, 1, 4 / 3, 2)})
     keys = [(order, scaling) for order in study.curves for scaling in ("raw", "unit")]
     jobs = (joblib.delayed(_grid)(study.curves[order], study.clustering(scaling), sizes) for order, scaling in keys)
@@ -76,7 +76,7 @@ def grid(study: Study) -> pd.DataFrame:
     return pd.concat([part.assign(order=o, scaling=s) for (o, s), part in zip(keys, found, strict=True)])
 
 
-def _grid(curves: xr.DataArray, settings: ClusteringConfig, sizes: list[int]) -> pd.DataFrame:
+def _grid(curves: xr.DataArray, settings: ClusteringSettings, sizes: list[int]) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as place:
         cache = joblib.Memory(place, verbose=0)
         return significance.settings_grid(curves, settings, sizes, (5, 10, 15, 30, 60), cache)
@@ -196,23 +196,25 @@ def _place_share(labels: xr.DataArray, vector: int, cluster: int) -> float:
 def hessian_sample(study: Study) -> pd.DataFrame:
     """The top eigenvector at a few checkpoints from samples of several sizes, against the largest of them."""
     run = study.run
-    checkpoints, settings = run.checkpoints, run.config.basis
-    largest = max(run.config.data.hessian_examples, RunConfig.from_preset("paper").data.hessian_examples // 2)
-    config = run.config.model_copy(
-        update={"data": run.config.data.model_copy(update={"hessian_examples": 2 * largest})}
+    checkpoints, settings = run.checkpoints, run.settings.basis
+    largest = max(run.settings.data.hessian_examples, RunSettings.from_preset("paper").data.hessian_examples // 2)
+    settings = run.settings.model_copy(
+        update={"data": run.settings.data.model_copy(update={"hessian_examples": 2 * largest})}
     )
-    batch = Run(config, run.folder).task.hessian.to(run.config.device)
+    batch = Run(settings, run.folder).task.hessian.to(run.settings.device)
     samples = {"reference": batch[largest:]}
-    samples |= {n: batch[:n] for n in sorted({largest // 25, largest // 5, run.config.data.hessian_examples, largest})}
-    steps = [run.config.basis_steps[i] for i in np.linspace(0, len(run.config.basis_steps) - 1, 3).astype(int)]
+    samples |= {
+        n: batch[:n] for n in sorted({largest // 25, largest // 5, run.settings.data.hessian_examples, largest})
+    }
+    steps = [run.settings.basis_steps[i] for i in np.linspace(0, len(run.settings.basis_steps) - 1, 3).astype(int)]
     rows = []
     for step in dict.fromkeys(steps):
         theta = checkpoints.theta(step)
         found = {}
         for name, sample in samples.items():
-            generator = torch.Generator().manual_seed(run.config.seed)
+            generator = torch.Generator().manual_seed(run.settings.seed)
             start = torch.randn(theta.numel(), generator=generator).to(theta)
-            operator = HessianOperator(checkpoints.token_loss, theta, sample, run.config.memory)
+            operator = HessianOperator(checkpoints.token_loss, theta, sample, run.settings.memory)
             found[name] = top_eigenpairs(
                 operator,
                 start,
@@ -240,15 +242,15 @@ def concentration(study: Study) -> pd.DataFrame:
     """
     rows, strategy = [], None
     loss, batch = study.run.checkpoints.token_loss, study.run.task.hessian
-    batch = batch.to(study.run.config.device)
+    batch = batch.to(study.run.settings.device)
     for kind in study.bases:
-        if kind not in OF_HESSIAN:
+        if kind not in HESSIAN_KINDS:
             continue
         basis = study.on_basis(kind).basis
         for row, birth in enumerate(basis["birth_step"].values):
             theta = study.run.checkpoints.theta(int(birth))
             vector = read_vectors(basis, row, row + 1, device=theta.device, dtype=theta.dtype)
-            strategy = strategy or choose(loss, theta, batch, vector, order=2, memory=study.run.config.memory)
+            strategy = strategy or choose(loss, theta, batch, vector, order=2, memory=study.run.settings.memory)
             found = project(loss, theta, batch, vector, curvature=True, strategy=strategy)
             curvature = found.curvature[:, 0].double().cpu().numpy()
             size = abs(curvature)
@@ -272,7 +274,7 @@ def largest_parameters(study: Study) -> pd.DataFrame:
     sizes = {name: values.numel() for name, values in checkpoints.token_loss.parameters.items()}
     axes = study.on_basis("parameters").basis["axis"].values
     owner = np.searchsorted(np.cumsum(list(sizes.values())), axes, side="right")
-    start, end = (checkpoints.theta(step).cpu().numpy()[axes] for step in (0, study.run.config.training.steps))
+    start, end = (checkpoints.theta(step).cpu().numpy()[axes] for step in (0, study.run.settings.training.steps))
     return pd.DataFrame({"tensor": np.array(list(sizes))[owner], "start": start, "end": end})
 
 
@@ -283,4 +285,6 @@ def specification_curve(study: Study) -> pd.DataFrame:
         for choices in (("magnitude", "answer"), ("largest", "all"), ("magnitude", "all")):
             found[choices] = study.variant(*choices).projections.load()
     factors = [factor for factor in (1, 5) if (study.main.sizes["step"] - 1) % factor == 0]
-    return specification.specification_curve(found, ("which", "targets"), study.run.config.clustering, factors=factors)
+    return specification.specification_curve(
+        found, ("which", "targets"), study.run.settings.clustering, factors=factors
+    )

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import adjusted_rand_score
 
 from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, candidates, cluster_tokens, fit_hdbscan
+from polca_lib.method.settings import ClusteringSettings
 from polca_paper.homogeneity import homogeneity_table, most_homogeneous
-from polca_lib.method.settings import ClusteringConfig
 
 OVER = 0.9
 """Homogeneity that a cluster must pass to be called a carry cluster; the paper's three best do."""
@@ -126,7 +126,7 @@ def rand_indices(labels: xr.DataArray, by: Iterable[str] = ("place", "carry", "s
     return pd.DataFrame(rows).T.rename_axis("vector")
 
 
-def check_on_other_half(trajectories: xr.DataArray, config: ClusteringConfig, seed: int = 0) -> pd.DataFrame:
+def check_on_other_half(trajectories: xr.DataArray, settings: ClusteringSettings, seed: int = 0) -> pd.DataFrame:
     """Fit clusters on the tokens of one half of the examples, and see what they hold of the other half.
 
     Examples are split at random. HDBSCAN is fitted on one half, with half of ``min_cluster_size``; tokens of the other
@@ -135,7 +135,7 @@ def check_on_other_half(trajectories: xr.DataArray, config: ClusteringConfig, se
 
     Args:
         trajectories: (step, token) or (step, token, vector), with coordinates ``example``, ``carry`` and ``place``.
-        config: of the clustering.
+        settings: of the clustering.
         seed: of the split.
 
     Returns:
@@ -147,7 +147,7 @@ def check_on_other_half(trajectories: xr.DataArray, config: ClusteringConfig, se
     examples = np.unique(trajectories["example"].values)
     chosen = np.random.default_rng(seed).permutation(examples)[: len(examples) // 2]
     first = np.isin(trajectories["example"].values, chosen)
-    settings = config.model_copy(update={"min_cluster_size": max(2, config.min_cluster_size // 2)})
+    settings = settings.model_copy(update={"min_cluster_size": max(2, settings.min_cluster_size // 2)})
     rows = []
     for own in by_vector(trajectories):
         halves = {"fitted": own[:, first], "held_out": own[:, ~first]}
@@ -187,7 +187,7 @@ def check_on_other_half(trajectories: xr.DataArray, config: ClusteringConfig, se
 
 def settings_grid(
     trajectories: xr.DataArray,
-    config: ClusteringConfig,
+    settings: ClusteringSettings,
     sizes: Iterable[int],
     divisors: Iterable[int],
     cache: joblib.Memory | None = None,
@@ -202,7 +202,7 @@ def settings_grid(
     for divisor in divisors:
         for size in sizes:
             update = {"min_cluster_size": size, "min_samples_divisor": divisor}
-            table = homogeneity_table(cluster_tokens(trajectories, config.model_copy(update=update), cache=cache))
+            table = homogeneity_table(cluster_tokens(trajectories, settings.model_copy(update=update), cache=cache))
             best = {rule: most_homogeneous(table, 1, rule=rule)["homogeneity"].max() for rule in ("v1", "v3")}
             counted = table[table["counts_v3"].astype(bool)]
             over = counted.loc[counted["homogeneity"] > OVER, "vector"].nunique()

@@ -17,8 +17,8 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.clustering import DROPPED, cluster_tokens
-from polca_lib.method.settings import ClusteringConfig, Scaling
-from polca_lib.method.decomposition import coarsen, projected_loss
+from polca_lib.method.decomposition import available_orders, coarsen, projected_loss
+from polca_lib.method.settings import ClusteringSettings, Scaling
 from polca_paper.significance import OVER, permutation_null
 
 SUMMED = "second, summed"
@@ -41,19 +41,19 @@ def trajectories(projections: xr.Dataset, order: str) -> xr.DataArray:
     return first + (second - first) / projections.sizes["token"]
 
 
-def available_orders(projections: xr.Dataset) -> list[str]:
-    """Orders that the curvature at hand allows."""
-    found = ["first", "trapezoid"]
-    if "curvature" in projections:
-        found += ["second", SUMMED]
-        found += ["exact"] if "token" in projections["curvature"].dims else []
-    return found
+def available_readings(projections: xr.Dataset) -> list[str]:
+    """Orders that the curvature at hand allows, ``SUMMED`` beside ``second``."""
+    return [
+        reading
+        for order in available_orders(projections)
+        for reading in ((order, SUMMED) if order == "second" else (order,))
+    ]
 
 
 def specification_curve(
     projections: Mapping[tuple[str, ...], xr.Dataset],
     names: tuple[str, ...],
-    config: ClusteringConfig,
+    settings: ClusteringSettings,
     *,
     factors: Iterable[int] = (1, 5),
     draws: int = 200,
@@ -64,7 +64,7 @@ def specification_curve(
     Args:
         projections: of each combination of choices that needs projections of its own, by their values.
         names: of those choices.
-        config: of the clustering; what is in ``CLUSTERING`` is varied.
+        settings: of the clustering; what is in ``CLUSTERING`` is varied.
         factors: of the cadence: every checkpoint, every fifth, ...
         draws: of the permutation null of each specification.
         n_jobs: processes.
@@ -79,10 +79,10 @@ def specification_curve(
         (values, coarsen(dataset, factor), order)
         for values, dataset in projections.items()
         for factor in factors
-        for order in available_orders(dataset)
+        for order in available_readings(dataset)
     ]
     done = joblib.Parallel(n_jobs=n_jobs, verbose=5)(
-        joblib.delayed(_specifications)(dataset, order, config, draws) for _, dataset, order in jobs
+        joblib.delayed(_specifications)(dataset, order, settings, draws) for _, dataset, order in jobs
     )
     rows = []
     for (values, dataset, order), found in zip(jobs, done, strict=True):
@@ -92,13 +92,15 @@ def specification_curve(
     return pd.DataFrame(rows)
 
 
-def _specifications(projections: xr.Dataset, order: str, config: ClusteringConfig, draws: int) -> list[dict[str, Any]]:
+def _specifications(
+    projections: xr.Dataset, order: str, settings: ClusteringSettings, draws: int
+) -> list[dict[str, Any]]:
     curves, rows = trajectories(projections, order), []
     with tempfile.TemporaryDirectory() as folder:
         cache = joblib.Memory(folder, verbose=0)
         for values in itertools.product(*CLUSTERING.values()):
             choices = dict(zip(CLUSTERING, values, strict=True))
-            labels = cluster_tokens(curves, config.model_copy(update=choices), cache=cache)
+            labels = cluster_tokens(curves, settings.model_copy(update=choices), cache=cache)
             null = permutation_null(labels, draws)
             stricter = permutation_null(labels, draws, within=("place", "digit"))["p"]
             base = float(labels["carry"].astype(float).where(labels != DROPPED).mean())

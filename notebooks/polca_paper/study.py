@@ -12,14 +12,15 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from polca_lib.analysis.stages import project_together
 from polca_lib.method import decomposition, interventions
-from polca_paper import specification, tables
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens
-from polca_lib.method.settings import BasisKind, ClusteringConfig, Scaling
-from polca_lib.tasks.settings import RunConfig
-from polca_lib.tasks.run import Run, project_together
+from polca_lib.method.settings import BasisKind, ClusteringSettings, Scaling
 from polca_lib.method.vectors import read_vectors
+from polca_lib.tasks.run import Run
+from polca_lib.tasks.settings import RunSettings
+from polca_paper import tables
 
 BASES = ("hessian", "shuffled", "final", "trajectory", "random", "parameters")
 """Bases that are compared; single parameters are those of LCA, a strategy of its own."""
@@ -49,18 +50,18 @@ class Study:
         allowed = get_args(BasisKind)
         if unknown := set(bases) - set(allowed):
             raise ValueError(f"bases = {sorted(unknown)} are unknown; allowed: {', '.join(allowed)}")
-        if run.config.basis.kind not in bases:
-            raise ValueError(f"bases = {', '.join(bases)} lack the run's own, {run.config.basis.kind}; add it")
+        if run.settings.basis.kind not in bases:
+            raise ValueError(f"bases = {', '.join(bases)} lack the run's own, {run.settings.basis.kind}; add it")
         if ablation_curvature < 0:
             raise ValueError(f"ablation_curvature = {ablation_curvature}; allowed: 0 for none, or a number of examples")
         self.run, self.bases, self.variants = run, tuple(bases), variants
-        self.ablation_curvature = min(ablation_curvature, run.config.data.validation_examples)
+        self.ablation_curvature = min(ablation_curvature, run.settings.data.validation_examples)
 
     @property
     def settings(self) -> dict[str, object]:
         """Everything that tables depend on."""
         return {
-            "run": self.run.config.model_dump(mode="json"),
+            "run": self.run.settings.model_dump(mode="json"),
             "bases": sorted(self.bases),
             "ablation_curvature": self.ablation_curvature,
             "variants": self.variants,
@@ -73,7 +74,7 @@ class Study:
 
     def on_basis(self, kind: str) -> Run:
         """The run on another basis."""
-        if kind == self.run.config.basis.kind:
+        if kind == self.run.settings.basis.kind:
             return self.run
         measured = kind != "parameters" and self.ablation_curvature > 0
         sample = self.ablation_curvature if measured else None
@@ -81,44 +82,44 @@ class Study:
 
     def variant(self, which: str, targets: str) -> Run:
         """The run on a Hessian basis of other eigenvectors, or of the loss of other tokens."""
-        settings = self.run.config.model_dump()
+        settings = self.run.settings.model_dump()
         settings["basis"] |= {"which": which, "targets": targets}
         measured = self.ablation_curvature > 0
         sample = self.ablation_curvature if measured else None
         settings["projection"] |= {"curvature": measured, "curvature_examples": sample}
-        return Run(RunConfig.model_validate(settings), self.run.folder)
+        return Run(RunSettings.model_validate(settings), self.run.folder)
 
     @cached_property
     def projections(self) -> dict[str, xr.Dataset]:
         """By basis, the run's own first; made in as few passes through the model as can be."""
-        own = self.run.config.basis.kind
+        own = self.run.settings.basis.kind
         kinds = [own, *(kind for kind in self.bases if kind != own)]
         return dict(zip(kinds, project_together([self.on_basis(kind) for kind in kinds]), strict=True))
 
     @cached_property
     def main(self) -> xr.Dataset:
         """Projections on the run's own basis."""
-        return self.projections[self.run.config.basis.kind].load()
+        return self.projections[self.run.settings.basis.kind].load()
 
     @cached_property
     def curves(self) -> dict[str, xr.DataArray]:
         """Projected loss on the run's own basis, by order."""
-        orders = [order for order in specification.available_orders(self.main) if order != specification.SUMMED]
+        orders = decomposition.available_orders(self.main)
         return {order: decomposition.projected_loss(self.main, order) for order in orders}
 
     @cached_property
     def hidden_after(self) -> int:
         """Tau, in steps."""
-        return hidden_threshold(self.main["loss"], self.run.config.clustering)
+        return hidden_threshold(self.main["loss"], self.run.settings.clustering)
 
     @cached_property
     def batch(self) -> torch.Tensor:
         """The validation examples."""
-        return self.run.task.validation.to(self.run.config.device)
+        return self.run.task.validation.to(self.run.settings.device)
 
-    def clustering(self, scaling: Scaling) -> ClusteringConfig:
+    def clustering(self, scaling: Scaling) -> ClusteringSettings:
         """Of the clustering, with another scaling."""
-        return self.run.config.clustering.model_copy(update={"scaling": scaling})
+        return self.run.settings.clustering.model_copy(update={"scaling": scaling})
 
     @cached_property
     def labels(self) -> dict[tuple[str, str], xr.DataArray]:
@@ -138,29 +139,29 @@ class Study:
             "change in loss": decomposition.loss_change(self.main),
             "Fisher": decomposition.fisher(self.main),
         }
-        return tables.compare_strategies(levels, rates, self.run.config.clustering, self.hidden_after, -1)
+        return tables.compare_strategies(levels, rates, self.run.settings.clustering, self.hidden_after, -1)
 
     @cached_property
     def along_each(self) -> xr.DataArray:
         """True loss change (step, token, vector) of moving along each vector alone, of the first examples."""
         path = self.run.folder / f"along-{self.run.keys['projection']}.zarr"
-        steps, batch = self.run.config.training.checkpoint_steps, self.batch[:_FINITE_EXAMPLES]
+        steps, batch = self.run.settings.training.checkpoint_steps, self.batch[:_FINITE_EXAMPLES]
         return interventions.move_along(path, self.run.checkpoints, steps, batch, self.run.basis)
 
     @cached_property
     def undone(self) -> dict[str, np.ndarray]:
         """Loss change per token when movement along own, random and other vectors is taken back."""
         checkpoints = self.run.checkpoints
-        start, end = checkpoints.theta(0), checkpoints.theta(self.run.config.training.steps)
+        start, end = checkpoints.theta(0), checkpoints.theta(self.run.settings.training.steps)
         vectors = read_vectors(self.run.basis, device=checkpoints.device, dtype=start.dtype)
         loss, batch = checkpoints.token_loss, self.batch[:_CAUSAL_EXAMPLES]
-        own, lengths = interventions.undo_movement(loss, start, end, batch, vectors)
-        seed, d = self.run.config.seed, start.numel()
+        own, lengths = interventions.ablate_movement(loss, start, end, batch, vectors)
+        seed, d = self.run.settings.seed, start.numel()
         others = interventions.random_directions(len(vectors), d, seed, like=start, orthogonal_to=vectors)
-        random, _ = interventions.undo_movement(loss, start, end, batch, others, lengths)
+        random, _ = interventions.ablate_movement(loss, start, end, batch, others, lengths)
         signs = torch.sign(lengths)
         same = [
-            interventions.undo_movement(loss, start, end, batch, vectors, signs * length.abs())[0].cpu()
+            interventions.ablate_movement(loss, start, end, batch, vectors, signs * length.abs())[0].cpu()
             for length in lengths
         ]
         inside = vectors.T @ lengths

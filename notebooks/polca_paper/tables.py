@@ -13,14 +13,12 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from polca_paper.homogeneity import cluster_breakthroughs
-from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, composition, falls
-from polca_paper.homogeneity import most_homogeneous
-from polca_lib.method.settings import ClusteringConfig, Scaling
-from polca_lib.tasks.settings import RunConfig
+from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, composition, is_decreasing
+from polca_lib.method.settings import ClusteringSettings, Scaling
 from polca_lib.tasks.arithmetic import SKILLS
-
-PAPER = Path(__file__).parents[1] / "data" / "paper"
+from polca_lib.tasks.settings import RunSettings
+from polca_paper.homogeneity import cluster_breakthroughs, most_homogeneous
+from polca_paper.saved_study import PAPER, ROOT
 
 
 def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
@@ -76,7 +74,7 @@ def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
 def compare_strategies(
     levels: Mapping[str, xr.DataArray],
     rates: Mapping[str, xr.DataArray],
-    config: ClusteringConfig,
+    settings: ClusteringSettings,
     hidden_after: int,
     n_jobs: int = 1,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -85,7 +83,7 @@ def compare_strategies(
     Args:
         levels: trajectories whose fall means learning, by name: losses and projected losses.
         rates: the others, by name. Nothing is dropped before HDBSCAN, and there is no total change to scale by.
-        config: of the clustering; its scaling is not used.
+        settings: of the clustering; its scaling is not used.
         hidden_after: tau, in steps.
         n_jobs: processes.
 
@@ -98,7 +96,7 @@ def compare_strategies(
     keys = [(s, name) for s in get_args(Scaling) for name in (levels if s == "unit" else everything)]
     cluster = joblib.delayed(cluster_breakthroughs)
     jobs = (
-        cluster(everything[name], config.model_copy(update={"scaling": s}), hidden_after, only_falling=name in levels)
+        cluster(everything[name], settings.model_copy(update={"scaling": s}), hidden_after, only_falling=name in levels)
         for s, name in keys
     )
     for (scaling, name), (labels, table) in zip(keys, joblib.Parallel(n_jobs=n_jobs)(jobs), strict=True):
@@ -117,7 +115,7 @@ def vector_table(basis: xr.Dataset, projected: xr.DataArray, labels: xr.DataArra
     rows = basis[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
     mean = projected.mean("token")
     rows["projected_loss"] = mean.isel(step=-1).values
-    rows["falls"] = falls(mean).values
+    rows["falls"] = is_decreasing(mean).values
     rows["dropped"] = (labels == DROPPED).sum("token").values
     clusters = table.groupby("vector")
     rows["clusters"] = clusters.size().reindex(rows.index, fill_value=0)
@@ -140,15 +138,15 @@ def spread_text(values: pd.Series) -> str:
     return f"{own.median():.3f} [{own.min():.3f}, {own.max():.3f}]{some}"
 
 
-def settings_table(config: RunConfig) -> pd.DataFrame:
+def settings_table(settings: RunSettings) -> pd.DataFrame:
     """Every setting of a run beside that of its task's preset ``paper``, a row each."""
-    paper = RunConfig.from_preset("paper", task=config.task)
+    paper = RunSettings.from_preset("paper", task=settings.task)
     sections = ["data", "model", "training", "basis", "projection", "clustering"]
-    sections += ["corpus"] if config.task == "wikipedia" else []
+    sections += ["corpus"] if settings.task == "wikipedia" else []
     rows = {
         f"{section}.{name}": {"this run": str(value), "paper": str(getattr(getattr(paper, section), name))}
         for section in sections
-        for name, value in getattr(config, section)
+        for name, value in getattr(settings, section)
     }
     return pd.DataFrame(rows).T
 
@@ -182,7 +180,7 @@ def save_results(preset: str, notebook: str, numbers: Mapping[str, object], prov
     Returns:
         Path of the file.
     """
-    folder = Path(os.environ.get("POLCA_RESULTS") or PAPER.parents[1] / "results") / preset
+    folder = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: _plain(value) for name, value in numbers.items()}
     file = folder / f"{notebook}.json"

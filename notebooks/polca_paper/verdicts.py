@@ -15,38 +15,34 @@ The rules stand with the claims, in :mod:`polca_paper.claims`.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from polca_lib.storage.artefacts import differences
+from polca_lib.tasks.settings import RunSettings
 from polca_paper.claims import CLAIMS, Claim, NotRun, verdict
-from polca_lib.tasks.settings import RunConfig
-from polca_paper.reproduce import Kept
-from polca_paper.tables import PAPER
+from polca_paper.saved_study import SavedStudy
 
 
-def _measured(claim: Claim, kept: Kept) -> float:
+def _measured(claim: Claim, kept: SavedStudy) -> float:
     try:
         return claim.measure(kept)
     except NotRun:
         return float("nan")
 
 
-def scale_of(kept: Kept) -> str:
+def scale_of(kept: SavedStudy) -> str:
     """The preset, and what of the run differs from it, seed and device apart."""
-    own = kept.config
-    preset = RunConfig.from_preset(own.preset, task=own.task)
+    own = kept.settings
+    preset = RunSettings.from_preset(own.preset, task=own.task)
     changes = differences(preset.model_dump(mode="json"), own.model_dump(mode="json"))
     parts = [f"{name} = {ours}" for name, _, ours in changes if name not in ("seed", "device", "memory")]
     return "; ".join([own.preset, *parts])
 
 
-def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
+def judge(studies: Iterable[SavedStudy], claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
     """Verdict on each claim, by scale: studies that differ in seed alone are judged together.
 
     Returns:
@@ -55,7 +51,7 @@ def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataF
         ``each`` (how many seeds have which verdict), ``measured`` (seeds that have a number; median and range are
         theirs), ``cited_for``, ``page`` and ``studies``, their names.
     """
-    by_scale: dict[str, list[Kept]] = {}
+    by_scale: dict[str, list[SavedStudy]] = {}
     for kept in studies:
         by_scale.setdefault(scale_of(kept), []).append(kept)
     rows = []
@@ -69,7 +65,7 @@ def judge(studies: Iterable[Kept], claims: Iterable[Claim] = CLAIMS) -> pd.DataF
             of = {"studies": ", ".join(kept.name for kept in group)}
             row = {"claim": claim.name, "section": claim.section, "text": claim.text, "paper": claim.paper}
             row |= {"ours": ours, "low": low, "high": high, "seeds": len(group), "preset": scale}
-            row["device"] = ", ".join(dict.fromkeys(str(kept.settings["device"]) for kept in group))
+            row["device"] = ", ".join(dict.fromkeys(str(kept.device) for kept in group))
             row["verdict"] = max(severity, key=lambda v: (verdicts.count(v), severity.index(v)))
             row["each"] = ", ".join(f"{verdicts.count(v)} {v}" for v in severity if v in verdicts)
             rows.append({**row, "measured": len(finite), "cited_for": claim.means, "page": claim.page, **of})
@@ -103,7 +99,7 @@ PAPER_ENGLISH = {"vectors": 30, "kept": 26, "simple_label": 22, "tokens": 12_600
 """Of section 5 and v3, vectors, those whose mean falls, those with a simply labelled cluster; tokens, those dropped."""
 
 
-def english_counts(kept: Kept, kind: str = "POLCA second, raw") -> dict[str, object]:
+def english_counts(kept: SavedStudy, kind: str = "POLCA second, raw") -> dict[str, object]:
     """Our numbers beside ``PAPER_ENGLISH``: what ``data/paper/english_counts.json`` holds.
 
     Args:
@@ -112,14 +108,14 @@ def english_counts(kept: Kept, kind: str = "POLCA second, raw") -> dict[str, obj
     """
     row = kept.table("counts").set_index("kind").loc[kind]
     ours = {name: row[name].item() for name in PAPER_ENGLISH}
-    about = {"kind": kind, "preset": scale_of(kept), "seed": kept.config.seed, "device": kept.settings["device"]}
+    about = {"kind": kind, "preset": scale_of(kept), "seed": kept.settings.seed, "device": kept.device}
     about |= {name: kept.provenance["stages"][name] for name in ("corpus", "tags")}
     about["commit"] = kept.provenance["tables"]["counts"]["commit"]
     chance = {name: row[name].item() for name in ("simple_by_chance", "clustered", "clusters", "outliers_mean")}
     return {**ours, **chance, **about, "study": kept.name, "paper": PAPER_ENGLISH}
 
 
-def judge_english(kept: Kept, kind: str = "POLCA second, raw") -> pd.DataFrame:
+def judge_english(kept: SavedStudy, kind: str = "POLCA second, raw") -> pd.DataFrame:
     """Verdict on each claim of section 5 by one study of Wikipedia.
 
     Numbers are shares, of the vectors of the basis, of the kept ones, or of all tokens, so that a study with fewer can
@@ -171,22 +167,3 @@ def judge_english(kept: Kept, kind: str = "POLCA second, raw") -> pd.DataFrame:
         for name, theirs, ours, holds, larger in claims
     ]
     return pd.DataFrame(rows)
-
-
-def main() -> None:
-    """Judge every claim by the studies named; write ``verdicts.csv`` and ``english_counts.json`` in ``data/paper``."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("studies", nargs="*", default=JUDGED, help="folders in data/addition; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=PAPER / "verdicts.csv")
-    arguments = parser.parse_args()
-    try:
-        verdicts = judge([Kept(name) for name in arguments.studies])
-        counts = english_counts(Kept(ENGLISH, setting="english"))
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    arguments.output.write_text(verdicts[COLUMNS].to_csv(index=False, float_format="%.6g"))
-    arguments.output.with_name("english_counts.json").write_text(json.dumps(counts, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
+from importlib.metadata import entry_points
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,11 +49,11 @@ class Engine(StrEnum):
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def reported_errors() -> Iterator[None]:
     """Errors as one message and an exit code."""
-    from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
     from polca_lib.analysis.engine import EngineFailure
-    from polca_lib.analysis.worker import NonFiniteProjection
+    from polca_lib.analysis.projections import NonFiniteProjection
+    from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
 
     try:
         yield
@@ -73,15 +75,30 @@ def _fail(error: BaseException, code: int) -> None:
     raise typer.Exit(code)
 
 
+def write_starter(folder: Path) -> list[Path]:
+    """Write ``polca.toml`` and ``my_run.py`` to ``folder``, which is made if missing; returns their paths.
+
+    Raises:
+        ValueError: one of them is there already.
+    """
+    paths = [folder / name for name in ("polca.toml", "my_run.py")]
+    if there := [path for path in paths if path.exists()]:
+        raise ValueError(f"{there[0]} is there already; give another folder, or move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        path.write_text(
+            (files("polca_lib.analysis") / "example" / path.name).read_text(encoding="utf-8"), encoding="utf-8"
+        )
+    return paths
+
+
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="where to put the files")] = Path("."),
 ) -> None:
     """Write `polca.toml` and `my_run.py` to begin with: a small example that runs as it is."""
 
-    from polca_lib.analysis.starter import write_starter
-
-    with _told():
+    with reported_errors():
         for file in write_starter(folder):
             typer.echo(f"wrote {file}")
         typer.echo(f"next: cd {folder}; python my_run.py; polca plan; polca run")
@@ -99,11 +116,14 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a run will take, before any of it is done: memory, disk, time, and how it will go about it."""
-    with _told():
-        from polca_lib.analysis.runfile import plan_analysis
+    with reported_errors():
+        from polca_lib.analysis.runfile import RunFile, open_analysis
 
-        planned = plan_analysis(
-            file, checkpoints=checkpoints, workers=workers, operations_per_second=operations_per_second
+        about = RunFile.read(file)
+        planned = open_analysis(about).plan(
+            checkpoints=checkpoints,
+            workers=workers or about.engine.workers or 1,
+            operations_per_second=operations_per_second,
         )
         typer.echo(json.dumps(planned.as_dict(), indent=1) if as_json else str(planned))
 
@@ -117,30 +137,34 @@ def run(
     address: Annotated[str | None, typer.Option(help="of a running cluster, such as tcp://10.0.0.1:8786")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute what is still missing, stage by stage, and write the report."""
-    with _told():
-        from polca_lib.analysis.engine import engine as engaged
-        from polca_lib.analysis.runfile import open_analysis
-        from polca_lib.analysis.settings import RunFile
+    """Compute what is still missing, or damaged, stage by stage, and write the report."""
+    with reported_errors():
+        from polca_lib.analysis.engine import parallel_backend
+        from polca_lib.analysis.runfile import RunFile, open_analysis
+        from polca_lib.analysis.stages import project_together
 
-        settings = RunFile.read(file)
-        own = settings.engine
-        who = {
-            "name": own.name if engine is None else engine.value,
-            "workers": workers or own.workers,
-            "address": address or (own.address if engine is None else None),
+        about = RunFile.read(file)
+        backend = {
+            "name": about.engine.name if engine is None else engine.value,
+            "workers": workers or about.engine.workers,
+            "address": address or (about.engine.address if engine is None else None),
         }
-        analysis = open_analysis(file)
-        order = list(Stage)
+        analysis = open_analysis(about, verify=True)
+        controls = [analysis.on_basis(kind) for kind in about.beside]
         done: dict[str, Any] = {"folder": str(analysis.folder)}
-        with engaged(**who):
-            for one in order[: order.index(stage) + 1]:
-                if one is Stage.report:
-                    done["report"] = str(analysis.report(analysis.folder / "report.html", settings.title))
+        with parallel_backend(**backend):
+            for name in list(Stage)[: list(Stage).index(stage) + 1]:
+                if name is Stage.basis:
+                    _ = [one.basis for one in (analysis, *controls)]
+                elif name is Stage.projections:
+                    project_together([analysis, *controls])
+                elif name is Stage.clusters:
+                    _ = [one.labels for one in (analysis, *controls)]
                 else:
-                    getattr(analysis, {"clusters": "labels"}.get(one.value, one.value))
+                    done["report"] = str(analysis.report(analysis.folder / "report.html", about.title))
         if stage is Stage.report:
             done["summary"] = analysis.findings.summary()
+            done["beside"] = {one.settings.basis.kind: one.findings.summary() for one in controls}
         _print(done, as_json)
 
 
@@ -151,11 +175,11 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say what is done and what is missing, from the files alone."""
-    with _told():
+    with reported_errors():
         from polca_lib.analysis.settings import RunFile
         from polca_lib.analysis.status import as_table, status
 
-        folder = RunFile.read(place).place(place) if place.is_file() else place
+        folder = RunFile.read(place).results if place.is_file() else place
         rows = status(folder, verify=verify)
         typer.echo(json.dumps({"folder": str(folder), "stages": rows}, indent=1) if as_json else as_table(folder, rows))
         if not rows or any(row["problem"] or row["done"] != row["pieces"] for row in rows):
@@ -171,12 +195,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the page that shows it all: one HTML file, which needs nothing else. What is missing is computed first."""
-    with _told():
-        from polca_lib.analysis.runfile import open_analysis
-        from polca_lib.analysis.settings import RunFile
+    with reported_errors():
+        from polca_lib.analysis.runfile import RunFile, open_analysis
 
-        settings, analysis = RunFile.read(file), open_analysis(file)
-        written = analysis.report(output or analysis.folder / "report.html", settings.title)
+        about = RunFile.read(file)
+        analysis = open_analysis(about)
+        written = analysis.report(output or analysis.folder / "report.html", about.title)
         found = analysis.findings.summary()
         _print({"folder": str(analysis.folder), "report": str(written), "summary": found}, as_json)
 
@@ -191,11 +215,18 @@ def _print(done: dict[str, Any], as_json: bool) -> None:
     for name, value in done.get("summary", {}).items():
         if not isinstance(value, (list, dict)):
             typer.echo(f"{name}: {value}")
+    for kind, summary in done.get("beside", {}).items():
+        told = (f"{name} {summary[name]}" for name in ("claimed", "inside", "vectors_with_clusters", "clusters"))
+        typer.echo(f"beside, basis {kind}: {', '.join(told)}")
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command, with those that other packages add to it."""
     sys.stdout.reconfigure(errors="backslashreplace")
+    for extension in entry_points(group="polca.commands"):
+        # The package of the book is installed with a checkout alone.
+        with suppress(ModuleNotFoundError):
+            app.add_typer(extension.load(), name=extension.name)
     app()
 
 

@@ -154,7 +154,7 @@ class _Parallel(joblib.Parallel):
 
 
 @contextlib.contextmanager
-def engine(
+def parallel_backend(
     name: EngineName = "in-process", *, workers: int | None = None, address: str | None = None
 ) -> Iterator[None]:
     """Have :func:`carry_out` use an engine within the block.

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from polca_lib.analysis.settings import ProjectionConfig
-from polca_lib.method.settings import OF_HESSIAN, DirectionsConfig
-from polca_lib.derivatives.memory import rows_that_fit, settled_budget
-from polca_lib.analysis.probe import on_paper, probe
-from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples
+import cloudpickle
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from polca_lib.analysis.settings import ProjectionSettings
+from polca_lib.derivatives.memory import rounded_budget, rows_that_fit
+from polca_lib.derivatives.strategy import choose, differentiate
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples, to_device
+from polca_lib.method.settings import HESSIAN_KINDS, BasisSettings
 
 _HVP = 4  # operations of a product with a Hessian whose graph is kept, in those of a pass forward
 _GRAPH = 3  # of building that graph
@@ -20,6 +27,12 @@ _GROWTH = (
     "the basis of a Hessian to its examples, products and parameters. On disk the basis grows with vectors and",
     "parameters, projections with tokens, vectors and checkpoints. Workers share projections, not the basis.",
 )
+
+_SHORT = 0.3  # seconds that a pass may take for the ways of differentiating to be tried, and timed
+_LONG = 30.0  # seconds that a pass may be expected to take for it to be timed at all
+_PROBE = 8.0  # seconds that those tried are meant to take
+_SQUARE = 1024  # of the matrices by which a device's rate is measured
+_WAYS = {"jvp": "forward mode", "taylor": "forward mode by Taylor arithmetic", "reverse": "reverse mode"}
 
 
 @dataclass(frozen=True)
@@ -99,8 +112,8 @@ def plan(
     validation: Batch,
     *,
     checkpoints: int,
-    basis: DirectionsConfig,
-    projection: ProjectionConfig,
+    basis: BasisSettings,
+    projection: ProjectionSettings,
     hessian_batch: Batch | None = None,
     device: str = "cpu",
     memory: int | None = None,
@@ -136,7 +149,7 @@ def plan(
     if n_vectors is None or n_vectors > token_loss.n_parameters:
         raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {token_loss.n_parameters}, the parameters")
     d, one = token_loss.n_parameters, token_loss.n_parameters * token_loss.dtype.itemsize
-    budget = settled_budget(device) if memory is None else memory
+    budget = rounded_budget(device) if memory is None else memory
     first = next(split_examples(validation, 1))
     examples, per_example, forward = n_examples(validation), *on_paper(token_loss, first)
     tokens, of_some = examples * per_example, projection.curvature and not projection.curvature_of_all
@@ -149,7 +162,7 @@ def plan(
     block = rows_that_fit(n_vectors, one, budget // 2)
     blocks = math.ceil(n_vectors / block)
     products, hessian = 0, 0.0
-    if basis.kind in OF_HESSIAN:
+    if basis.kind in HESSIAN_KINDS:
         sample = n_examples(validation if hessian_batch is None else hessian_batch)
         births = math.ceil(n_vectors / basis.k)
         products = births * basis.max_products
@@ -204,3 +217,135 @@ def _time(seconds: float) -> str:
         if seconds > 2 * size:
             return f"about {seconds / size:.2g} {unit}"
     return f"about {seconds:.2g} seconds"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe found."""
+
+    way: str  # of differentiating
+    why: str
+    cost: float  # operations of an example, for all vectors
+    rate: float  # operations a second
+    measured: str  # what it was that took time
+
+
+def probe(
+    token_loss: TokenLoss,
+    validation: Batch,
+    forward: int,
+    n_vectors: int,
+    settings: ProjectionSettings,
+    device: str,
+    memory: int,
+    rate: float | None = None,
+) -> Probe:
+    """How a pass will be differentiated, what that costs and how fast it goes.
+
+    Args:
+        token_loss: of the model.
+        validation: examples whose tokens are decomposed.
+        forward: operations of a pass on an example, see :func:`on_paper`.
+        n_vectors: of the basis.
+        settings: of the projection.
+        device: that does it.
+        memory: bytes there are.
+        rate: operations a second; measured if not given. With it, nothing is run.
+    """
+    order = 2 if settings.curvature_of_all else 1
+    plain = "forward mode", "a pass along each vector", float(forward * (1 + 2 * order * n_vectors))
+    if rate is not None:
+        return Probe(*plain, rate, "the operations per second that were given, and operations counted without data")
+    matrices = _matrix_rate(device, token_loss.dtype)
+    one = token_loss.n_parameters * token_loss.dtype.itemsize
+    if 4 * one > memory or forward / matrices > _LONG:
+        return Probe(
+            *plain, matrices, f"products of matrices alone, {matrices:.2g} operations a second; nothing was run"
+        )
+    first = to_device(next(split_examples(validation, 1)), device)
+    theta = 0.02 * torch.randn(token_loss.n_parameters, dtype=token_loss.dtype, device=device)
+    with torch.no_grad():
+        seconds = min(_timed(lambda: token_loss(theta, first)) for _ in range(3))  # the first takes longer
+    if seconds > _SHORT:
+        tangent = torch.randn_like(theta)
+        took = _timed(lambda: torch.func.jvp(lambda at: token_loss(at, first), (theta,), (tangent,)))
+        return Probe(*plain, 3 * forward / took, f"a pass along one vector on one example, {took:.1f} s")
+    few = rows_that_fit(n_vectors, one, memory // 4)
+    vectors = torch.randn(few, token_loss.n_parameters, dtype=token_loss.dtype, device=device)
+    vectors /= vectors.norm(dim=1, keepdim=True)
+    size = _several(token_loss, theta, validation, _PROBE / 2 / (1 + 2 * order * few))
+    part = to_device(next(split_examples(validation, size)), device)
+    strategy = choose(
+        token_loss,
+        theta,
+        part,
+        vectors,
+        order=order,
+        mode=settings.mode if order == 1 else "forward",
+        precision=settings.precision if order == 1 else "float32",
+        memory=memory // 2,
+    )
+    way = "reverse" if strategy.mode == "reverse" else "taylor" if strategy.taylor else "jvp"
+    cost = strategy.cost.get(way, strategy.cost["jvp"])
+    more = n_vectors / few if way == "reverse" else (1 + 2 * order * n_vectors) / (1 + 2 * order * few)
+    took = min(_timed(lambda: differentiate(strategy, token_loss, theta, part, vectors)) for _ in range(2))
+    why = ", ".join(f"{_WAYS[name]} {strategy.cost[name]:.2g}" for name in _WAYS if name in strategy.cost)
+    return Probe(
+        _WAYS[way],
+        f"operations of an example along {few} vectors: {why}",
+        float(cost * more),
+        n_examples(part) * cost / took,
+        f"{n_examples(part)} examples along {few} vectors, done as they will be, {took:.1f} s",
+    )
+
+
+def _several(token_loss: TokenLoss, theta: Tensor, batch: Batch, seconds: float) -> int:
+    """How many examples take so long in a pass: of few, much of the time is none of theirs."""
+    n, every = 1, n_examples(batch)
+    with torch.no_grad():
+        while n < every:
+            part = to_device(next(split_examples(batch, n)), theta.device)
+            if _timed(lambda part=part: token_loss(theta, part)) > seconds:
+                return n
+            n = min(2 * n, every)
+    return every
+
+
+def _timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _matrix_rate(device: str, dtype: torch.dtype) -> float:
+    one = torch.randn(_SQUARE, _SQUARE, device=device, dtype=dtype)
+    _timed(lambda: one @ one)
+    return 2 * _SQUARE**3 / min(_timed(lambda: one @ one) for _ in range(5))
+
+
+def on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
+    """Losses of an example, and operations of a pass on it: counted on tensors without data, if the model allows.
+
+    Raises:
+        ValueError: it does not, and has no data of its own to do without.
+    """
+    try:
+        copy = cloudpickle.loads(cloudpickle.dumps(token_loss))
+        paper = TokenLoss(copy.model.to("meta"), copy.loss)
+        theta = torch.empty(paper.n_parameters, dtype=paper.dtype, device="meta")
+        return _count(paper, theta, to_device(one, "meta"))
+    except Exception as error:  # not every model can be copied, and what a loss does may hang on its data
+        if any(buffer.is_meta for buffer in token_loss.model.buffers()):
+            raise ValueError(
+                f"operations can't be counted without data ({error}), but the model has buffers on device meta; give "
+                "it those, or, of transformers, build it with attn_implementation='eager'"
+            ) from error
+        return _count(token_loss, torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype), one)
+
+
+def _count(loss: TokenLoss, theta: Tensor, batch: Batch) -> tuple[int, int]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        losses = loss(theta, batch)
+    return losses.numel(), counter.get_total_flops()

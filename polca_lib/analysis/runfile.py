@@ -1,4 +1,4 @@
-"""An analysis that a TOML file describes: its code, its checkpoints, and the plan of it."""
+"""An analysis that a TOML file describes: its code and its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,74 +6,39 @@ import importlib
 import sys
 from pathlib import Path
 
-from polca_lib.analysis.stages import Analysis
-from polca_lib.storage.checkpoints import Checkpoints
-from polca_lib.storage.huggingface import HuggingFaceRevisions
-from polca_lib.analysis.plan import Plan, plan
 from polca_lib.analysis.settings import Code, RunFile
-from polca_lib.storage.folders import SafetensorsFolder, StateDictFolder
+from polca_lib.analysis.stages import Analysis
 from polca_lib.derivatives.token_loss import Subject, TokenLoss
+from polca_lib.storage.checkpoints import Checkpoints
+from polca_lib.storage.folders import SafetensorsFolder, StateDictFolder
+from polca_lib.storage.huggingface import HuggingFaceRevisions
 
 
-def open_analysis(file: str | Path) -> Analysis:
-    """The analysis that a file describes, see :class:`polca_lib.analysis.settings.RunFile`; nothing is computed yet.
+def open_analysis(file: str | Path | RunFile, *, verify: bool = False) -> Analysis:
+    """The analysis that a file describes; nothing is computed yet.
+
+    Args:
+        file: path of a TOML file, or what was read of it, see :class:`polca_lib.analysis.settings.RunFile`.
+        verify: see :class:`polca_lib.analysis.stages.Analysis`.
 
     Raises:
         FileNotFoundError, ValueError: of the file.
         ImportError: the module that it names can't be imported.
         TypeError: its function returns something else than a subject.
     """
-    file = Path(file).resolve()
-    about, subject, loss = _read(file)
+    about = file if isinstance(file, RunFile) else RunFile.read(Path(file))
+    subject = _subject(about.code, about.file.parent)
     return Analysis(
-        about.place(file),
-        _checkpoints(about, loss, file.parent),
+        about.results,
+        _checkpoints(about, TokenLoss(subject.model, subject.loss)),
         subject.validation,
         hessian=subject.hessian,
         tokens=subject.tokens,
+        hessian_loss=subject.hessian_loss,
         settings=about.settings,
-        code=[str(file.parent)],
+        code=[str(about.file.parent)],
+        verify=verify,
     )
-
-
-def plan_analysis(
-    file: str | Path,
-    *,
-    checkpoints: int | None = None,
-    workers: int | None = None,
-    operations_per_second: float | None = None,
-) -> Plan:
-    """What the analysis that a file describes will take, see :func:`polca_lib.analysis.plan.plan`.
-
-    Args:
-        file: its path.
-        checkpoints: count so many, rather than those that are there.
-        workers: count with so many, rather than the file's.
-        operations_per_second: of a worker; measured on this device if not given.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError, TypeError: see :func:`open_analysis`.
-    """
-    file = Path(file).resolve()
-    about, subject, loss = _read(file)
-    return plan(
-        loss,
-        subject.validation,
-        checkpoints=checkpoints or len(about.chosen(_checkpoints(about, loss, file.parent).steps)),
-        basis=about.basis,
-        projection=about.projection,
-        hessian_batch=subject.hessian,
-        device=about.device,
-        memory=about.memory,
-        workers=workers or about.engine.workers or 1,
-        operations_per_second=operations_per_second,
-    )
-
-
-def _read(file: Path) -> tuple[RunFile, Subject, TokenLoss]:
-    about = RunFile.read(file)
-    subject = _subject(about.code, file.parent)
-    return about, subject, TokenLoss(subject.model, subject.loss)
 
 
 def _subject(code: Code, folder: Path) -> Subject:
@@ -96,16 +61,14 @@ def _subject(code: Code, folder: Path) -> Subject:
         raise ValueError(f"code.setup = {code.setup!r}, but module {module!r} has no {name!r}") from None
     subject = function(**code.arguments)
     if not isinstance(subject, Subject):
-        raise TypeError(
-            f"code.setup = {code.setup!r} returns {type(subject).__name__}; allowed: polca_lib.derivatives.token_loss.Subject"
-        )
+        raise TypeError(f"code.setup = {code.setup!r} returns {type(subject).__name__}; allowed: polca_lib.Subject")
     return subject
 
 
-def _checkpoints(about: RunFile, loss: TokenLoss, folder: Path) -> Checkpoints:
+def _checkpoints(about: RunFile, loss: TokenLoss) -> Checkpoints:
     """The checkpoints that a file tells of."""
     source, device = about.checkpoints, about.device
-    local = folder / source.path
+    local = about.file.parent / source.path
     if source.kind == "safetensors":
         return SafetensorsFolder(local, loss, device, pattern=source.pattern)
     if source.kind == "state_dict":

@@ -16,7 +16,7 @@ from upath import UPath
 
 from polca_lib.analysis.engine import EngineName
 from polca_lib.derivatives.strategy import Mode, Precision
-from polca_lib.method.settings import BasisSettings, ClusteringSettings, Section, few
+from polca_lib.method.settings import BasisKind, BasisSettings, ClusteringSettings, Section, few
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -103,7 +103,7 @@ class Code(Section):
     """The one place where a file names code."""
 
     setup: str = Field(
-        description="module:function, which returns a polca_lib.derivatives.token_loss.Subject; looked for beside the file first"
+        description="module:function, which returns a polca_lib.Subject; looked for beside the file first"
     )
     arguments: dict[str, Any] = Field({}, description="keywords for the function")
 
@@ -143,7 +143,11 @@ class RunFile(AnalysisSettings):
     device: str = "cpu"
     code: Code
     checkpoints: Source
+    beside: tuple[BasisKind, ...] = Field(
+        (), description="other bases, such as random, that are projected in the same pass and clustered, as controls"
+    )
     engine: EngineSettings = EngineSettings()
+    _file: Path = PrivateAttr(default=Path("polca.toml"))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -160,14 +164,22 @@ class RunFile(AnalysisSettings):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no TOML: {error}") from None
         try:
-            return cls.model_validate(settings)
+            about = cls.model_validate(settings)
         except ValidationError as error:
             told = [f"{'.'.join(map(str, one['loc'])) or 'settings'}: {_told(one)}" for one in error.errors()]
             raise ValueError(f"{path} has settings that are not allowed:\n  " + "\n  ".join(told)) from None
+        about._file = path.resolve()
+        return about
 
-    def place(self, file: Path) -> Path:
-        """The folder of results of this file."""
-        return UPath(self.folder) if "://" in self.folder else UPath(file.resolve().parent / self.folder)
+    @property
+    def file(self) -> Path:
+        """Where it was read."""
+        return self._file
+
+    @property
+    def results(self) -> Path:
+        """The folder of results."""
+        return UPath(self.folder) if "://" in self.folder else UPath(self.file.parent / self.folder)
 
     @property
     def settings(self) -> AnalysisSettings:
@@ -179,4 +191,3 @@ def _told(error: Any) -> str:
     given = error["input"]
     shown = "" if isinstance(given, dict) else f" (given: {given!r})"
     return error["msg"].removeprefix("Value error, ") + shown
-

@@ -10,8 +10,7 @@ from typing import Any
 from upath import UPath
 
 from polca_lib.storage.artefacts import FORMAT_VERSION, Artefact
-from polca_lib.storage.pieces import is_begun
-from polca_lib.storage.pieces import PieceStore
+from polca_lib.storage.pieces import PieceStore, is_begun
 
 FILES = {"basis": "basis.zarr", "projection": "projections.zarr", "clusters": "clusters.zarr"}
 """Where the pieces of each stage of an analysis are."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from polca_lib.derivatives.jets import Jet, value_of
-from polca_lib.derivatives.products import Derived, WatchProducts, signals_alone
+from polca_lib.derivatives.products import Derived, WatchProducts, single_target_signals
 from polca_lib.derivatives.taylor import moving
 from polca_lib.derivatives.token_loss import Batch, TokenLoss
 
@@ -47,11 +47,12 @@ def by_taylor(
     batch: Batch,
     blocks: Iterable[Float[Tensor, "vector d"]],
     order: int,
-    alone: Collection[int] = (),
+    single_target: Collection[int] = (),
 ) -> Iterator[Derivatives]:
-    """Forward mode by Taylor arithmetic, see :mod:`polca_lib.derivatives.taylor`, for one block of vectors after the other.
+    """Forward mode by Taylor arithmetic, see :mod:`polca_lib.derivatives.taylor`, for one block of vectors after the
+    other.
 
-    First derivatives need not be carried through products whose output matters to one token alone: there, a
+    First derivatives need not be carried through products whose output matters to one token single_target: there, a
     backward pass tells how the losses change with the output y = x W + b, and
 
         <dL/dy, y'> = <dL/dy W^T, x'> + <dL/dy, x W' + b'>
@@ -65,11 +66,12 @@ def by_taylor(
         batch: examples.
         blocks: directions in rows.
         order: of the highest derivative, 1 or 2.
-        alone: such products, see :class:`polca_lib.derivatives.products.Layout`; for first derivatives only. Those that are not such
+        single_target: such products, see :class:`polca_lib.derivatives.products.ModelStructure`; for first derivatives
+            only. Those that are not such
             for this batch are treated as all others.
     """
     parameters = token_loss.unflatten(theta)
-    found = signals_alone(token_loss, parameters, batch, alone) if alone else {}
+    found = single_target_signals(token_loss, parameters, batch, single_target) if single_target else {}
     signals = {index: (signal, token) for index, (signal, token) in found.items() if token is not None}
     for vectors in blocks:
         jets = moving(parameters, token_loss.unflatten(vectors), order)

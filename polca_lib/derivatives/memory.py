@@ -29,7 +29,7 @@ def default_budget(device: str | torch.device) -> int:
     return max(0, min(psutil.virtual_memory().available, within)) // 2
 
 
-def settled_budget(device: str | torch.device) -> int:
+def rounded_budget(device: str | torch.device) -> int:
     """:func:`default_budget`, down to a power of two: what hangs on it seldom differs from one start to the next."""
     return 2 ** math.floor(math.log2(max(1, default_budget(device))))
 

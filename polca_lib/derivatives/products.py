@@ -28,7 +28,7 @@ class Derived:
 
 
 @dataclass(frozen=True)
-class Site:
+class MatrixProduct:
     """One product ``x @ weight`` of activations with a matrix that depends on parameters alone."""
 
     weight: Derived  # of shape (in, out)
@@ -36,14 +36,14 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelStructure:
     """What a few passes on one example show of a model."""
 
-    sites: tuple[Site, ...]
-    elsewhere: frozenset[str]  # parameters used in any other way: biases, scales, embeddings
+    products: tuple[MatrixProduct, ...]
+    other_parameters: frozenset[str]  # parameters used in any other way: biases, scales, embeddings
     tokens: int  # target tokens of the example
-    alone: frozenset[int]
-    """Sites where the output at a position matters to one target token alone. After the last mixing of positions all
+    single_target: frozenset[int]
+    """Products where the output at a position matters to one target token alone. After the last mixing of positions all
     products are such."""
 
 
@@ -67,7 +67,7 @@ class WatchProducts(TorchFunctionMode):
         }
         self._at_product = at_product
         self._count = 0
-        self.elsewhere: set[str] = set()
+        self.other_parameters: set[str] = set()
 
     def __torch_function__(
         self, function: Callable, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
@@ -83,7 +83,7 @@ class WatchProducts(TorchFunctionMode):
             return result
         sources = frozenset().union(*(derived.leaves for derived in known.values()))
         if any(id(t) not in known for t in tensors):
-            self.elsewhere |= sources
+            self.other_parameters |= sources
             return result
 
         # Without a reference to self: a cycle would keep the tensors of a pass until Python looks for cycles.
@@ -120,7 +120,7 @@ class WatchProducts(TorchFunctionMode):
         if derived is None or id(x) in self._derived or weight.ndim != 2 or x.ndim < 2:
             return None
         if bias is not None:
-            self.elsewhere |= self._derived[id(bias)].leaves if id(bias) in self._derived else set()
+            self.other_parameters |= self._derived[id(bias)].leaves if id(bias) in self._derived else set()
         if function is functional.linear:
             build = derived.build
             derived = Derived(weight.mT, derived.leaves, lambda named: build(named).mT)
@@ -128,7 +128,7 @@ class WatchProducts(TorchFunctionMode):
         return self._at_product(self._count - 1, x, derived, bias)
 
 
-def layout(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: Batch) -> Layout:
+def model_structure(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: Batch) -> ModelStructure:
     """Look at a model: at its matrix products, and at which of them matter to single tokens.
 
     Args:
@@ -140,22 +140,22 @@ def layout(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: Batch) ->
     random = torch.Generator(theta.device).manual_seed(0)
     noise = torch.randn(theta.shape, generator=random, dtype=theta.dtype, device=theta.device)
     parameters = token_loss.unflatten(theta.detach() + theta.abs().mean() * noise)
-    sites: list[Site] = []
+    products: list[MatrixProduct] = []
 
     def note(_: int, x: Tensor, weight: Derived, bias: Tensor | None) -> Tensor:
         result = x @ weight.value
-        sites.append(Site(weight, tuple(result.shape)))
+        products.append(MatrixProduct(weight, tuple(result.shape)))
         return result if bias is None else result + bias
 
     with torch.no_grad(), WatchProducts(parameters, note) as watch:
         tokens = token_loss.at(parameters, example).numel()
-    found = signals_alone(token_loss, parameters, example, range(len(sites)))
-    alone = frozenset(index for index, (signal, token) in found.items() if token is not None and signal.any())
-    return Layout(tuple(sites), frozenset(watch.elsewhere), tokens, alone)
+    found = single_target_signals(token_loss, parameters, example, range(len(products)))
+    single_target = frozenset(index for index, (signal, token) in found.items() if token is not None and signal.any())
+    return ModelStructure(tuple(products), frozenset(watch.other_parameters), tokens, single_target)
 
 
-def signals_alone(
-    token_loss: TokenLoss, parameters: Mapping[str, Tensor], batch: Batch, sites: Collection[int]
+def single_target_signals(
+    token_loss: TokenLoss, parameters: Mapping[str, Tensor], batch: Batch, products: Collection[int]
 ) -> dict[int, tuple[Float[Tensor, "position leaving"], Int[Tensor, " position"] | None]]:
     """How the sum of the losses changes with the outputs of products, and which token each position matters to.
 
@@ -163,16 +163,16 @@ def signals_alone(
         token_loss: the loss.
         parameters: by name.
         batch: examples; positions are those of all examples.
-        sites: indices of products.
+        products: indices of products.
 
     Returns:
-        By site: the gradient, and the target tokens, or None if some position matters to several.
+        By product: the gradient, and the target tokens, or None if some position matters to several.
     """
     probes: dict[int, Tensor] = {}
 
     def add_probe(index: int, x: Tensor, weight: Derived, bias: Tensor | None) -> Tensor:
         result = x @ weight.value
-        if index in sites:
+        if index in products:
             # The gradient of a zero that is added to the product is the signal that comes back to it.
             probes[index] = torch.zeros_like(result, requires_grad=True)
             result = result + probes[index]

@@ -22,13 +22,21 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.profiler import record_function
 
-from polca_lib.derivatives.signals import Formed, Passed, Signals, lies_by_rows, signals, tile_shape, weights_of
-from polca_lib.derivatives.products import Derived, Layout
+from polca_lib.derivatives.products import Derived, ModelStructure
+from polca_lib.derivatives.signals import (
+    FormedGradients,
+    JacobianProducts,
+    Signals,
+    lies_by_rows,
+    signals,
+    tile_shape,
+    weights_of,
+)
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, split_examples
 
 
-def contract(
-    layout: Layout,
+def project_signals(
+    structure: ModelStructure,
     parameters: dict[str, Tensor],
     directions: dict[str, Float[Tensor, "vector ..."]],
     parts: list[Signals],
@@ -36,17 +44,17 @@ def contract(
     """<grad L(x), b> for the tokens of ``parts`` and all directions (vectors split by parameter)."""
     n_vectors = len(next(iter(directions.values())))
     results = [part.loss.new_zeros(part.loss.numel(), n_vectors) for part in parts]
-    for name in sorted(layout.elsewhere):
+    for name in sorted(structure.other_parameters):
         for result, part in zip(results, parts, strict=True):
             result += part.gradients[name].reshape(len(result), -1) @ directions[name].reshape(n_vectors, -1).T
-    for index, site in enumerate(layout.sites):
-        weights, by_rows = _pushed(site.weight, parameters, directions), lies_by_rows(site.weight.value)
+    for index, product in enumerate(structure.products):
+        weights, by_rows = _pushed(product.weight, parameters, directions), lies_by_rows(product.weight.value)
         rows = _touching(weights)
         weights = weights[rows]
         some = len(weights) < n_vectors
         sums = [result.new_zeros(len(result), len(weights)) for result in results] if some else results
         factors = [part.factors[index] for part in parts]
-        for kind, add in ((Formed, _add_formed), (Passed, _add_passed)):
+        for kind, add in ((FormedGradients, _add_formed), (JacobianProducts, _add_passed)):
             own = [pair for pair in zip(sums, factors, strict=True) if isinstance(pair[1], kind)]
             if own and len(weights):
                 add(weights, by_rows, own)
@@ -68,7 +76,7 @@ def _touching(weights: Float[Tensor, "vector entering leaving"]) -> slice | Int[
 def _add_formed(
     weights: Float[Tensor, "vector entering leaving"],
     by_rows: bool,
-    parts: list[tuple[Float[Tensor, "token vector"], Formed]],
+    parts: list[tuple[Float[Tensor, "token vector"], FormedGradients]],
 ) -> None:
     """Add the inner products of gradients, tile by tile, with the vectors."""
     weights = weights if by_rows else weights.mT
@@ -90,7 +98,7 @@ def _add_formed(
 def _add_passed(
     weights: Float[Tensor, "vector entering leaving"],
     by_rows: bool,
-    parts: list[tuple[Float[Tensor, "token vector"], Passed]],
+    parts: list[tuple[Float[Tensor, "token vector"], JacobianProducts]],
 ) -> None:
     """Add the products of signals with what the vectors do to activations, a block of outputs at a time."""
     n_vectors, entering, _ = weights.shape
@@ -121,7 +129,7 @@ def _pushed(
 def project_reverse(
     token_loss: TokenLoss,
     theta: Float[Tensor, " d"],
-    layout: Layout,
+    structure: ModelStructure,
     batch: Batch,
     vectors: Float[Tensor, "vector d"],
     *,
@@ -135,7 +143,7 @@ def project_reverse(
     Args:
         token_loss: the loss.
         theta: parameters.
-        layout: of the model, see :func:`polca_lib.derivatives.products.layout`.
+        structure: of the model, see :func:`polca_lib.derivatives.products.structure`.
         batch: examples.
         vectors: directions in rows.
         dtype: of the operands of matrix products on the way back and with the vectors.
@@ -143,18 +151,18 @@ def project_reverse(
         pass_examples: examples that go through the model at one time.
         n_vectors: how many vectors to choose for between forming gradients and not; as many as there are if not given.
     """
-    parameters = token_loss.unflatten(theta.contiguous())  # or weights would not lie as in the layout
+    parameters = token_loss.unflatten(theta.contiguous())  # or weights would not lie as in the structure
     directions = token_loss.unflatten(vectors)
-    weights = weights_of(layout, parameters, dtype)
+    weights = weights_of(structure, parameters, dtype)
     losses, gradients = [], []
     for chunk in split_examples(batch, chunk_examples):
         with record_function("signals"):
             passes = split_examples(chunk, pass_examples)
             parts = [
-                signals(token_loss, parameters, layout, weights, part, n_vectors or len(vectors)) for part in passes
+                signals(token_loss, parameters, structure, weights, part, n_vectors or len(vectors)) for part in passes
             ]
-        with torch.no_grad(), record_function("contract"):
-            gradients.append(contract(layout, parameters, directions, parts))
+        with torch.no_grad(), record_function("project_signals"):
+            gradients.append(project_signals(structure, parameters, directions, parts))
         losses += [part.loss.flatten() for part in parts]
         del parts  # or they would be there while the next ones are built
     return torch.cat(losses), torch.cat(gradients)

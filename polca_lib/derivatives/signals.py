@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from polca_lib.derivatives.products import Derived, Layout, WatchProducts
+from polca_lib.derivatives.products import Derived, ModelStructure, WatchProducts
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples
 
 # Rows and columns of a tile of a weight matrix, as it lies in memory. On a CPU the gradients of some 128 tokens with
@@ -63,7 +63,7 @@ class _Product(torch.autograd.Function):
         return _Product.apply(x, *others), 0
 
 
-class Formed(NamedTuple):
+class FormedGradients(NamedTuple):
     """Gradients with respect to a matrix, as it lies in memory: left @ right, for each token.
 
     Both are cut into the blocks of its tiles. The activations that enter a product are the same for all tokens of an
@@ -79,7 +79,7 @@ class Formed(NamedTuple):
         return left.flatten(1, 2) if own == 1 else left.expand(-1, own, -1, -1).flatten(0, 1)
 
 
-class Passed(NamedTuple):
+class JacobianProducts(NamedTuple):
     """What multiplies B a, the change of a product's output along a direction: no gradient is formed."""
 
     entering: Float[Tensor, "example_position entering"]
@@ -98,8 +98,8 @@ class Signals:
     """What the gradients of the tokens of some examples are made of."""
 
     loss: Float[Tensor, "example token"]
-    factors: list[Formed | Passed]  # at each site, in the dtype of products
-    gradients: dict[str, Float[Tensor, "example token ..."]]  # of the parameters used elsewhere
+    factors: list[FormedGradients | JacobianProducts]  # at each product, in the dtype of products
+    gradients: dict[str, Float[Tensor, "example token ..."]]  # of the parameters used other_parameters
 
     @property
     def nbytes(self) -> int:
@@ -107,25 +107,25 @@ class Signals:
         return sum(t.nbytes for t in pytree.tree_leaves(vars(self)))
 
 
-def weights_of(layout: Layout, parameters: dict[str, Tensor], dtype: torch.dtype) -> list[Weight]:
-    """The matrices of all sites at ``parameters``; ``dtype`` is that of products on the way back."""
-    values = [site.weight.build(parameters).detach() for site in layout.sites]
+def weights_of(structure: ModelStructure, parameters: dict[str, Tensor], dtype: torch.dtype) -> list[Weight]:
+    """The matrices of all products at ``parameters``; ``dtype`` is that of products on the way back."""
+    values = [product.weight.build(parameters).detach() for product in structure.products]
     return [Weight(value, value.to(dtype)) for value in values]
 
 
 def signals(
     token_loss: TokenLoss,
     parameters: dict[str, Tensor],
-    layout: Layout,
+    structure: ModelStructure,
     weights: list[Weight],
     batch: Batch,
     n_vectors: int,
 ) -> Signals:
     """Run one forward and, for each target token of an example, one backward pass, for all examples at once."""
     n = n_examples(batch)
-    kept: dict[int, Tensor] = {}  # the signals that the last pass back brought to each site
+    kept: dict[int, Tensor] = {}  # the signals that the last pass back brought to each product
 
-    def run(elsewhere: dict[str, Tensor], probe: Tensor, example: Batch) -> tuple[Tensor, list[Tensor]]:
+    def run(other_parameters: dict[str, Tensor], probe: Tensor, example: Batch) -> tuple[Tensor, list[Tensor]]:
         entered = []
 
         def at_product(index: int, x: Tensor, _: Derived, bias: Tensor | None) -> Tensor:
@@ -134,23 +134,25 @@ def signals(
             return result if bias is None else result + bias
 
         one = pytree.tree_map(lambda t: t[None], example)
-        with WatchProducts({**parameters, **elsewhere}, at_product):
-            return token_loss.at({**parameters, **elsewhere}, one), entered
+        with WatchProducts({**parameters, **other_parameters}, at_product):
+            return token_loss.at({**parameters, **other_parameters}, one), entered
 
     with torch.enable_grad():
         # One copy an example, without memory of its own, so that gradients come out by example.
-        elsewhere = {k: parameters[k].expand(n, *parameters[k].shape).requires_grad_() for k in layout.elsewhere}
+        other_parameters = {
+            k: parameters[k].expand(n, *parameters[k].shape).requires_grad_() for k in structure.other_parameters
+        }
         probe = next(iter(parameters.values())).new_zeros(n, requires_grad=True)
-        loss, entered = vmap(run)(elsewhere, probe, batch)
+        loss, entered = vmap(run)(other_parameters, probe, batch)
     entered = [x.detach().flatten(1, -2) for x in entered]
     by_token: list[list[Tensor]] = [[] for _ in weights]
-    by_name: dict[str, list[Tensor]] = {name: [] for name in elsewhere}
-    for token, one_hot in enumerate(torch.eye(layout.tokens, dtype=loss.dtype, device=loss.device)):
+    by_name: dict[str, list[Tensor]] = {name: [] for name in other_parameters}
+    for token, one_hot in enumerate(torch.eye(structure.tokens, dtype=loss.dtype, device=loss.device)):
         found = torch.autograd.grad(
             loss,
-            [*elsewhere.values(), probe],
+            [*other_parameters.values(), probe],
             one_hot.expand(n, -1),
-            retain_graph=token + 1 < layout.tokens,
+            retain_graph=token + 1 < structure.tokens,
             materialize_grads=True,
         )
         for own, gradient in zip(by_name.values(), found[:-1], strict=True):
@@ -162,12 +164,13 @@ def signals(
         kept.clear()
     # One by one, so that little is there twice.
     factors = [_factors(weight, entered.pop(0), by_token.pop(0), n_vectors) for weight in weights]
-    gradients = {name: torch.stack(by_name.pop(name), dim=1) for name in elsewhere}
+    gradients = {name: torch.stack(by_name.pop(name), dim=1) for name in other_parameters}
     return Signals(loss.detach(), factors, gradients)
 
 
 def operations(positions: int, tokens: int, n_vectors: int, entering: int) -> tuple[float, float]:
-    """What an example takes for each number of a weight matrix: by :class:`Passed`, and by :class:`Formed`.
+    """What an example takes for each number of a weight matrix: by :class:`JacobianProducts`, and by
+    :class:`FormedGradients`.
 
     Args:
         positions: with signals.
@@ -185,7 +188,7 @@ def _factors(
     activations: Float[Tensor, "example position entering"],
     by_token: list[Float[Tensor, "example position leaving"]],
     n_vectors: int,
-) -> Formed | Passed:
+) -> FormedGradients | JacobianProducts:
     dtype, tokens = weight.low.dtype, len(by_token)
     # In the last layers most positions carry no signal: those behind the last mixing of positions.
     active = torch.stack([((s.amax(2) != 0) | (s.amin(2) != 0)).any(0) for s in by_token]).any(0)
@@ -196,7 +199,7 @@ def _factors(
     passed, formed = operations(x.shape[1], tokens, n_vectors, len(weight.value))
     # In either way, what is in memory at a time is no more than a tile for each token.
     if passed <= formed and x.shape[1] * n_vectors <= height * width:
-        return Passed(x.flatten(0, 1), torch.stack(by_token, dim=2).flatten(0, 1))
+        return JacobianProducts(x.flatten(0, 1), torch.stack(by_token, dim=2).flatten(0, 1))
     if lies_by_rows(weight.value):
         left = [block.mT.unsqueeze(1).contiguous() for block in x.split(height, dim=2)]
         right = [torch.stack(blocks, dim=1) for blocks in zip(*(s.split(width, dim=2) for s in by_token), strict=True)]
@@ -204,7 +207,7 @@ def _factors(
         cut = zip(*(s.split(height, dim=2) for s in by_token), strict=True)
         left = [torch.stack([block.mT for block in blocks], dim=1) for blocks in cut]
         right = [block.unsqueeze(1).contiguous() for block in x.split(width, dim=2)]
-    return Formed(left, right)
+    return FormedGradients(left, right)
 
 
 def lies_by_rows(matrix: Tensor) -> bool:

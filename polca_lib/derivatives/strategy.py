@@ -11,18 +11,21 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from polca_lib.derivatives.strategy import Mode, Precision
 from polca_lib.derivatives.forward import Derivatives, by_jvp, by_taylor
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
+from polca_lib.derivatives.products import MatrixProduct, ModelStructure, model_structure
 from polca_lib.derivatives.reverse import project_reverse
 from polca_lib.derivatives.signals import operations, signals, weights_of
-from polca_lib.derivatives.products import Layout, Site, layout
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples
 
-# On a CPU more at once does not help; elsewhere only memory limits it. Measured on two cores.
+Mode = Literal["auto", "forward", "reverse"]
+Precision = Literal["float32", "bfloat16"]
+
+# On a CPU more at once does not help; other_parameters only memory limits it. Measured on two cores.
 _CPU_TOKENS = {"forward": 512, "reverse": 128}
 _CPU_VECTORS = 16
-# Anywhere: among more, tokens side by side could not be told apart by their weights (see sites.signals_alone).
+# Anywhere: among more, tokens side by side could not be told apart by their weights (see
+# products.single_target_signals).
 _TOKENS = 4096
 
 
@@ -42,7 +45,7 @@ class Strategy:
     order: int  # of the highest derivative
     precision: Precision
     taylor: bool  # forward mode by Taylor arithmetic rather than by torch.func
-    layout: Layout | None  # of the model, where it is known and helps
+    structure: ModelStructure | None  # of the model, where it is known and helps
     n_vectors: int  # to differentiate along in all
     cost: dict[str, float]  # for one example and all vectors, in operations of matrix products; by way, and of a pass
     pass_examples: int = 2  # through the model at one time
@@ -70,8 +73,10 @@ def choose(
 
     With F operations in a forward pass on an example with m target tokens, d parameters and K vectors, forward mode
     takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to single tokens (see
-    :func:`polca_lib.derivatives.forward.by_taylor`); reverse mode takes (1 + m) F, and for each of its products the less of two
-    ways, see :func:`polca_lib.derivatives.signals.operations`. A pass back for a token counts as several, as it takes longer than
+    :func:`polca_lib.derivatives.forward.by_taylor`); reverse mode takes (1 + m) F, and for each of its products the
+    less of two
+    ways, see :func:`polca_lib.derivatives.signals.operations`. A pass back for a token counts as several, as it takes
+    longer than
     its operations say. Each way is first tried on two examples and two vectors, against plain ``jvp``; what fails or
     differs is not used. No time is measured: with the same memory, the choice is the same whenever a run is resumed.
 
@@ -103,7 +108,7 @@ def choose(
     one, pair, few = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
     once = _operations(token_loss, theta, one)
     plain = Strategy(
-        "forward", order, "float32", taylor=False, layout=None, n_vectors=len(vectors), cost={"pass": once}
+        "forward", order, "float32", taylor=False, structure=None, n_vectors=len(vectors), cost={"pass": once}
     )
     plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
     reference = by_jvp(token_loss, theta, pair, few, order)[1]
@@ -121,13 +126,13 @@ def choose(
         return error <= tolerance
 
     if order == 1:
-        seen = layout(token_loss, theta, one)
+        seen = model_structure(token_loss, theta, one)
         plain.cost.update(_costs(seen, once, len(vectors), token_loss))
         forward = min(plain.cost["jvp"], plain.cost["taylor"])
         if mode == "reverse" or (mode == "auto" and plain.cost["reverse"] < forward):
             try:
-                _check_elsewhere(token_loss, seen, budget)
-                reverse = replace(plain, mode="reverse", precision=precision, layout=seen)
+                _check_other_parameters(token_loss, seen, budget)
+                reverse = replace(plain, mode="reverse", precision=precision, structure=seen)
                 if usable(reverse, "reverse"):
                     return _sized(reverse, token_loss, theta, batch, vectors, budget)
             except ValueError as failure:  # too little memory: forward mode may do with less
@@ -136,7 +141,7 @@ def choose(
                 plain.unfit["reverse"] = str(failure)
         if mode == "reverse":
             raise ValueError(f"mode = 'reverse' does not fit this model ({plain.unfit['reverse']}); use 'forward'")
-        taylor = replace(plain, taylor=True, layout=seen)
+        taylor = replace(plain, taylor=True, structure=seen)
         worth = plain.cost["taylor"] < plain.cost["jvp"]
     else:
         taylor, worth = replace(plain, taylor=True), True
@@ -156,7 +161,7 @@ def differentiate(
         loss, gradient = project_reverse(
             token_loss,
             theta,
-            strategy.layout,
+            strategy.structure,
             batch,
             vectors,
             dtype=theta.dtype if strategy.precision == "float32" else torch.bfloat16,
@@ -169,8 +174,8 @@ def differentiate(
     for part in split_examples(batch, strategy.pass_examples):
         some = vectors.split(strategy.chunk_vectors)
         if strategy.taylor:
-            alone = strategy.layout.alone if strategy.layout else ()
-            blocks = list(by_taylor(token_loss, theta, part, some, strategy.order, alone))
+            single_target = strategy.structure.single_target if strategy.structure else ()
+            blocks = list(by_taylor(token_loss, theta, part, some, strategy.order, single_target))
         else:
             blocks = [by_jvp(token_loss, theta, part, block, strategy.order) for block in some]
         losses.append(blocks[0][0])
@@ -184,33 +189,33 @@ def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch) -> int:
     return counter.get_total_flops()
 
 
-def _costs(seen: Layout, once: int, n_vectors: int, token_loss: TokenLoss) -> dict[str, float]:
+def _costs(seen: ModelStructure, once: int, n_vectors: int, token_loss: TokenLoss) -> dict[str, float]:
     """Of first derivatives by Taylor arithmetic and in reverse mode, now that the products are known."""
-    alone = sum(_site_operations(seen.sites[index]) for index in seen.alone)
-    elsewhere = sum(token_loss.parameters[name].numel() for name in seen.elsewhere)
-    products = seen.tokens * n_vectors * elsewhere
-    for site in seen.sites:
-        ways = operations(math.prod(site.shape[:-1]), seen.tokens, n_vectors, len(site.weight.value))
-        products += site.weight.value.numel() * min(ways)
+    single_target = sum(_product_operations(seen.products[index]) for index in seen.single_target)
+    other_parameters = sum(token_loss.parameters[name].numel() for name in seen.other_parameters)
+    products = seen.tokens * n_vectors * other_parameters
+    for product in seen.products:
+        ways = operations(math.prod(product.shape[:-1]), seen.tokens, n_vectors, len(product.weight.value))
+        products += product.weight.value.numel() * min(ways)
     return {
         # Two backward passes tell which token a position matters to.
-        "taylor": (once * (1 + 2 * n_vectors + 4) - alone * n_vectors) / _TAYLOR,
+        "taylor": (once * (1 + 2 * n_vectors + 4) - single_target * n_vectors) / _TAYLOR,
         "reverse": once * (1 + _BACKWARD * seen.tokens) + 2 * products,
     }
 
 
-def _check_elsewhere(token_loss: TokenLoss, seen: Layout, budget: int) -> None:
+def _check_other_parameters(token_loss: TokenLoss, seen: ModelStructure, budget: int) -> None:
     """Gradients with respect to parameters that do not multiply data are formed as a whole, at least for the trial."""
-    whole = 2 * seen.tokens * sum(token_loss.parameters[name].nbytes for name in seen.elsewhere)
+    whole = 2 * seen.tokens * sum(token_loss.parameters[name].nbytes for name in seen.other_parameters)
     if whole > budget:
         raise ValueError(
-            f"gradients with respect to {sorted(seen.elsewhere)} take {whole:,} bytes for two examples in reverse "
-            f"mode, but of memory only {budget:,} are left; raise memory, or use mode = 'forward'"
+            f"gradients with respect to {sorted(seen.other_parameters)} take {whole:,} bytes for two examples in "
+            f"reverse mode, but of memory only {budget:,} are left; raise memory, or use mode = 'forward'"
         )
 
 
-def _site_operations(site: Site) -> int:
-    return 2 * math.prod(site.shape[:-1]) * site.weight.value.numel()
+def _product_operations(product: MatrixProduct) -> int:
+    return 2 * math.prod(product.shape[:-1]) * product.weight.value.numel()
 
 
 def _sized(
@@ -239,8 +244,8 @@ def _sized(
         # Further examples add to the peak what is kept of them.
         dtype = theta.dtype if strategy.precision == "float32" else torch.bfloat16
         parameters = token_loss.unflatten(theta)
-        matrices = weights_of(strategy.layout, parameters, dtype)
-        kept = signals(token_loss, parameters, strategy.layout, matrices, one, len(vectors)).nbytes
+        matrices = weights_of(strategy.structure, parameters, dtype)
+        kept = signals(token_loss, parameters, strategy.structure, matrices, one, len(vectors)).nbytes
         # A process takes more than its tensors: pieces that are kept and freed do not pack, and products need buffers.
         spare = budget * 5 // 8 - peak(passing, width)
         chunk = min(total, passing * (1 + max(0, spare // (kept * passing))))

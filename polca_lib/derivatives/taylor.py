@@ -1,8 +1,8 @@
 """Taylor-mode differentiation: first and second derivatives along many directions in one forward pass.
 
 As the weights move from theta to theta + s b, every tensor of the model is a function of s. A
-:class:`~polca_lib.derivatives.jets.Jet` carries its value and its derivatives with respect to s, for all directions b at once. For
-a product of data with a weight matrix
+:class:`~polca_lib.derivatives.jets.Jet` carries its value and its derivatives with respect to s, for all directions b
+at once. For a product of data with a weight matrix
 
     (x W)' = x' W + x W',    (x W)'' = x'' W + 2 x' W'
 

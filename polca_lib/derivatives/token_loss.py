@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 Batch = Any
 """A tensor, or a nest of tensors, whose first dimension is the example."""
 
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""(model, batch) -> the loss of each target token, (n_tokens,), example by example, in nats."""
+
 
 class _Composed(TorchFunctionMode):
     """Some functions from elementary operations, for the sake of second derivatives in forward mode.
@@ -80,7 +83,7 @@ _COMPOSED = {
 
 
 class _LossModule(nn.Module):
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor]):
+    def __init__(self, model: nn.Module, loss: Loss):
         super().__init__()
         self.model, self.loss = model, loss
 
@@ -98,13 +101,15 @@ class Subject:
         validation: examples whose tokens are decomposed.
         hessian: sample of the training data, for a basis of the Hessian.
         tokens: a row per token of ``validation``.
+        hessian_loss: loss whose Hessian is taken with ``basis.targets = "all"``.
     """
 
     model: nn.Module
-    loss: Callable[[nn.Module, Batch], Tensor]
+    loss: Loss
     validation: Batch
     hessian: Batch | None = None
     tokens: pd.DataFrame | None = None
+    hessian_loss: Loss | None = None
 
 
 class TokenLoss:
@@ -122,7 +127,7 @@ class TokenLoss:
             floating-point numbers to train. What can't be seen without data is up to :meth:`check`.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor]):
+    def __init__(self, model: nn.Module, loss: Loss):
         _refuse_what_is_no_function(model)
         self.model, self.loss = model, loss
         named = dict(model.named_parameters())

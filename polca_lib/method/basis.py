@@ -13,15 +13,15 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from polca_lib.storage.checkpoints import Checkpoints
-from polca_lib.method.settings import OF_HESSIAN, DirectionsConfig
 from polca_lib.derivatives.hessian import HessianOperator
-from polca_lib.method.eigenpairs import Eigenpairs, krylov_rows, top_eigenpairs
 from polca_lib.derivatives.memory import default_budget, rows_that_fit
+from polca_lib.derivatives.token_loss import Batch, TokenLoss
+from polca_lib.method.eigenpairs import Eigenpairs, krylov_rows, top_eigenpairs
+from polca_lib.method.settings import HESSIAN_KINDS, BasisSettings
+from polca_lib.method.vectors import gaussian, inner_products, mixing, orthogonalise, read_vectors, without
+from polca_lib.storage.checkpoints import Checkpoints
 from polca_lib.storage.pieces import PieceStore
 from polca_lib.storage.progress import progress
-from polca_lib.derivatives.token_loss import Batch
-from polca_lib.method.vectors import gaussian, inner_products, mixing, orthogonalise, read_vectors, without
 
 _RECORDS = ("eigenvalue", "residual", "products")
 
@@ -36,20 +36,21 @@ _STORED = {
     "parameters": {"axis": (("vector",), "int64")},
 }
 
-_WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in OF_HESSIAN)
+_WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in HESSIAN_KINDS)
 
 _Piece = tuple[int, dict[str, np.ndarray | float]]
 
 
 def compute_basis(
     path: Path,
-    settings: DirectionsConfig,
+    settings: BasisSettings,
     checkpoints: Checkpoints,
     hessian_batch: Batch | None,
     *,
     steps: Sequence[int],
     seed: int = 0,
     memory: int | None = None,
+    hessian_loss: TokenLoss | None = None,
 ) -> xr.Dataset:
     """Compute (or finish, or just open) the basis at ``path``.
 
@@ -76,9 +77,11 @@ def compute_basis(
         steps: basis checkpoints, in training order (t = 1 ... T of Algorithm 1).
         seed: of start vectors, random vectors and the shuffled order.
         memory: bytes to take; half of what the device has free if not given.
+        hessian_loss: loss whose Hessian is taken; that of the checkpoints if not given.
 
     Returns:
-        Dataset, opened but not read, with what :func:`polca_lib.method.vectors.read_vectors` needs: ``vectors`` (vector,
+        Dataset, opened but not read, with what :func:`polca_lib.method.vectors.read_vectors` needs: ``vectors``
+        (vector,
         parameter), unit norm; or ``mixing`` (vector, gaussian), which makes a random basis from the Gaussian vectors of
         the seed; or ``axis`` (vector), the parameter along whose axis it points. Coordinates: ``vector`` (from 1),
         ``birth_step``, ``eigenvalue`` (nats per squared parameter unit, of P H P), ``residual`` (relative) and
@@ -90,7 +93,7 @@ def compute_basis(
     kind, n_parameters = settings.kind, checkpoints.token_loss.n_parameters
     births = _birth_steps(settings, steps, seed, checkpoints)
     n_vectors = len(births)
-    if hessian_batch is None and kind in OF_HESSIAN:
+    if hessian_batch is None and kind in HESSIAN_KINDS:
         raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {_WITHOUT_HESSIAN}")
     template = xr.Dataset(
         coords={"vector": np.arange(1, n_vectors + 1), "birth_step": ("vector", births)},
@@ -99,7 +102,7 @@ def compute_basis(
     records = dict.fromkeys(_RECORDS, (("vector",), "float64"))
     sizes = {"parameter": n_parameters, "gaussian": n_vectors}
     store = PieceStore(path, template, {**_STORED[kind], **records}, dim="vector", sizes=sizes)
-    store.heal()
+    store.repair_pieces()
     if missing := store.missing():
         if kind == "random":
             rows = mixing(seed, n_vectors, n_parameters)
@@ -109,12 +112,13 @@ def compute_basis(
             pieces = ((row, {"axis": axes[row]}) for row in missing)
         else:
             memory = default_budget(checkpoints.device) if memory is None else memory
-            block = settings.k if kind in OF_HESSIAN else 1
+            block = settings.k if kind in HESSIAN_KINDS else 1
 
             def find(start: int) -> Iterator[_Piece]:
                 if kind == "trajectory":
                     return _principal_directions(checkpoints, births, steps, store, start, memory)
-                return _eigenvectors(settings, births, checkpoints, hessian_batch, store, start, seed, memory)
+                loss = hessian_loss or checkpoints.token_loss
+                return _eigenvectors(settings, births, checkpoints, loss, hessian_batch, store, start, seed, memory)
 
             pieces = _in_sequence(missing, block, find)
         done = n_vectors - len(missing)
@@ -131,7 +135,7 @@ def load_basis(path: Path) -> xr.Dataset | None:
     return None if stored is None else stored.set_coords(_RECORDS)
 
 
-def _birth_steps(settings: DirectionsConfig, steps: Sequence[int], seed: int, checkpoints: Checkpoints) -> np.ndarray:
+def _birth_steps(settings: BasisSettings, steps: Sequence[int], seed: int, checkpoints: Checkpoints) -> np.ndarray:
     births = np.array(steps)
     if settings.kind == "random":
         births = np.zeros_like(births)
@@ -178,9 +182,10 @@ class _Found:
 
 
 def _eigenvectors(
-    settings: DirectionsConfig,
+    settings: BasisSettings,
     births: np.ndarray,
     checkpoints: Checkpoints,
+    hessian_loss: TokenLoss,
     hessian_batch: Batch,
     store: PieceStore,
     start: int,
@@ -195,7 +200,7 @@ def _eigenvectors(
     room = min(n_vectors, shared // 2 // one)
     found = _Found(store, start, room, checkpoints)
     first = checkpoints.theta(int(births[start]))
-    hessian = HessianOperator(checkpoints.token_loss, first, hessian_batch, shared - room * one)
+    hessian = HessianOperator(hessian_loss, first, hessian_batch, shared - room * one)
 
     def search(step: int) -> Eigenpairs:
         hessian.move_to(checkpoints.theta(step))

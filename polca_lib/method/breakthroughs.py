@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from polca_lib.method.clustering import by_vector, cluster_tokens
-from polca_paper.homogeneity import homogeneity_table
-from polca_lib.method.settings import ClusteringConfig
+from polca_lib.method.clustering import by_vector
+from polca_lib.method.settings import ClusteringSettings
 
 _MIRRORED = {"vector": int, "one": int, "other": int, "correlation": float, "share": float, "ratio": float}
 
@@ -34,9 +33,9 @@ def flat_after(loss: xr.DataArray, drop: float = 7 / 8) -> int:
     return int(loss["step"][reached.values][0])
 
 
-def hidden_threshold(loss: xr.DataArray, config: ClusteringConfig) -> int:
+def hidden_threshold(loss: xr.DataArray, settings: ClusteringSettings) -> int:
     """Tau of v3's Eq. 10, in steps: as configured, or where the mean of ``loss`` (step, token) has gone flat."""
-    return flat_after(loss.mean("token")) if config.hidden_after is None else config.hidden_after
+    return flat_after(loss.mean("token")) if settings.hidden_after is None else settings.hidden_after
 
 
 def breakthrough_step(trajectories: xr.DataArray, window: int) -> xr.DataArray:
@@ -103,26 +102,6 @@ def mark_hidden(
         inside = labels.sel(vector=row.vector).values == row.cluster
         means.append(float(steps.sel(vector=row.vector).values[inside].mean()))
     return table.assign(breakthrough=means, hidden=[mean > hidden_after for mean in means])
-
-
-def cluster_breakthroughs(
-    trajectories: xr.DataArray, config: ClusteringConfig, hidden_after: int, *, only_falling: bool = True
-) -> tuple[xr.DataArray, pd.DataFrame]:
-    """Breakthrough clustering from trajectories to a table: cluster, tabulate, mark what is hidden.
-
-    Args:
-        trajectories: (step, token) or (step, token, vector), with the token table's coordinates.
-        config: of the clustering.
-        hidden_after: tau, in steps.
-        only_falling: see :func:`polca_lib.method.clustering.cluster_tokens`.
-
-    Returns:
-        Labels, as :func:`polca_lib.method.clustering.cluster_tokens` gives them, and one row per cluster, with the columns
-        of :func:`polca_paper.homogeneity.homogeneity_table` and :func:`mark_hidden`.
-    """
-    labels = cluster_tokens(trajectories, config, only_falling=only_falling)
-    table = homogeneity_table(labels)
-    return labels, mark_hidden(table, labels, trajectories, config.breakthrough_window, hidden_after)
 
 
 def mirrored(curves: xr.DataArray, *, threshold: float = -0.5, at_least: float = 0.1, window: int = 1) -> pd.DataFrame:

@@ -12,13 +12,13 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from polca_lib.method.settings import ClusteringConfig, Scaling
+from polca_lib.method.settings import ClusteringSettings, Scaling
 
 DROPPED, OUTLIER = -2, -1
 """Labels of tokens that were filtered out before HDBSCAN, and of those it calls noise. Clusters count from 1."""
 
 
-def falls(trajectories: xr.DataArray, by: Literal["final", "trend"] = "final") -> xr.DataArray:
+def is_decreasing(trajectories: xr.DataArray, by: Literal["final", "trend"] = "final") -> xr.DataArray:
     """Whether a trajectory falls: ends below where it began, or has a least-squares line with a negative slope."""
     if by == "trend":
         return trajectories.polyfit("step", 1)["polyfit_coefficients"].sel(degree=1, drop=True) < 0
@@ -49,7 +49,7 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
 
 def cluster_tokens(
     trajectories: xr.DataArray,
-    config: ClusteringConfig,
+    settings: ClusteringSettings,
     *,
     only_falling: bool = True,
     cache: joblib.Memory | None = None,
@@ -60,7 +60,7 @@ def cluster_tokens(
 
     Args:
         trajectories: (step, token) or (step, token, vector), with real coordinates.
-        config: parameters of HDBSCAN and the scaling.
+        settings: parameters of HDBSCAN and the scaling.
         only_falling: apply the two filters. Switch it off for rates, such as Fisher information or change in loss,
             whose fall means nothing.
         cache: where trees are kept, to cut the same one at another ``min_cluster_size`` or ``selection`` for little.
@@ -71,26 +71,26 @@ def cluster_tokens(
         no cluster at all is a result, too.
     """
     if "vector" not in trajectories.dims:
-        return _cluster(trajectories, config, only_falling, cache)
-    labels = [_cluster(trajectories.sel(vector=v), config, only_falling, cache) for v in trajectories["vector"]]
+        return _cluster(trajectories, settings, only_falling, cache)
+    labels = [_cluster(trajectories.sel(vector=v), settings, only_falling, cache) for v in trajectories["vector"]]
     return xr.concat(labels, dim="vector", coords="different", compat="equals")
 
 
 def _cluster(
-    trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool, cache: joblib.Memory | None
+    trajectories: xr.DataArray, settings: ClusteringSettings, only_falling: bool, cache: joblib.Memory | None
 ) -> xr.DataArray:
     labels = xr.full_like(trajectories.isel(step=0, drop=True), DROPPED, dtype=int).rename("cluster")
     labels.attrs = {}
-    keep, values, min_samples = candidates(trajectories, config, only_falling)
+    keep, values, min_samples = candidates(trajectories, settings, only_falling)
     labels[keep] = OUTLIER
-    if len(values) >= max(config.min_cluster_size, min_samples + 1):
-        found = fit_hdbscan(values, config, min_samples, memory=cache or joblib.Memory(None, verbose=0))
+    if len(values) >= max(settings.min_cluster_size, min_samples + 1):
+        found = fit_hdbscan(values, settings, min_samples, memory=cache or joblib.Memory(None, verbose=0))
         labels[keep] = _by_size(found.labels_)
     return labels
 
 
 def candidates(
-    trajectories: xr.DataArray, config: ClusteringConfig, only_falling: bool = True, *, judge_vector: bool = True
+    trajectories: xr.DataArray, settings: ClusteringSettings, only_falling: bool = True, *, judge_vector: bool = True
 ) -> tuple[Bool[np.ndarray, " token"], Float[np.ndarray, "kept step"], int]:
     """Which tokens of one vector HDBSCAN is given, their scaled trajectories, and ``min_samples``.
 
@@ -98,24 +98,24 @@ def candidates(
     """
     keep = np.ones(trajectories.sizes["token"], dtype=bool)
     if only_falling:
-        keep = falls(trajectories, config.falls_by).values
-        if judge_vector and not falls(trajectories.mean("token"), config.falls_by):
+        keep = is_decreasing(trajectories, settings.falls_by).values
+        if judge_vector and not is_decreasing(trajectories.mean("token"), settings.falls_by):
             keep = np.zeros_like(keep)
     values = trajectories.transpose("token", "step").values[keep].astype(np.float64)
-    tokens = int(keep.sum()) if config.min_samples_from == "kept" else keep.size
-    return keep, scale(values, config.scaling), max(1, tokens // config.min_samples_divisor)
+    tokens = int(keep.sum()) if settings.min_samples_from == "kept" else keep.size
+    return keep, scale(values, settings.scaling), max(1, tokens // settings.min_samples_divisor)
 
 
 def fit_hdbscan(
-    values: Float[np.ndarray, "token step"], config: ClusteringConfig, min_samples: int, **options: object
+    values: Float[np.ndarray, "token step"], settings: ClusteringSettings, min_samples: int, **options: object
 ) -> hdbscan.HDBSCAN:
     """HDBSCAN, fitted to scaled trajectories; ``options`` go to ``hdbscan.HDBSCAN``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return hdbscan.HDBSCAN(
-            min_cluster_size=config.min_cluster_size,
+            min_cluster_size=settings.min_cluster_size,
             min_samples=min_samples,
-            cluster_selection_method=config.selection,
+            cluster_selection_method=settings.selection,
             core_dist_n_jobs=1,
             **options,
         ).fit(values)
@@ -200,58 +200,3 @@ def summarise_clusters(
         },
         coords={**about, "cluster": numbers, "step": curves["step"].values, by: kinds},
     )
-
-
-def homogeneity_table(
-    labels: xr.DataArray, *, positive: str = "carry", places: tuple[str, ...] = ("10s", "100s")
-) -> pd.DataFrame:
-    """How purely each cluster consists of carry tokens (Tables 3 and 4 of the paper).
-
-    Args:
-        labels: (token,) or (vector, token), from :func:`cluster_tokens`, with coordinates ``positive`` and ``place``.
-        positive: boolean coordinate of the skill.
-        places: those that v3's rule asks for.
-
-    Returns:
-        One row per cluster: ``vector`` (0 if there is none), ``cluster``, ``tokens``, ``homogeneity`` (share of its
-        tokens that carry), ``recall`` (share of the carry tokens in any cluster of this vector that lie in it: outliers
-        and dropped tokens do not count), ``f1``, ``in_places`` (share of its carry tokens in ``places``),
-        ``counts_v3`` (that share is over 0.85, which v3 asks for before it counts a cluster; v1 counts all).
-    """
-    rows = []
-    for one in by_vector(labels):
-        value, place, cluster = one[positive].values, one["place"].values, one.values
-        total = int(value[cluster >= 1].sum())
-        for number in range(1, cluster.max() + 1):
-            inside = cluster == number
-            hits = inside & value
-            precision = hits.sum() / inside.sum()
-            recall = hits.sum() / total if total else 0.0
-            in_places = float(np.isin(place[hits], places).mean()) if hits.any() else 0.0
-            rows.append(
-                {
-                    "vector": int(one["vector"]),
-                    "cluster": number,
-                    "tokens": int(inside.sum()),
-                    "homogeneity": precision,
-                    "recall": recall,
-                    "f1": 2 * precision * recall / (precision + recall) if hits.any() else 0.0,
-                    "in_places": in_places,
-                    "counts_v3": in_places > 0.85,
-                }
-            )
-    columns = ["vector", "cluster", "tokens", "homogeneity", "recall", "f1", "in_places", "counts_v3"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def most_homogeneous(table: pd.DataFrame, n: int = 3, *, rule: str = "v1") -> pd.DataFrame:
-    """The ``n`` clusters of highest homogeneity, one per vector, by v1's rule (all count) or v3's.
-
-    Raises:
-        ValueError: an unknown rule.
-    """
-    if rule not in ("v1", "v3"):
-        raise ValueError(f"rule = {rule!r} is unknown; allowed: v1, v3")
-    counted = table if rule == "v1" else table[table["counts_v3"].astype(bool)]
-    best = counted.sort_values(["homogeneity", "tokens"], ascending=False, kind="stable")
-    return best.drop_duplicates("vector").head(n).reset_index(drop=True)

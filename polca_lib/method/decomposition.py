@@ -69,6 +69,14 @@ def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
     return _finish(first + (curvature * movement**2 / 2 * ratio).fillna(0.0), order)
 
 
+def available_orders(projections: xr.Dataset) -> list[Order]:
+    """Orders that the curvature at hand allows."""
+    orders: list[Order] = ["first", "trapezoid"]
+    if "curvature" in projections:
+        orders += ["second", "exact"] if "token" in projections["curvature"].dims else ["second"]
+    return orders
+
+
 def mean_curvature(projections: xr.Dataset) -> xr.DataArray:
     """lambda_t(X, b) = b^T H_t(X) b, (step, vector): mean over all tokens, or over the sample it was measured on."""
     curvature = projections["curvature"]
@@ -149,7 +157,7 @@ def fisher(projections: xr.Dataset) -> xr.DataArray:
     return (projections["gradient"] ** 2).rename("fisher")
 
 
-def closure(projections: xr.Dataset, order: Order) -> xr.Dataset:
+def completeness(projections: xr.Dataset, order: Order) -> xr.Dataset:
     """How much of the true loss change the sum over vectors accounts for.
 
     Returns:

@@ -12,11 +12,11 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, split_examples
+from polca_lib.method.vectors import inner_products, read_vectors
 from polca_lib.storage.checkpoints import Checkpoints
 from polca_lib.storage.pieces import PieceStore
 from polca_lib.storage.progress import progress
-from polca_lib.derivatives.token_loss import Batch, TokenLoss, split_examples
-from polca_lib.method.vectors import inner_products, read_vectors
 
 _EXAMPLES = 128  # through the model at one time
 _STREAM = 1  # or random directions would be those of the random basis and of the starts of Lanczos
@@ -63,7 +63,7 @@ def move_along(
     return store.dataset()["change"].load()
 
 
-def undo_movement(
+def ablate_movement(
     token_loss: TokenLoss,
     start: Float[Tensor, " d"],
     end: Float[Tensor, " d"],

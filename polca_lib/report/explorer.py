@@ -21,22 +21,21 @@ import pandas as pd
 import xarray as xr
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
-from polca_lib.report.palette import OKABE_ITO, cluster_colour
+from polca_lib.report.palette import OKABE_ITO, ON_DARK, cluster_colour
 
 PLOTLY_FILE = "plotly.min.js"
 """Name under which a built book keeps plotly.js in its ``_static`` folder."""
 
 CURVES = ("medoid", "low", "high", "loss")
 MEASURES = ("inside", "outside", "precision", "recall")
-# The colours of Okabe and Ito, lighter, in the same order: for lines on a dark page.
-ON_DARK = ("#4BA3E3", "#F58A4B", "#2CC79B", "#E9A6CB", "#F3C04F", "#A5DBFF", "#A3A9B1", "#FFFFFF")
 
 
 class Explorer:
     """Clusters of every vector: projected loss, exact loss and contexts, to click through.
 
     Args:
-        summary: from :func:`polca_lib.method.clustering.summarise_clusters`: ``medoid``, ``low``, ``high`` and ``loss``, each
+        summary: from :func:`polca_lib.method.clustering.summarise_clusters`: ``medoid``, ``low``, ``high`` and
+            ``loss``, each
             (vector, cluster, step) in nats, NaN where a vector has fewer clusters; coordinates ``vector``, ``cluster``,
             ``step`` and, if known, ``birth_step`` (vector). Vector 0 stands for the exact loss, without a vector. It
             may also have ``nearest`` (vector, cluster, rank, step): curves of the tokens nearest the medoid.
@@ -197,7 +196,7 @@ def _check(summary: xr.Dataset, clusters: pd.DataFrame, contexts: pd.DataFrame) 
 
 @cache
 def _part(name: str) -> str:
-    return (files("polca_lib") / name).read_text(encoding="utf-8")
+    return (files("polca_lib.report") / name).read_text(encoding="utf-8")
 
 
 @cache

@@ -13,9 +13,9 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.breakthroughs import mark_hidden
-from polca_lib.method.clustering import DROPPED, by_vector, falls
-from polca_lib.method.settings import ClusteringConfig
-from polca_lib.method.decomposition import closure
+from polca_lib.method.clustering import DROPPED, by_vector, is_decreasing
+from polca_lib.method.decomposition import completeness
+from polca_lib.method.settings import ClusteringSettings
 
 _LONGEST = 80  # characters of a value that are shown
 _TOP = 5  # values that say what a cluster is made of
@@ -31,7 +31,8 @@ class Findings:
 
     Args:
         projections: from :func:`polca_lib.analysis.projections.project_run`.
-        curves: projected loss, (step, token, vector), in nats, from :func:`polca_lib.method.decomposition.projected_loss`.
+        curves: projected loss, (step, token, vector), in nats, from
+            :func:`polca_lib.method.decomposition.projected_loss`.
         labels: (vector, token), from :func:`polca_lib.method.clustering.cluster_tokens`.
         clustering: its settings; they say the order, too.
         hidden_after: tau, in steps; none if nothing can be hidden.
@@ -40,13 +41,13 @@ class Findings:
     projections: xr.Dataset
     curves: xr.DataArray
     labels: xr.DataArray
-    clustering: ClusteringConfig
+    clustering: ClusteringSettings
     hidden_after: int | None = None
 
     @cached_property
-    def closure(self) -> xr.Dataset:
-        """True loss change and what projected losses make of it, see :func:`polca_lib.method.decomposition.closure`."""
-        return closure(self.projections, self.clustering.order)
+    def completeness(self) -> xr.Dataset:
+        """True loss change, and what projected losses add up to."""
+        return completeness(self.projections, self.clustering.order)
 
     @cached_property
     def clusters(self) -> pd.DataFrame:
@@ -93,7 +94,7 @@ class Findings:
         for name in ("birth_step", "eigenvalue"):
             table[name] = self.projections[name].values if name in self.projections.coords else np.nan
         table["change"] = mean.isel(step=-1).values
-        table["falls"] = falls(mean, self.clustering.falls_by).values
+        table["falls"] = is_decreasing(mean, self.clustering.falls_by).values
         table["dropped"] = (each == DROPPED).sum("token").values
         table["clustered"] = (each >= 1).sum("token").values
         table["clusters"] = each.max("token").clip(0).values
@@ -109,7 +110,7 @@ class Findings:
             ``correlation`` (of claimed with true, over tokens); ``vectors_falling``, ``vectors_with_clusters``,
             ``clusters``, ``hidden_breakthroughs``; and ``breakthroughs``, a dictionary for each cluster.
         """
-        found, clusters = self.closure.attrs, self.clusters
+        found, clusters = self.completeness.attrs, self.clusters
         loss, steps = self.projections["loss"].mean("token").values, self.projections["step"].values
         return {
             "tokens": self.projections.sizes["token"],

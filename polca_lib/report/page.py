@@ -1,4 +1,4 @@
-"""A page about any run that needs nothing else: losses, closure, vectors, clusters, breakthroughs, contexts."""
+"""A page about any run that needs nothing else: losses, completeness, vectors, clusters, breakthroughs, contexts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ import jinja2
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import xarray as xr
 from plotly.offline import get_plotlyjs
 
-from polca_paper import labeling
-from polca_lib.storage.artefacts import write_atomically
 from polca_lib.method.breakthroughs import mirrored, named_mirrors
 from polca_lib.method.clustering import summarise_clusters
 from polca_lib.method.decomposition import movement_share
+from polca_lib.report.contexts import contexts, nearest
 from polca_lib.report.explorer import Explorer
-from polca_lib.report.palette import OKABE_ITO
 from polca_lib.report.findings import Findings, shown
-
-_BEFORE, _AFTER = 16, 8  # tokens of a context
+from polca_lib.report.palette import OKABE_ITO
+from polca_lib.storage.artefacts import write_atomically
 
 
 def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.DataFrame) -> Path:
@@ -38,7 +35,7 @@ def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.D
         ``path``.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("polca_lib", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("polca_lib.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html").render(
         title=shown(title),
@@ -48,7 +45,7 @@ def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.D
         clusters=findings.clusters.to_dict("records"),
         figures={
             "loss": _loss_figure(findings),
-            "closure": _closure_figure(findings),
+            "completeness": _completeness_figure(findings),
             "share": _share_figure(findings),
         },
         explorer=explorer(findings)._repr_html_() if len(findings.clusters) else None,
@@ -72,34 +69,11 @@ def explorer(findings: Findings, *, title: str = "", note: str = "") -> Explorer
     return Explorer(
         curves,
         clusters.assign(mirrors=named_mirrors(clusters, mirrored(curves["median"]))),
-        _contexts(labeling.nearest(findings.curves, findings.labels, scaling), findings.projections),
+        contexts(nearest(findings.curves, findings.labels, scaling), findings.projections),
         title=shown(title),
         note=shown(note),
         hidden_after=findings.hidden_after,
     )
-
-
-def _contexts(near: pd.DataFrame, projections: xr.Dataset) -> pd.DataFrame:
-    """The text around each token, of its own example; or, without text, what the table says of it."""
-    coords = {n: c.values for n, c in projections.coords.items() if c.dims == ("token",)}
-    if not {"text", "example"} <= coords.keys():
-        names = [n for n in coords if n != "token"]
-        told = [", ".join(f"{shown(n)} {shown(coords[n][token])}" for n in names) for token in near["token"]]
-        return near.assign(before="", target=told, after="")
-    places = pd.DataFrame({"example": coords["example"], "position": coords.get("position", coords["token"])})
-    order = places.sort_values(["example", "position"], kind="stable").index.to_numpy()
-    rank, example = np.argsort(order), places["example"].to_numpy()
-    rows: dict[str, list[str]] = {"before": [], "target": [], "after": []}
-    for token in near["token"]:
-        at = rank[token]
-        for name, start, stop in (
-            ("before", at - _BEFORE, at),
-            ("target", at, at + 1),
-            ("after", at + 1, at + 1 + _AFTER),
-        ):
-            some = [i for i in order[max(0, start) : max(0, stop)] if example[i] == example[token]]
-            rows[name].append("".join(shown(coords["text"][i]) for i in some))
-    return near.assign(**rows)
 
 
 def _loss_figure(findings: Findings) -> str:
@@ -115,8 +89,8 @@ def _loss_figure(findings: Findings) -> str:
     return _html(figure, "loss, nats")
 
 
-def _closure_figure(findings: Findings) -> str:
-    parts = findings.closure
+def _completeness_figure(findings: Findings) -> str:
+    parts = findings.completeness
     names = {"true": "true loss change", "inside": "after the movement inside the basis", "claimed": "projected losses"}
     figure = go.Figure()
     for (name, told), colour in zip(names.items(), ("gray", *OKABE_ITO), strict=False):

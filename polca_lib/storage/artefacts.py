@@ -1,14 +1,14 @@
 """Results on disk: each knows what it was made from, and half-made ones resume.
 
 An artefact is a folder with a ``manifest.json`` that holds the configuration of its stage and the keys of
-the artefacts it came from. Arrays that are computed piece by piece lie in a :class:`polca_lib.storage.pieces.PieceStore`.
+the artefacts it came from. Arrays that are computed piece by piece lie in a
+:class:`polca_lib.storage.pieces.PieceStore`.
 
 Paths may be local, or of anything that ``upath`` (fsspec) knows, such as ``s3://bucket/run``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -27,6 +27,8 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from polca_lib.storage.hashing import hash_json
+
 FORMAT_VERSION = 3
 
 
@@ -36,11 +38,6 @@ class ArtefactMismatch(ValueError):
 
 class DamagedFile(ValueError):
     """A stored file is truncated, changed or lost."""
-
-
-def fingerprint(value: Any) -> str:
-    """SHA-256 of ``value`` as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -102,12 +99,12 @@ class Artefact:
             path.mkdir(parents=True, exist_ok=True)
             record = {**wanted, "software": software()}
             write_atomically(manifest, json.dumps(record, indent=1).encode())
-        return cls(path, fingerprint(wanted))
+        return cls(path, hash_json(wanted))
 
     @classmethod
     def of_stage(cls, folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> Artefact:
         """Open, or start, the artefact of a stage in ``folder``, named by the hash of all that it depends on."""
-        name = fingerprint([FORMAT_VERSION, stage, config, parents])[:12]
+        name = hash_json([FORMAT_VERSION, stage, config, parents])[:12]
         return cls.open(folder / f"{stage}-{name}", stage, config, parents)
 
     @property
@@ -183,7 +180,7 @@ def software() -> dict[str, str]:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from polca_lib.storage.artefacts import DamagedFile, write_atomically
 from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.storage.artefacts import DamagedFile, write_atomically
+from polca_lib.storage.hashing import hash_tensors, hash_vector
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors atomically as safetensors, with the SHA-256 of their bytes in the metadata."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, metadata={"sha256": _checksum(tensors)}))
+    write_atomically(path, save(tensors, metadata={"sha256": hash_tensors(tensors)}))
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -40,17 +39,9 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedFile(f"{path} is damaged ({error}); delete it to have it recomputed") from None
-    if checksum != _checksum(tensors):
+    if checksum != hash_tensors(tensors):
         raise DamagedFile(f"{path} is damaged (its checksum does not match); delete it to have it recomputed")
     return {name: t.to(device) for name, t in tensors.items()}
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class Checkpoints(Protocol):
@@ -123,7 +114,7 @@ class CheckpointFolder:
 
 
 @dataclass(frozen=True)
-class Remembered:
+class ChecksummedCheckpoints:
     """Checkpoints whose checksums are kept when they are first read: what changes afterwards is refused."""
 
     inner: Checkpoints
@@ -159,7 +150,7 @@ class Remembered:
             DamagedFile: it is not what it was when it was first read.
         """
         theta = self.inner.theta(step)
-        digest = hashlib.sha256(theta.detach().cpu().numpy()).hexdigest()
+        digest = hash_vector(theta)
         kept = self.folder / f"{step:012d}.sha256"
         if not kept.exists():
             self.folder.mkdir(parents=True, exist_ok=True)

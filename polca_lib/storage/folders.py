@@ -15,8 +15,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polca_lib.storage.artefacts import DamagedFile
 from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.storage.artefacts import DamagedFile
 
 _NESTED = ("model", "state_dict", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polca_lib.storage.artefacts import DamagedFile
 from polca_lib.derivatives.token_loss import Subject, TokenLoss
+from polca_lib.storage.artefacts import DamagedFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

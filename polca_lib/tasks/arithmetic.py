@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polca_lib.tasks.settings import RunConfig
+from polca_lib.tasks.settings import RunSettings
 
 PLUS, EQUALS = 10, 11
 N_ANSWER = 4
@@ -55,8 +55,8 @@ class Addition:
     groups = PLACES
     identity: dict[str, str] = {}  # noqa: RUF012  (the settings say it all)
 
-    def __init__(self, config: RunConfig):
-        self._seed, self._data, self._training = config.seed, config.data, config.training
+    def __init__(self, settings: RunSettings):
+        self._seed, self._data, self._training = settings.seed, settings.data, settings.training
 
     @cached_property
     def samples(self) -> Samples:

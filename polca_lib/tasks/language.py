@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polca_lib.storage.artefacts import fingerprint
-from polca_lib.tasks.settings import RunConfig
+from polca_lib.storage.hashing import hash_json
 from polca_lib.tasks import grammar
 from polca_lib.tasks.prepared import PreparedCorpus, prepare_corpus
+from polca_lib.tasks.settings import RunSettings
 from polca_lib.tasks.tokenization import PAD, pack
 
 CONTEXT = 2
@@ -45,12 +45,12 @@ class Language:
     validation: Int[Tensor, "window width"]
     vocabulary: Sequence[str]
 
-    def __init__(self, config: RunConfig):
-        self._config = config
+    def __init__(self, settings: RunSettings):
+        self._settings = settings
 
     def batch(self, step: int) -> Int[Tensor, "batch width"]:
         """Windows of update ``step``: each epoch takes all in an order of its own, drawn from the seed."""
-        n, size = len(self.train), self._config.training.batch_size
+        n, size = len(self.train), self._settings.training.batch_size
         taken = np.arange(step * size, (step + 1) * size)
         rows = [
             self._order(epoch)[taken[taken // n == epoch] % n] for epoch in range(taken[0] // n, taken[-1] // n + 1)
@@ -59,7 +59,7 @@ class Language:
 
     @cached_property
     def _order(self) -> Callable[[int], Int[np.ndarray, " window"]]:
-        return cache(lambda epoch: np.random.default_rng([self._config.seed, epoch]).permutation(len(self.train)))
+        return cache(lambda epoch: np.random.default_rng([self._settings.seed, epoch]).permutation(len(self.train)))
 
     @staticmethod
     def loss(model: nn.Module, batch: Int[Tensor, "n width"]) -> Float[Tensor, " n*(width-2)"]:
@@ -89,7 +89,7 @@ class Language:
 
     def _check_vocabulary(self, size: int, what: str) -> None:
         for name in ("d_vocab", "d_vocab_out"):
-            value = getattr(self._config.model, name)
+            value = getattr(self._settings.model, name)
             if value != size:
                 raise ValueError(f"model.{name} = {value} does not fit {what}; allowed: {size}")
 
@@ -99,19 +99,19 @@ class Grammar(Language):
 
     vocabulary = grammar.VOCABULARY
 
-    def __init__(self, config: RunConfig):
-        super().__init__(config)
+    def __init__(self, settings: RunSettings):
+        super().__init__(settings)
         self._check_vocabulary(len(self.vocabulary), "the vocabulary of the grammar")
 
     @cached_property
     def train(self) -> Int[np.ndarray, "window width"]:
         """As many windows as training takes. Each is seen once."""
-        training = self._config.training
+        training = self._settings.training
         return self._windows(2, training.steps * training.batch_size)[0]
 
     @cached_property
     def _validation(self) -> list[np.ndarray]:
-        return self._windows(0, self._config.data.validation_examples)
+        return self._windows(0, self._settings.data.validation_examples)
 
     @property
     def validation(self) -> Int[Tensor, "window width"]:
@@ -121,7 +121,7 @@ class Grammar(Language):
     @cached_property
     def hessian(self) -> Int[Tensor, "window width"]:
         """Windows of documents of their own."""
-        return torch.from_numpy(self._windows(1, self._config.data.hessian_examples)[0])
+        return torch.from_numpy(self._windows(1, self._settings.data.hessian_examples)[0])
 
     @property
     def tokens(self) -> pd.DataFrame:
@@ -153,8 +153,8 @@ class Grammar(Language):
 
     def _windows(self, stream: int, n: int) -> list[Int[np.ndarray, "n width"]]:
         """Ids, tags and constructions of ``n`` windows of stream ``stream`` of the seed, in an order drawn from it."""
-        rng = np.random.default_rng([self._config.seed, stream])
-        width, documents, enough = self._config.model.n_ctx, [], 0
+        rng = np.random.default_rng([self._settings.seed, stream])
+        width, documents, enough = self._settings.model.n_ctx, [], 0
         # Of the small samples only some windows of a document are taken, so that they come from many.
         wanted = n if stream == 2 else 4 * n
         while enough < wanted:
@@ -172,25 +172,25 @@ class Grammar(Language):
 class Wikipedia(Language):
     """Articles of Wikipedia, cut into windows (see :mod:`polca_lib.tasks.prepared`)."""
 
-    def __init__(self, config: RunConfig, folder: Path):
-        super().__init__(config)
+    def __init__(self, settings: RunSettings, folder: Path):
+        super().__init__(settings)
         self._folder = folder
 
     @cached_property
     def corpus(self) -> PreparedCorpus:
         """The corpus, prepared when first asked for and kept beside the runs."""
-        config, model = self._config.corpus, self._config.model
+        settings, model = self._settings.corpus, self._settings.model
         self._check_vocabulary(model.d_vocab, "model.d_vocab")
-        source = config.source or os.environ.get("POLCA_WIKIPEDIA") or "hub"
-        settings = {**config.model_dump(), "source": source, "vocabulary": model.d_vocab, "width": model.n_ctx}
+        source = settings.source or os.environ.get("POLCA_WIKIPEDIA") or "hub"
+        settings = {**settings.model_dump(), "source": source, "vocabulary": model.d_vocab, "width": model.n_ctx}
         return prepare_corpus(
-            self._folder / f"corpus-{fingerprint(settings)[:12]}",
+            self._folder / f"corpus-{hash_json(settings)[:12]}",
             source,
             vocabulary=model.d_vocab - 1,
             width=model.n_ctx,
-            articles=config.articles,
-            tokenizer_articles=config.tokenizer_articles,
-            skip_damaged=config.skip_damaged,
+            articles=settings.articles,
+            tokenizer_articles=settings.tokenizer_articles,
+            skip_damaged=settings.skip_damaged,
         )
 
     @property
@@ -219,7 +219,7 @@ class Wikipedia(Language):
     @cached_property
     def rows(self) -> Int[np.ndarray, " window"]:
         """Which windows of the validation articles are decomposed, drawn from the seed."""
-        return self._draw(0, len(self.corpus.validation), self._config.data.validation_examples, "validation")
+        return self._draw(0, len(self.corpus.validation), self._settings.data.validation_examples, "validation")
 
     @cached_property
     def validation(self) -> Int[Tensor, "window width"]:
@@ -229,7 +229,7 @@ class Wikipedia(Language):
     @cached_property
     def hessian(self) -> Int[Tensor, "window width"]:
         """Windows of training articles."""
-        rows = self._draw(1, len(self.train), self._config.data.hessian_examples, "hessian")
+        rows = self._draw(1, len(self.train), self._settings.data.hessian_examples, "hessian")
         return torch.from_numpy(self.train[rows].astype(np.int64))
 
     @property
@@ -256,4 +256,4 @@ class Wikipedia(Language):
                 f"data.{sample}_examples = {wanted} is more than the {n} windows that the corpus has for it; "
                 "lower it, or raise corpus.articles"
             )
-        return np.sort(np.random.default_rng([self._config.seed, stream]).permutation(n)[:wanted])
+        return np.sort(np.random.default_rng([self._settings.seed, stream]).permutation(n)[:wanted])

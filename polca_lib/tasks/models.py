@@ -6,16 +6,16 @@ import warnings
 
 from torch import nn
 
-from polca_lib.tasks.settings import ModelConfig
+from polca_lib.tasks.settings import ModelSettings
 
-ARITHMETIC = ModelConfig()
+ARITHMETIC = ModelSettings()
 """9,475,594 parameters (Table 1)."""
 
-ENGLISH = ModelConfig(n_ctx=128, d_vocab=30_001, d_vocab_out=30_001)
+ENGLISH = ModelSettings(n_ctx=128, d_vocab=30_001, d_vocab_out=30_001)
 """40,274,737 parameters (Table 2), with 30,000 tokens and PAD."""
 
 
-def build_model(config: ModelConfig, seed: int, device: str = "cpu") -> nn.Module:
+def build_model(settings: ModelSettings, seed: int, device: str = "cpu") -> nn.Module:
     """A ``HookedTransformer`` in evaluation mode, initialised from ``seed``.
 
     LayerNorm with parameters, biases everywhere and learned positions: with these the parameter counts
@@ -29,15 +29,15 @@ def build_model(config: ModelConfig, seed: int, device: str = "cpu") -> nn.Modul
 
         return HookedTransformer(
             HookedTransformerConfig(
-                n_layers=config.n_layers,
-                d_model=config.d_model,
-                n_heads=config.n_heads,
-                d_head=config.d_model // config.n_heads,
-                d_mlp=config.d_mlp,
-                n_ctx=config.n_ctx,
-                d_vocab=config.d_vocab,
-                d_vocab_out=config.d_vocab_out,
-                act_fn=config.activation,
+                n_layers=settings.n_layers,
+                d_model=settings.d_model,
+                n_heads=settings.n_heads,
+                d_head=settings.d_model // settings.n_heads,
+                d_mlp=settings.d_mlp,
+                n_ctx=settings.n_ctx,
+                d_vocab=settings.d_vocab,
+                d_vocab_out=settings.d_vocab_out,
+                act_fn=settings.activation,
                 normalization_type="LN",
                 seed=seed,
                 device=device,

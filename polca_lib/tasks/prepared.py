@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,10 +19,19 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from polca_lib.storage.artefacts import Artefact, DamagedFile, fingerprint, write_atomically
+from polca_lib.storage.artefacts import Artefact, DamagedFile, write_atomically
+from polca_lib.storage.hashing import hash_file, hash_json
 from polca_lib.storage.progress import progress
 from polca_lib.tasks.corpus import VALIDATION_ONE_IN, Article, hub_config, is_validation, read_articles
-from polca_lib.tasks.tokenization import GrowingArray, encode, encode_many, id_type, load_tokenizer, pack, train_tokenizer
+from polca_lib.tasks.tokenization import (
+    GrowingArray,
+    encode,
+    encode_many,
+    id_type,
+    load_tokenizer,
+    pack,
+    train_tokenizer,
+)
 
 ARRAYS = ("train", "validation", "article", "starts", "ends")
 FILES = ("tokenizer.json", "articles.jsonl", *(f"{name}.npy" for name in ARRAYS))
@@ -177,9 +185,9 @@ def _fill(
             f"none of the {counts.articles} articles read from source = '{source}' is for validation, where about one "
             f"in {VALIDATION_ONE_IN} is; raise articles, or give a larger source"
         )
-    files = {name: _sha256(folder / name) for name in FILES}
+    files = {name: hash_file(folder / name) for name in FILES}
     contents = {"counts": counts._asdict(), "files": files}
-    record = {**contents, "checksum": fingerprint(contents)}
+    record = {**contents, "checksum": hash_json(contents)}
     write_atomically(folder / "contents.json", json.dumps(record, indent=1).encode())
 
 
@@ -241,7 +249,7 @@ def _load(folder: Path, source: str) -> PreparedCorpus:
         contents = json.loads((folder / "contents.json").read_text())
         checksum = contents.pop("checksum")
         counts, files = Counts(**contents["counts"]), contents["files"]
-        if fingerprint(contents) != checksum:
+        if hash_json(contents) != checksum:
             raise ValueError("its checksum is another")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedFile(f"{folder / 'contents.json'} is damaged ({error}); {advice}") from None
@@ -249,12 +257,7 @@ def _load(folder: Path, source: str) -> PreparedCorpus:
         path = folder / name
         if not path.exists():
             raise DamagedFile(f"{path} is missing; {advice}")
-        if _sha256(path) != files[name]:
+        if hash_file(path) != files[name]:
             raise DamagedFile(f"{path} is damaged: its checksum is another than when it was written; {advice}")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     return PreparedCorpus(folder, source, checksum, counts, load_tokenizer(folder / "tokenizer.json"), **arrays)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

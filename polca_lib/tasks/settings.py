@@ -160,8 +160,7 @@ class RunSettings(AnalysisSettings):
         self._check_multiple("basis.every", basis.every)
         if basis.every > steps:
             raise ValueError(
-                f"basis.every = {basis.every} is past the end of training; "
-                f"allowed: at most training.steps = {steps}"
+                f"basis.every = {basis.every} is past the end of training; allowed: at most training.steps = {steps}"
             )
         births = steps // basis.every
         if basis.n_vectors is not None and basis.n_vectors > births * basis.k:

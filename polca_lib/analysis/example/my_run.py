@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from polca_lib import Subject
 from polca_lib.tasks.grammar import VOCABULARY, document
-from polca_lib.derivatives.token_loss import Subject
 
 CONTEXT, WIDTH, STEPS, EVERY = 32, 64, 600, 20
 

@@ -1,0 +1,1 @@
+"""What only this book says: studies, tables, figures, claims and verdicts."""

@@ -1,0 +1,113 @@
+"""The commands ``polca paper``: runs of the paper's tasks, studies of them, verdicts on the paper's claims."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polca_lib.analysis.cli import reported_errors
+
+app = typer.Typer(
+    help="The paper's own tasks: run one, make a study of it, judge the paper's claims.", no_args_is_help=True
+)
+
+Task = StrEnum("Task", ["addition", "grammar", "wikipedia"])
+Preset = StrEnum("Preset", ["smoke", "laptop", "paper"])
+
+TaskOption = Annotated[Task, typer.Option(help="of the paper, or the grammar")]
+PresetOption = Annotated[Preset, typer.Option(help="settings to start from")]
+Seed = Annotated[int, typer.Option(min=0)]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="NAME=VALUE", help="another setting of the run; may be repeated")
+]
+
+
+@app.command()
+def run(
+    task: TaskOption = Task.addition,
+    preset: PresetOption = Preset.laptop,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    overrides: Overrides = [],  # noqa: B006  (typer makes a new one each time)
+    beside: Annotated[str, typer.Option(metavar="KINDS", help="other bases, such as random,parameters")] = "",
+) -> None:
+    """Compute all stages of a run, on its own basis and on those named."""
+    with reported_errors():
+        from polca_lib.analysis.stages import project_together
+
+        chosen = _run(task, preset, seed, device, overrides)
+        own = chosen.settings.projection
+        measured = own.curvature and not own.curvature_of_all  # curvature of all tokens costs a pass of its own
+        sample = own.curvature_examples if measured else None
+        kinds = [kind for kind in beside.split(",") if kind]
+        others = [chosen.on_basis(kind, curvature=measured, curvature_examples=sample) for kind in kinds]
+        project_together([chosen, *others])
+        typer.echo(chosen.provenance().to_string(header=False))
+
+
+@app.command()
+def study(
+    task: TaskOption = Task.addition,
+    preset: PresetOption = Preset.laptop,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    overrides: Overrides = [],  # noqa: B006
+    name: Annotated[str, typer.Option(help="of the study; task, preset and seed if not given")] = "",
+    bases: Annotated[str, typer.Option(help="that are compared; all, or hessian,random for a task of text")] = "",
+    ablation_curvature: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="examples on which curvature along the other bases is measured; 0 for none; 16 if not given, or as "
+            "many as along the first for a task of text",
+        ),
+    ] = None,
+    variants: Annotated[bool, typer.Option(help="specification curve on other Hessian bases, too")] = True,
+    spacy: Annotated[str, typer.Option(metavar="PIPELINE", help="that tags Wikipedia: name or path")] = "",
+    tables: Annotated[str, typer.Option(help="only these, separated by commas")] = "",
+) -> None:
+    """Run a study: projections on all bases, then every table; or finish one that was stopped."""
+    with reported_errors():
+        from polca_paper.language_study import LanguageStudy
+        from polca_paper.studies import complete
+        from polca_paper.study import BASES, Study
+
+        chosen = _run(task, preset, seed, device, overrides)
+        folder = name or f"{preset.value}-{seed}"
+        if task is Task.addition:
+            sample = 16 if ablation_curvature is None else ablation_curvature
+            made = Study(chosen, tuple(bases.split(",")) if bases else BASES, sample, variants)
+        else:
+            made = LanguageStudy(chosen, tuple((bases or "hessian,random").split(",")), ablation_curvature, spacy)
+            folder = name or f"{task.value}-{folder}"
+        complete(made, folder, [table for table in tables.split(",") if table])
+
+
+@app.command()
+def verdicts(
+    studies: Annotated[list[str] | None, typer.Argument(help="folders in data/addition; the book's if none")] = None,
+    output: Annotated[Path | None, typer.Option(help="of the table; data/paper/verdicts.csv if not given")] = None,
+) -> None:
+    """Judge every claim by the studies named; write ``verdicts.csv`` and ``english_counts.json``."""
+    with reported_errors():
+        from polca_paper.saved_study import PAPER, SavedStudy
+        from polca_paper.verdicts import COLUMNS, ENGLISH, JUDGED, english_counts, judge
+
+        found = judge([SavedStudy(name) for name in studies or JUDGED])
+        counts = english_counts(SavedStudy(ENGLISH, setting="english"))
+        output = output or PAPER / "verdicts.csv"
+        output.write_text(found[COLUMNS].to_csv(index=False, float_format="%.6g"))
+        output.with_name("english_counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+
+
+def _run(task: Task, preset: Preset, seed: int, device: str, overrides: list[str]) -> Any:
+    from polca_lib.tasks.run import Run
+    from polca_lib.tasks.settings import parse_assignments
+
+    given = {"task": task.value, "seed": seed, "device": device}
+    return Run.from_preset(preset.value, **{**given, **parse_assignments(overrides)})

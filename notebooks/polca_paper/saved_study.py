@@ -1,0 +1,100 @@
+"""Studies as they lie in ``data``: tables as CSV, clusters as one archive, and what made them.
+
+Nothing is computed here, and nothing of the machinery that makes studies is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+import zarr
+
+from polca_lib.method.settings import Scaling
+from polca_lib.tasks.settings import RunSettings
+
+ROOT = Path(__file__).parents[2]
+PAPER = ROOT / "data" / "paper"
+
+_FORMER_NAMES = {"completeness": "closure", "completeness_curves": "closure_curves"}
+"""Tables by their names in studies made by version 0.1."""
+
+
+def study_folder(name: str, setting: str = "addition") -> Path:
+    """Where a study is kept: in ``data/<setting>`` of the checkout, or of ``POLCA_STUDIES``."""
+    return Path(os.environ.get("POLCA_STUDIES") or ROOT / "data") / setting / name
+
+
+class SavedStudy:
+    """A study as it lies on disk.
+
+    Args:
+        name: of its folder.
+        scaling: of the curves whose clusters the paper's claims are judged by. The paper does not name its own.
+        setting: ``addition`` or ``english``.
+
+    Raises:
+        FileNotFoundError: there is no such study.
+    """
+
+    def __init__(self, name: str, scaling: Scaling = "raw", setting: str = "addition"):
+        self.name, self.path, self.scaling = name, study_folder(name, setting), scaling
+        if not (self.path / "provenance.json").exists():
+            known = sorted(path.parent.name for path in self.path.parent.glob("*/provenance.json"))
+            raise FileNotFoundError(
+                f"{self.path} holds no study; there are {', '.join(known) or 'none'}. `polca paper study` makes one"
+            )
+        self.provenance = json.loads((self.path / "provenance.json").read_text())
+
+    def has(self, name: str) -> bool:
+        """Whether the study has a table."""
+        return self._file(name).exists()
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table by its name, with the name of the study in column ``study``."""
+        # A text may be "None" or "NA".
+        rows = pd.read_csv(self._file(name), keep_default_na=False, na_values=[""])
+        return rows.assign(study=self.name)
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether curves and compositions of clusters are kept."""
+        return (self.path / "clusters.zarr.zip").exists()
+
+    @cached_property
+    def clusters(self) -> xr.Dataset:
+        """See :func:`polca_paper.evidence.cluster_summary`."""
+        store = zarr.storage.ZipStore(self.path / "clusters.zarr.zip", mode="r")
+        with xr.open_zarr(store, chunks=None, zarr_format=2, consolidated=False) as summary:
+            return summary.load().map(lambda v: v.astype(np.float32) if v.dtype == np.float16 else v)
+
+    @property
+    def settings(self) -> RunSettings:
+        """Of the run, at device ``cpu``, which every machine has."""
+        return saved_settings(self.provenance)
+
+    @property
+    def device(self) -> str:
+        """That the run was made on."""
+        return str(self.provenance["settings"]["run"]["device"])
+
+    def _file(self, name: str) -> Path:
+        former = self.path / f"{_FORMER_NAMES.get(name, name)}.csv"
+        file = self.path / f"{name}.csv"
+        return former if former.exists() and not file.exists() else file
+
+
+def saved_settings(provenance: dict) -> RunSettings:
+    """Settings of the run of a study; those that came into the library later are at their defaults."""
+    return RunSettings.model_validate({**provenance["settings"]["run"], "device": "cpu"})
+
+
+def load_tables(names: Iterable[str], table: str, setting: str = "addition") -> pd.DataFrame:
+    """The same table of several studies, one below the other."""
+    return pd.concat([SavedStudy(name, setting=setting).table(table) for name in names], ignore_index=True)

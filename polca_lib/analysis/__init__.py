@@ -1,0 +1,1 @@
+"""POLCA of any training run: settings, stages, workers, plan, command line."""

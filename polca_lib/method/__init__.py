@@ -1,0 +1,1 @@
+"""The paper, an equation a function: basis, POLCA, projected loss, clusters, breakthroughs."""

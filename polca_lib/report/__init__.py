@@ -1,0 +1,1 @@
+"""What was found: tables, contexts, the explorer, the page."""

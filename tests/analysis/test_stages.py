@@ -1,0 +1,164 @@
+"""POLCA on any run: results are those of brute force, what is kept is found again, strangers are refused."""
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cases import MIXED, Mlp, folder_bytes, mlp_batch, mlp_loss, problem, tiny_checkpoints, token_gradients
+from upath import UPath
+
+from polca_lib.analysis.stages import Analysis
+from polca_lib.analysis.status import status
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.vectors import read_vectors
+from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
+from polca_lib.storage.checkpoints import CheckpointFolder, ChecksummedCheckpoints
+from polca_lib.storage.pieces import PieceStore
+
+BATCH, SAMPLE = mlp_batch(20, torch.float32), mlp_batch(7, torch.float32, seed=1)
+TOKENS = pd.DataFrame({"kind": np.tile(["one", "two"], 20)})
+SETTINGS = {"basis": {"n_vectors": 3, "tolerance": 1e-4}, "clustering": {"min_cluster_size": 5}, "threads": 1}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return tiny_checkpoints(tmp_path / "checkpoints", range(0, 81, 10))
+
+
+def analyse(folder, checkpoints, **settings):
+    batches = {"hessian": SAMPLE, "tokens": TOKENS}
+    return Analysis(folder, checkpoints, BATCH, **{**batches, **SETTINGS, **settings})
+
+
+def test_curves_are_the_sums_that_brute_force_gives(tmp_path, checkpoints):
+    run = analyse(tmp_path / "run", checkpoints, clustering={"order": "first", "min_cluster_size": 5})
+    token_loss, _, _ = problem("mlp")
+    vectors = read_vectors(run.basis).double()
+    thetas = [checkpoints.theta(step).double() for step in run.steps]
+    total, expected = torch.zeros(40, 3, dtype=torch.float64), []
+    for one, two in pairwise(thetas):
+        gradients = token_gradients(token_loss, one, mlp_batch(20))
+        total = total + (gradients @ vectors.T) * (vectors @ (two - one))
+        expected.append(total)
+    assert run.curves.dims == ("step", "token", "vector")
+    np.testing.assert_allclose(run.curves[1:], torch.stack(expected), atol=1e-4)
+    assert (run.curves[0] == 0).all()
+    assert run.curves["kind"].values.tolist() == TOKENS["kind"].tolist()
+
+
+def test_folder_that_is_there_is_read_rather_than_computed_again(tmp_path, checkpoints, monkeypatch):
+    first = analyse(tmp_path / "run", checkpoints)
+    labels, table = first.labels, first.breakthroughs
+    before = {n: b for n, b in folder_bytes(tmp_path / "run").items() if not n.endswith(("seconds.txt", ".lock"))}
+    monkeypatch.setattr(PieceStore, "write", lambda *a, **k: pytest.fail("a piece was computed again"))
+    again = analyse(tmp_path / "run", checkpoints)
+    assert again.labels.equals(labels)
+    pd.testing.assert_frame_equal(again.breakthroughs, table)
+    after = {n: b for n, b in folder_bytes(tmp_path / "run").items() if not n.endswith(("seconds.txt", ".lock"))}
+    assert after == before
+
+
+def test_changed_setting_computes_what_depends_on_it_alone(tmp_path, checkpoints):
+    analyse(tmp_path / "run", checkpoints).labels  # noqa: B018
+    analyse(tmp_path / "run", checkpoints, clustering={"min_cluster_size": 6}).labels  # noqa: B018
+    stages = [row["stage"] for row in status(tmp_path / "run")]
+    assert stages == ["basis", "projection", "clusters", "clusters"]
+    analyse(tmp_path / "run", checkpoints, steps=[0, 20, 40, 80]).labels  # noqa: B018
+    stages = [row["stage"] for row in status(tmp_path / "run")]
+    assert stages == 2 * ["basis"] + 2 * ["projection"] + 3 * ["clusters"]
+
+
+def test_other_data_are_not_taken_for_the_same(tmp_path, checkpoints):
+    keys = set()
+    for batch, tokens in ((BATCH, TOKENS), (mlp_batch(20, torch.float32, seed=5), TOKENS), (BATCH, TOKENS[::-1])):
+        run = Analysis(tmp_path / "run", checkpoints, batch, hessian=SAMPLE, tokens=tokens, **SETTINGS)
+        keys.add(run._projection.key)
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("kind", ["trajectory", "random", "parameters"])
+def test_bases_without_a_hessian_need_no_sample(tmp_path, checkpoints, kind):
+    run = analyse(tmp_path / "run", checkpoints, hessian=None, basis={"kind": kind, "n_vectors": 3})
+    assert run.projections.sizes["vector"] == 3
+    with pytest.raises(
+        ValueError, match=r"basis\.kind = 'hessian' needs a batch for the Hessian; allowed without: traj"
+    ):
+        analyse(tmp_path / "run", checkpoints, hessian=None).basis  # noqa: B018
+
+
+def test_run_in_an_object_store_has_the_results_of_one_on_disk(tmp_path, checkpoints):
+    remote = analyse("memory://analysis/run", checkpoints)
+    local = analyse(tmp_path / "run", checkpoints)
+    assert remote.labels.equals(local.labels)
+    assert remote.projections.load().equals(local.projections.load())
+    assert [row["done"] for row in status(UPath("memory://analysis/run"))] == [3, 9, 3]
+    assert remote.report(tmp_path / "report.html").stat().st_size > 1e6
+
+
+def test_tokens_are_numbered_by_example_if_nothing_is_known_of_them(tmp_path, checkpoints):
+    run = analyse(tmp_path / "run", checkpoints, tokens=None)
+    assert run.projections["example"].values.tolist() == np.repeat(np.arange(20), 2).tolist()
+
+
+def test_table_that_does_not_fit_is_refused_with_the_number_of_rows(tmp_path, checkpoints):
+    with pytest.raises(ValueError, match="tokens has 39 rows; allowed: 40, for each of 20 examples gives 2 losses"):
+        analyse(tmp_path / "run", checkpoints, tokens=TOKENS[:-1]).tokens  # noqa: B018
+    with pytest.raises(ValueError, match="tokens has a column 'step', a name that results use"):
+        analyse(tmp_path / "run", checkpoints, tokens=TOKENS.assign(step=0)).tokens  # noqa: B018
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_loss_of_an_example_that_depends_on_the_others_is_refused(tmp_path, name):
+    token_loss, theta, batch = problem(name, dtype=torch.float32)
+    checkpoints = CheckpointFolder(tmp_path, token_loss)
+    for step in (0, 10):
+        checkpoints.save(step, token_loss.unflatten(theta + step))
+    with pytest.raises(ValueError, match="example"):
+        Analysis(tmp_path / "run", checkpoints, batch).tokens  # noqa: B018
+
+
+def test_loss_that_was_changed_since_a_run_began_is_refused(tmp_path, checkpoints, monkeypatch):
+    write = PieceStore.write
+    calls = []
+
+    def stop(self, piece, **values):
+        if "loss" in values and calls.append(1) is None and len(calls) == 3:
+            raise KeyboardInterrupt
+        write(self, piece, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PieceStore, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            analyse(tmp_path / "run", checkpoints).projections  # noqa: B018
+    other = TokenLoss(Mlp(), lambda model, batch: 2 * mlp_loss(model, batch))
+    changed = CheckpointFolder(checkpoints.path, other)
+    with pytest.raises(ArtefactMismatch, match=r"the model or its loss gives .* for the first token"):
+        analyse(tmp_path / "run", changed).projections  # noqa: B018
+    analyse(tmp_path / "run", checkpoints).projections  # noqa: B018
+
+
+def test_checkpoint_that_changes_after_it_was_read_is_refused(tmp_path, checkpoints):
+    remembered = ChecksummedCheckpoints(checkpoints, tmp_path / "remembered")
+    theta = remembered.theta(20)
+    assert torch.equal(remembered.theta(20), theta)
+    checkpoints.save(20, checkpoints.token_loss.unflatten(theta * 1.0001))
+    with pytest.raises(DamagedFile, match=r"step-00000020\.safetensors is not what it was when it was first read"):
+        remembered.theta(20)
+
+
+def test_trajectory_basis_is_that_of_all_checkpoints_in_memory(tmp_path, checkpoints):
+    run = analyse(tmp_path / "run", checkpoints, basis={"kind": "trajectory", "n_vectors": 4})
+    points = np.stack([checkpoints.theta(step).double().numpy() for step in run.steps])
+    principal = np.linalg.svd(points - points.mean(axis=0))[2][:4]
+    found = read_vectors(run.basis).double().numpy()
+    np.testing.assert_allclose(np.abs(np.diag(found @ principal.T)), 1, atol=1e-4)
+
+
+def test_memory_for_little_gives_the_same_basis_of_the_trajectory(tmp_path, checkpoints):
+    whole = analyse(tmp_path / "whole", checkpoints, basis={"kind": "trajectory", "n_vectors": 4})
+    # 31 parameters of 4 bytes: room for two checkpoints and a direction.
+    tight = analyse(tmp_path / "tight", checkpoints, basis={"kind": "trajectory", "n_vectors": 4}, memory=3 * 31 * 4)
+    both = read_vectors(whole.basis) @ read_vectors(tight.basis).T
+    np.testing.assert_allclose(both.abs(), np.eye(4), atol=1e-4)

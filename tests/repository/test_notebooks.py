@@ -1,0 +1,116 @@
+"""The notebooks by papermill at preset smoke, the book from what came out, and nbval on the same copies."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMES = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+
+
+def run(*command, env, **kwargs):
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=ROOT, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("book")
+
+
+@pytest.fixture(scope="module")
+def env(place):
+    own = {"POLCA_RUNS": str(place / "runs"), "POLCA_RESULTS": str(place / "results")}
+    return {**os.environ, **own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def book(place, env):
+    """The folder of a book built at preset smoke; any warning of the build is an error."""
+    done = run(sys.executable, "book/build.py", "--preset", "smoke", "--output", place / "_build", env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return place / "_build" / "smoke"
+
+
+def test_every_page_is_built_and_shows_its_numbers(book):
+    pages = [*(f"notebooks/{name}" for name in NAMES), "book/index", "book/api", "book/rerun", "book/references"]
+    for page in pages:
+        html = (book / "html" / f"{page}.html").read_text()
+        assert "{result}" not in html
+        assert "Traceback" not in html
+    assert "smoke, 0, cpu" in (book / "html" / "book" / "index.html").read_text()
+
+
+def test_figures_stand_in_the_pages_with_captions(book):
+    html = (book / "html" / "notebooks" / "05_polca.html").read_text()
+    assert html.count("<figcaption>") == 2
+    assert 'id="fig-polca-clusters"' in html
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_writes_finite_numbers_with_provenance(book, place, name):
+    numbers = json.loads((place / "results" / "smoke" / f"{name}.json").read_text())
+    assert {"preset", "seed", "device"} <= numbers["provenance"].keys()
+    values = [v for v in numbers.values() if isinstance(v, int | float)]
+    assert all(math.isfinite(v) for v in values)
+    assert len(numbers) > 1
+
+
+def test_nbval_reproduces_the_executed_notebooks(book, env):
+    copies = sorted((book / "source" / "notebooks").glob("*.ipynb"))
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:xdist"]
+    command += ["-o", "addopts=", "-p", "no:cacheprovider"]
+    own = {**env, "OMP_NUM_THREADS": "1"}  # two at a time, as they were built
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda part: run(*command, *part, env=own), (copies[::2], copies[1::2])))
+    for done in both:
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert " passed" in done.stdout
+
+
+def structure(path):
+    cells = nbformat.read(path, 4).cells
+    cells = [c for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    # Progress bars of what had to be computed go to stderr, which pages leave out.
+    shown = [[o.output_type for o in c.get("outputs", []) if o.get("name") != "stderr"] for c in cells]
+    return [(c.cell_type, outputs) for c, outputs in zip(cells, shown, strict=True)]
+
+
+def test_another_seed_and_order_give_other_numbers_on_the_same_page(book, place, env):
+    first = json.loads((place / "results" / "smoke" / "05_polca.json").read_text())
+    copy = place / "other.ipynb"
+    done = run(
+        "papermill", "notebooks/05_polca.ipynb", copy,
+        "-p", "preset", "smoke", "-p", "seed", "1", "-p", "order", "trapezoid",
+        env={**env, "POLCA_RESULTS": str(place / "other")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = json.loads((place / "other" / "smoke" / "05_polca.json").read_text())
+    assert other["order"] == "trapezoid"
+    assert other["provenance"]["seed"] == "1"
+    assert other["per_vector"] != first["per_vector"]
+    assert structure(copy) == structure(book / "source" / "notebooks" / "05_polca.ipynb")
+
+
+def test_papermill_explains_the_parameters(env):
+    done = run("papermill", "--help-notebook", "notebooks/05_polca.ipynb", env=env)
+    for text in ("order: str", "first, second (the paper's), exact or trapezoid", "seed: int"):
+        assert text in done.stdout
+
+
+def test_builder_refuses_unknown_names_and_values(place, env):
+    for assignment, words in (
+        ("sede=1", ["no notebook has a parameter 'sede'", "seed"]),
+        ("preset=desktop", ["preset = 'desktop' is unknown", "laptop"]),
+        ("device=abacus", ["device = 'abacus' is not on this machine", "cpu"]),
+    ):
+        command = [sys.executable, "book/build.py", "--preset", "smoke", "--output", place / "refused"]
+        done = run(*command, "--set", assignment, env=env)
+        assert done.returncode != 0
+        assert all(word in done.stderr for word in words), done.stderr[-1500:]

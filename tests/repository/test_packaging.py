@@ -1,0 +1,124 @@
+"""Packaging, layout and notebooks as they are kept in the repository."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+# Who may import whom: a file imports its own folder and those to its left.
+ORDER = ("derivatives", "storage", "method", "report", "analysis", "tasks", "polca_paper")
+
+
+def declared(without=()):
+    extras = [extra for name, extra in PROJECT["optional-dependencies"].items() if name not in without]
+    lines = PROJECT["dependencies"] + [line for extra in extras for line in extra]
+    requirements = map(Requirement, lines)
+    return {r.name: str(r.specifier) for r in requirements if r.name != PROJECT["name"]}
+
+
+def test_conda_environment_has_the_dependencies_of_pyproject():
+    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = entries[-1]["pip"]
+    assert pip[-1] == "--editable ."
+    lines = [*entries[:-1], *pip[:-1]]
+    conda = {r.name: str(r.specifier) for r in map(Requirement, lines)}
+    assert conda.pop("python") == str(Requirement("python" + PROJECT["requires-python"]).specifier)
+    assert conda.pop("make") == conda.pop("pip") == ""
+    conda["torch"] = conda.pop("pytorch")
+    conda = {name.replace("_", "-"): bounds for name, bounds in conda.items()}
+    # The peers of the benchmarks are installed by make benchmarks alone, an object store by make faults.
+    assert conda == declared(without=["benchmarks", "faults"])
+
+
+def test_constraints_pin_every_dependency_within_its_bounds():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for name, bounds in declared().items():
+        assert Requirement(f"{name}{bounds}").specifier.contains(pins[name.lower()]), name
+    assert pins["torch"] == "2.13.0"
+
+
+def rooms():
+    """Every file of the two packages, with the folder that it stands in."""
+    for path in [*(ROOT / "polca_lib").glob("*/*.py"), *(ROOT / "notebooks" / "polca_paper").glob("*.py")]:
+        yield path, path.parent.name
+
+
+def test_library_has_the_folders_of_the_plan_and_no_others():
+    found = {path.name for path in (ROOT / "polca_lib").iterdir() if path.name != "__pycache__"}
+    assert found == {*ORDER[:-1], "__init__.py", "py.typed"}
+
+
+def test_no_file_imports_a_folder_to_its_right():
+    for path, folder in rooms():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else names
+            for name in names:
+                target = name.removeprefix("polca_lib.").split(".")[0]
+                allowed = ORDER[: ORDER.index(folder) + 1]
+                assert target not in ORDER or target in allowed, (
+                    f"{path.relative_to(ROOT)} imports {name}; a file in {folder}/ may import {', '.join(allowed)}"
+                )
+
+
+def lines(*folders):
+    return sum(len(path.read_text().splitlines()) for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_library_stays_thin():
+    assert lines("polca_lib") < 8500
+    assert lines("notebooks/polca_paper") < 3300
+
+
+def test_continuous_integration_runs_make_test():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_has_typed_parameters_with_help_first_and_provenance_last(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    assert "parameters" in cells[0].metadata.tags
+    assert cells[-1].source == "run.provenance()"
+    parameters = papermill.inspect_notebook(str(path))
+    assert len(parameters) == len([line for line in cells[0].source.splitlines() if "=" in line])
+    for name, parameter in parameters.items():
+        assert parameter["inferred_type_name"] in ("str", "int", "float", "bool", "list"), name
+        assert parameter["help"], f"{name} has no help"
+        ast.literal_eval(parameter["default"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_kept_executed_and_without_errors(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+
+
+def test_every_figure_has_a_caption_and_a_name_of_its_own():
+    names = []
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code" and re.search(r"^figure = ", cell.source, re.MULTILINE):
+                figure = cell.metadata.mystnb.figure
+                assert len(figure.caption.split()) > 12, f"{path.name}: {figure.name}"
+                names.append(figure.name)
+    assert len(names) == len(set(names))
+    assert len(names) >= 8
+
+
+def test_readme_gives_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert "make book" in readme
+    assert "make test" in readme
