@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from polca_lib.analysis.engine import parallel_backend
-from polca_lib.analysis.projections import project_run
+from polca_lib.analysis.projections import project_runs
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method.basis import compute_basis
@@ -63,7 +63,7 @@ def main() -> None:
 
         def project(path: Path, steps: list[int]) -> None:
             settings = ProjectionSettings(curvature=False)
-            project_run(path, checkpoints, steps, task.validation, task.tokens, basis, settings, 2**30)
+            project_runs([path], checkpoints, steps, task.validation, task.tokens, [basis], [settings], 2**30)
 
         for repeat in range(arguments.repeats):
             for engaged, workers in ENGINES:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polca_lib.analysis.projections import project_runs
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.checkpoints import CheckpointFolder
 from polca_lib.tasks.settings import RunSettings
@@ -297,3 +298,8 @@ def flip_bit(path, position, bit=0):
 def sigmoid_drop(steps, centre, width=10.0, size=1.0):
     """A trajectory that falls from 0 to -size around ``centre``."""
     return -size / (1 + np.exp(-(np.asarray(steps) - centre) / width))
+
+
+def project_run(path, checkpoints, steps, batch, tokens, basis, settings, *others, **more):
+    """Projections on one basis."""
+    return project_runs([path], checkpoints, steps, batch, tokens, [basis], [settings], *others, **more)[0]

@@ -29,51 +29,6 @@ from polca_lib.storage.pieces import PieceStore
 _LONGEST = 1000  # characters of a text in the token table: all of a column take as much room as its longest
 
 
-def project_run(
-    path: Path,
-    checkpoints: Checkpoints,
-    steps: list[int],
-    batch: Batch,
-    tokens: pd.DataFrame,
-    basis: xr.Dataset,
-    settings: ProjectionSettings,
-    memory: int | None = None,
-    folders: Sequence[str] = (),
-) -> xr.Dataset:
-    """Project every checkpoint of a run on a basis; goes on with what is not yet stored.
-
-    The work is a grid of (checkpoint, block of vectors) tasks, carried out by
-    :func:`polca_lib.analysis.engine.carry_out`: in
-    process, or by the engine that was set. Whoever does a task, its bytes are the same, on one kind of processor.
-
-    Args:
-        path: Zarr folder.
-        checkpoints: of the run.
-        steps: their steps, in order.
-        batch: the examples whose tokens are decomposed.
-        tokens: one row per token of ``batch``; each column becomes a coordinate.
-        basis: as :func:`polca_lib.method.basis.compute_basis` returns it.
-        settings: whether to store b^T H(x) b too, and how to differentiate.
-        memory: bytes each worker may take, vectors included; half of what the device has free now if not given. If not
-            all vectors fit into half of it, they are worked on in blocks. A run that goes on keeps what it began with.
-        folders: that hold modules which the model or the loss need, see :class:`polca_lib.analysis.engine.Portable`.
-
-    Returns:
-        Dataset with ``loss`` (step, token) in nats; ``gradient`` and ``curvature`` (step, token, vector): first and
-        second derivative of the token's loss along the vector; ``movement`` (step, vector): the movement
-        theta_{t+1} - theta_t to the next checkpoint, along b; ``distance`` (step): its length; ``inside_loss``
-        (step, token): loss at theta_t + B^T B (theta_{t+1} - theta_t), after the part of the movement that lies in the
-        basis, left out without ``settings.inside_loss``. The last three are NaN at the last step. ``product_error``
-        (step, vector): see :class:`polca_lib.derivatives.projection.Projected`, of the block of the vector. With
-        ``settings.curvature_examples``, ``curvature`` is (step, sample, vector), of the tokens of the first examples.
-        Attributes ``memory`` (bytes) and ``threads`` (of torch) that each worker had.
-
-    Raises:
-        NonFiniteProjection: names the checkpoint; what was stored before stays.
-    """
-    return project_runs([path], checkpoints, steps, batch, tokens, [basis], [settings], memory, folders)[0]
-
-
 def project_runs(
     paths: Sequence[Path],
     checkpoints: Checkpoints,
@@ -85,18 +40,37 @@ def project_runs(
     memory: int | None = None,
     folders: Sequence[str] = (),
 ) -> list[xr.Dataset]:
-    """:func:`project_run` for several bases of one run at once.
+    """Project every checkpoint of a run on one or several bases; computes what is not yet stored.
 
-    What a pass through the model costs is paid once for all vectors, if all fit into memory. The rest is as if they
-    were done one by one.
+    The work is a grid of (checkpoint, block of vectors) tasks, see :func:`polca_lib.analysis.engine.carry_out`. Its
+    bytes do not depend on who carries out a task, on one kind of processor. A pass through the model serves the vectors
+    of all bases at once, if all fit into memory.
 
     Args:
-        paths, bases, settings: of each basis. ``mode`` and ``precision`` must be the same for all, and none may ask for
-            the curvature of all tokens, if there are several.
-        checkpoints, steps, batch, tokens, memory, folders: see :func:`project_run`.
+        paths: Zarr folder of each basis.
+        checkpoints: of the run.
+        steps: those to project, in training order.
+        batch: the examples whose tokens are decomposed.
+        tokens: one row per token of ``batch``; each column becomes a coordinate.
+        bases: as :func:`polca_lib.method.basis.compute_basis` returns them.
+        settings: of the projections on each basis. ``mode`` and ``precision`` must be the same for all, and none may
+            ask for the curvature of all tokens, if there are several.
+        memory: bytes each worker may take, vectors included; half of what the device has free now if not given. If not
+            all vectors fit into half of it, they are worked on in blocks. A run that resumes keeps what it began with.
+        folders: that hold modules which the model or the loss need, see :class:`polca_lib.analysis.engine.Portable`.
+
+    Returns:
+        For each basis a dataset with ``loss`` (step, token) in nats; ``gradient`` and ``curvature``
+        (step, token, vector): first and second derivative of the token's loss along the vector; ``movement``
+        (step, vector): <theta_{t+1} - theta_t, b>; ``distance`` (step): its length; ``inside_loss`` (step, token): loss
+        at theta_t + B^T B (theta_{t+1} - theta_t), if ``settings.inside_loss`` asks for it. The last three are NaN at
+        the last step. ``product_error`` (step, vector): see :class:`polca_lib.derivatives.projection.Projected`. With
+        ``settings.curvature_examples``, ``curvature`` is (step, sample, vector), of the tokens of the first examples.
+        Attributes ``memory`` (bytes) and ``threads`` (of torch) that each worker had.
 
     Raises:
         ValueError: the settings do not go together.
+        NonFiniteProjection: names the checkpoint; what was stored before stays.
     """
     together = {(each.mode, each.precision) for each in settings}
     whole = any(each.curvature_of_all for each in settings)

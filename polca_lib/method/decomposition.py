@@ -1,6 +1,6 @@
 """POLCA: the loss change between checkpoints per token and direction, and what it is compared with.
 
-Everything here is arithmetic on the dataset that :func:`polca_lib.analysis.projections.project_run` returns.
+Everything here is arithmetic on the dataset that :func:`polca_lib.analysis.projections.project_runs` returns.
 Losses are in nats; along ``step``, entry t of an interval quantity belongs to the interval that starts there.
 """
 

@@ -48,7 +48,10 @@ def nearest(
 
 
 def contexts(near: pd.DataFrame, projections: xr.Dataset) -> pd.DataFrame:
-    """Add ``before``, ``target`` and ``after`` to rows of :func:`nearest`: the text around each token, of its own example; or, without text, what the table says of it."""
+    """Add ``before``, ``target`` and ``after`` to rows of :func:`nearest`: the text around each token.
+
+    Text is of the same example. Without a column ``text``, ``target`` lists the other columns of the token table.
+    """
     coords = {n: c.values for n, c in projections.coords.items() if c.dims == ("token",)}
     if not {"text", "example"} <= coords.keys():
         names = [n for n in coords if n != "token"]

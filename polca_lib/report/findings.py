@@ -30,7 +30,7 @@ class Findings:
     """What a run found; each table is made when first asked for.
 
     Args:
-        projections: from :func:`polca_lib.analysis.projections.project_run`.
+        projections: from :func:`polca_lib.analysis.projections.project_runs`.
         curves: projected loss, (step, token, vector), in nats, from
             :func:`polca_lib.method.decomposition.projected_loss`.
         labels: (vector, token), from :func:`polca_lib.method.clustering.cluster_tokens`.

@@ -1,6 +1,6 @@
 """Settings of a run of the paper's tasks: those of any analysis, and its data, model and training.
 
-The presets stand in :mod:`polca_lib.tasks.presets`. Settings are immutable, and each stage is keyed by those it depends
+The presets stand in ``presets.toml``. Settings are immutable, and each stage is keyed by those it depends
 on (see :mod:`polca_lib.tasks.run`).
 """
 
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
+import tomllib
 from collections.abc import Iterable
+from importlib.resources import files
 from typing import Any, Literal, Self
 
 import torch
@@ -17,10 +20,13 @@ from pydantic import Field, field_validator, model_validator
 from polca_lib.analysis.settings import AnalysisSettings
 from polca_lib.derivatives.strategy import Precision
 from polca_lib.method.settings import Section
-from polca_lib.tasks.presets import PRESETS
+from polca_lib.tasks.grammar import VOCABULARY
 
 TaskName = Literal["addition", "grammar", "wikipedia"]
-PRESET_NAMES = tuple(PRESETS["addition"])
+PRESET_NAMES = ("smoke", "laptop", "paper")
+
+_PRESETS = tomllib.loads((files("polca_lib.tasks") / "presets.toml").read_text(encoding="utf-8"))
+_LAYERS = {"addition": ("addition",), "grammar": ("english", "grammar"), "wikipedia": ("english", "wikipedia")}
 
 
 class DataSettings(Section):
@@ -120,13 +126,15 @@ class RunSettings(AnalysisSettings):
                 (pydantic's ``ValidationError``, which names the field and the value).
         """
         task = overrides.get("task", "addition")
-        for name, value, choices in (("task", task, PRESETS), ("preset", preset, PRESET_NAMES)):
+        for name, value, choices in (("task", task, _LAYERS), ("preset", preset, PRESET_NAMES)):
             if value not in choices:
                 raise ValueError(f"{name} = {value!r} is unknown; allowed: {', '.join(choices)}")
-        settings: dict[str, Any] = {"preset": preset, "corpus": {}}
-        for source in (PRESETS[task]["paper"], PRESETS[task][preset]):
-            for section, values in source.items():
+        settings: dict[str, Any] = {"preset": preset, "corpus": {}, "model": {}}
+        for layer, level in itertools.product(_LAYERS[task], ("common", preset)):
+            for section, values in _PRESETS[layer].get(level, {}).items():
                 settings[section] = {**settings.get(section, {}), **values}
+        if task == "grammar":
+            settings["model"] |= dict.fromkeys(("d_vocab", "d_vocab_out"), len(VOCABULARY))
         allowed = field_names()
         for name, value in overrides.items():
             if name not in allowed:

@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cases import mlp_batch, problem, tiny_checkpoints
+from cases import mlp_batch, problem, project_run, tiny_checkpoints
 from torch.utils.flop_counter import FlopCounterMode
 
 from polca_lib.analysis.plan import plan
-from polca_lib.analysis.projections import project_run
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method.basis import compute_basis

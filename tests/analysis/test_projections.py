@@ -11,6 +11,7 @@ from cases import (
     mlp_batch,
     orthonormal,
     problem,
+    project_run,
     tiny_checkpoints,
     tiny_config,
     token_curvatures,
@@ -21,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polca_lib.analysis.projections as worker
-from polca_lib.analysis.projections import NonFiniteProjection, project_run, project_runs
+from polca_lib.analysis.projections import NonFiniteProjection, project_runs
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.derivatives.projection import project
 from polca_lib.derivatives.strategy import choose

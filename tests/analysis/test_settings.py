@@ -25,13 +25,13 @@ def written(tmp_path, text):
 def test_file_that_says_the_least_has_the_defaults(tmp_path):
     about = RunFile.read(written(tmp_path, FILE))
     assert about.settings == AnalysisSettings()
-    assert about.place(tmp_path / "polca.toml") == tmp_path / "results"
+    assert about.results == tmp_path / "results"
     assert (about.engine.name, about.device, about.code.arguments) == ("in-process", "cpu", {})
 
 
 def test_folder_of_results_may_be_a_url(tmp_path):
     about = RunFile.read(written(tmp_path, FILE.replace('"results"', '"memory://bucket/run"')))
-    assert str(about.place(tmp_path / "polca.toml")) == "memory://bucket/run"
+    assert str(about.results) == "memory://bucket/run"
 
 
 @pytest.mark.parametrize(

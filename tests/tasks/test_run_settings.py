@@ -1,15 +1,13 @@
-import copy
 import re
 
 import pytest
 from pydantic import ValidationError
 
 from polca_lib.method.settings import ClusteringSettings
-from polca_lib.tasks.presets import PRESETS
 from polca_lib.tasks.settings import PRESET_NAMES, RunSettings, field_names
 
 
-@pytest.mark.parametrize("task", PRESETS)
+@pytest.mark.parametrize("task", ["addition", "grammar", "wikipedia"])
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_every_preset_is_valid_and_survives_json(task, preset):
     config = RunSettings.from_preset(preset, task=task)
@@ -65,12 +63,12 @@ def test_number_of_vectors_is_checkpoints_times_k_unless_given():
 
 
 def test_overrides_replace_single_fields_and_leave_the_presets_as_they_are():
-    before = copy.deepcopy(PRESETS)
+    before = RunSettings.from_preset("smoke")
     plain, other = (RunSettings.from_preset("smoke", **o) for o in ({}, {"basis.kind": "random", "seed": 7}))
     assert (other.basis.kind, other.seed) == ("random", 7)
     assert other.basis.every == plain.basis.every
     assert other.training == plain.training
-    assert before == PRESETS
+    assert before == RunSettings.from_preset("smoke")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +107,7 @@ def test_bad_input_is_refused_with_field_value_and_what_is_allowed(overrides, pa
 
 
 def test_unknown_preset_is_refused_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"preset = 'papr' is unknown; allowed: paper, laptop, smoke"):
+    with pytest.raises(ValueError, match=r"preset = 'papr' is unknown; allowed: smoke, laptop, paper"):
         RunSettings.from_preset("papr")
 
 
