@@ -142,6 +142,7 @@ def plan(
     Raises:
         ValueError: a number out of range.
     """
+    basis = basis if basis.every else basis.resolved([])
     n_vectors = basis.n_vectors
     for name, value, least in (("checkpoints", checkpoints, 2), ("workers", workers, 1)):
         if value < least:

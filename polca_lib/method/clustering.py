@@ -70,6 +70,7 @@ def cluster_tokens(
         size. For trajectories without ``vector`` it is (token,). A vector that is not kept has all tokens dropped;
         no cluster at all is a result, too.
     """
+    settings = settings.resolved(trajectories.sizes["token"], trajectories["step"].values)
     if "vector" not in trajectories.dims:
         return _cluster(trajectories, settings, only_falling, cache)
     labels = [_cluster(trajectories.sel(vector=v), settings, only_falling, cache) for v in trajectories["vector"]]

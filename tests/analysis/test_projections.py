@@ -171,7 +171,7 @@ def made(tmp_path):
 def project_all(folder, made, memory=None, **settings):
     folder.mkdir(exist_ok=True)
     checkpoints, basis = made
-    settings = ProjectionSettings(**settings)
+    settings = ProjectionSettings(**{"curvature": True, **settings})
     return project_run(folder / "projections.zarr", checkpoints, STEPS, BATCH, TOKENS, basis, settings, memory)
 
 
@@ -335,7 +335,7 @@ def test_curvature_of_a_sample_is_that_of_its_tokens(tmp_path, made):
 
 def test_bases_that_do_not_go_together_are_refused(tmp_path, made):
     checkpoints, basis = made
-    for settings in ([{"mode": "reverse", "curvature": False}, {"curvature": False}], [{}, {}]):
+    for settings in ([{"mode": "reverse", "curvature": False}, {"curvature": False}], [{"curvature": True}] * 2):
         with pytest.raises(ValueError, match="can't be projected together"):
             project_runs(
                 [tmp_path / "1", tmp_path / "2"], checkpoints, STEPS, BATCH, TOKENS, [basis, basis],

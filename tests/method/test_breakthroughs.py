@@ -126,7 +126,7 @@ def test_clusters_are_found_tabulated_and_marked_at_the_start_of_their_drops(onl
     curves = trajectories(*early, *late, *-rising).assign_coords(
         carry=("token", carry), place=("token", np.repeat("10s", 90))
     )
-    config = ClusteringSettings(min_cluster_size=15, breakthrough_window=40)
+    config = ClusteringSettings(scaling="raw", min_cluster_size=15, breakthrough_window=40)
     labels, table = cluster_breakthroughs(curves, config, 200, only_falling=only_falling)
     found = {row.breakthrough: (row.hidden, row.homogeneity) for row in table.itertuples()}
     assert found[100] == (False, 1.0)

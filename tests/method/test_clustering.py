@@ -14,7 +14,7 @@ from polca_lib.method.clustering import DROPPED, OUTLIER, cluster_tokens, compos
 from polca_lib.method.settings import ClusteringSettings
 
 STEPS = np.arange(0, 401, 20)
-CONFIG = ClusteringSettings(min_cluster_size=20)
+CONFIG = ClusteringSettings(scaling="raw", min_cluster_size=20)
 
 
 def curves(values, **coords):
@@ -105,7 +105,7 @@ def test_min_samples_is_the_number_of_tokens_over_the_divisor(monkeypatch, min_s
             return self
 
     monkeypatch.setattr(clustering.hdbscan, "HDBSCAN", Recorder)
-    config = ClusteringSettings(min_cluster_size=20, min_samples_from=min_samples_from, selection="leaf")
+    config = ClusteringSettings(scaling="raw", min_cluster_size=20, min_samples_from=min_samples_from, selection="leaf")
     cluster_tokens(two_families(), config)
     assert settings["min_samples"] == expected
     assert settings["min_cluster_size"] == 20

@@ -14,7 +14,7 @@ from polca_lib.method.settings import ClusteringSettings
 from polca_lib.report.findings import Findings
 from polca_lib.report.page import explorer, write_report
 
-SETTINGS = ClusteringSettings(order="first", min_cluster_size=5, breakthrough_window=20)
+SETTINGS = ClusteringSettings(order="first", scaling="raw", min_cluster_size=5, breakthrough_window=20)
 PROVENANCE = pd.DataFrame({"value": {"seed": "0", "device": "cpu"}})
 LONG = "x" * 10_000_000
 HOSTILE = [
