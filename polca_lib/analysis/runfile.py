@@ -54,6 +54,8 @@ def _subject(code: Code, folder: Path) -> Subject:
     try:
         function = getattr(importlib.import_module(module), name)
     except ImportError as error:
+        if (error.name or "").startswith("polca_lib."):  # an address of version 0.1
+            error.msg += "; since version 0.2 names such as Subject and TokenLoss come from polca_lib itself"
         raise ImportError(
             f"code.setup = {code.setup!r}: {error}; allowed: a module beside {folder} or installed, and its function"
         ) from error

@@ -130,10 +130,11 @@ def test_starter_runs_as_it_is(tmp_path):
         ({"polca.toml": ("my_run:setup", "my_run:batch")}, 2, "batch() missing 2 required"),
         ({"polca.toml": ("n_vectors = 24", "n_vectors = 2400")}, 2, "needs 300 checkpoints after the first"),
         ({"polca.toml": ('path = "checkpoints"', 'path = "nothing"')}, 2, "nothing"),
+        ({"my_run.py": ("from polca_lib import", "from polca_lib.token_loss import")}, 2, "come from polca_lib itself"),
         ({"my_run.py": ("nn.Linear(8, 16)", "nn.Linear(8, 17)")}, 2, "shape"),
         ({"my_run.py": ("model.eval()", "nn.Sequential(model, nn.Dropout(0.5))")}, 2, "eval()"),
     ],
-    ids=["field", "module", "function", "signature", "vectors", "checkpoints", "model", "dropout"],
+    ids=["field", "module", "function", "signature", "vectors", "checkpoints", "former address", "model", "dropout"],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_a_line_with_an_exit_code(tmp_path, change, code, told):
     run = faults.make(tmp_path / "run")
