@@ -1,4 +1,4 @@
-"""When does a trajectory start to drop, does the loss curve hide it (v3, Eq. 9-10), and what moves against it?"""
+"""When a trajectory starts its drop, whether the loss curve hides it (v3 Eq. 9-10), and which clusters mirror it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MIRRORED = {"vector": int, "one": int, "other": int, "correlation": float, "sha
 def flat_after(loss: xr.DataArray, drop: float = 7 / 8) -> int:
     """First step at which a mean loss curve has made ``drop`` of its total fall.
 
-    The paper sets tau by hand, to step 1000, where its curve has fallen from 2.3 to about 0.3 nats: by seven eighths.
+    The paper sets tau = 1000 by hand. There its curve has fallen from 2.3 to about 0.3 nats, by seven eighths.
 
     Args:
         loss: (step,) with real steps.
         drop: share of the fall from the first value to the lowest.
 
     Raises:
-        ValueError: the curve never falls, so that it has no such step.
+        ValueError: the curve never falls.
     """
     first, lowest = loss.isel(step=0), loss.min()
     if not lowest < first:
@@ -39,11 +39,10 @@ def hidden_threshold(loss: xr.DataArray, settings: ClusteringSettings) -> int:
 
 
 def breakthrough_step(trajectories: xr.DataArray, window: int) -> xr.DataArray:
-    """Step at which each trajectory starts its sharpest drop.
+    """argmin_t [f(t + D) - f(t)] - [f(t) - f(t - D)]: step at which each trajectory starts its sharpest drop.
 
-    v3's Eq. 9 takes the argmax of [f(t + D) - f(t)] - [f(t) - f(t - D)]. For a curve that falls, this is where a drop
-    *ends*; its start is the argmin, which is what is meant and what is returned. Between checkpoints curves are taken
-    as straight, so that steps need not be at a constant cadence.
+    v3's Eq. 9 prints the argmax. For a falling curve the argmax is where a drop *ends*; the argmin is where it starts.
+    Between checkpoints the curve is interpolated linearly, so steps need no constant cadence.
 
     Args:
         trajectories: (step, ...).
@@ -57,28 +56,28 @@ def breakthrough_step(trajectories: xr.DataArray, window: int) -> xr.DataArray:
     cadence = int(gaps[0]) if (gaps == gaps[0]).all() else None
     if cadence is not None and (window % cadence or window < cadence):
         raise ValueError(f"window = {window} is not a multiple of the cadence of {cadence} steps")
-    own = (steps - window >= steps[0]) & (steps + window <= steps[-1])
-    if not own.any():
+    inner = (steps - window >= steps[0]) & (steps + window <= steps[-1])
+    if not inner.any():
         span = int(steps[-1] - steps[0])
         longest = int(np.minimum(steps - steps[0], steps[-1] - steps).max())
         raise ValueError(
             f"window = {window} needs {2 * window} steps of training, but there are {span}; allowed: at most {longest}"
         )
     values = trajectories.transpose("step", ...).astype(np.result_type(trajectories.dtype, np.float32))
-    middle = values.isel(step=own)
+    middle = values.isel(step=inner)
     after, before = (_between(values, middle["step"].values + shift, middle) for shift in (window, -window))
     return (after - 2 * middle + before).idxmin("step")
 
 
 def _between(values: xr.DataArray, steps: np.ndarray, like: xr.DataArray) -> xr.DataArray:
-    """Values at ``steps``, on the straight lines between checkpoints, with the coordinates of ``like``."""
+    """Values at ``steps`` by linear interpolation, with the coordinates of ``like``."""
     known = values["step"].values
     right = np.clip(np.searchsorted(known, steps), 1, len(known) - 1)
     weight = ((steps - known[right - 1]) / (known[right] - known[right - 1])).astype(values.dtype)
     weight = weight.reshape(-1, *[1] * (values.ndim - 1))
-    one, two = values.values[right - 1], values.values[right]
-    # Exactly the checkpoint's own value where there is one.
-    return like.copy(data=np.where(weight == 1, two, one + weight * (two - one)).astype(values.dtype))
+    before, after = values.values[right - 1], values.values[right]
+    # Exactly the value of a checkpoint where there is one.
+    return like.copy(data=np.where(weight == 1, after, before + weight * (after - before)).astype(values.dtype))
 
 
 def mark_hidden(
@@ -91,7 +90,7 @@ def mark_hidden(
         labels: (token,) or (vector, token).
         trajectories: what was clustered, (step, token) or (step, token, vector).
         window: D, in steps.
-        hidden_after: tau; a breakthrough past it happens where the mean exact loss has gone flat.
+        hidden_after: tau, in steps: the mean exact loss is flat after it.
 
     Returns:
         ``table`` with ``breakthrough`` (mean step over the cluster's tokens) and ``hidden``.
@@ -105,24 +104,22 @@ def mark_hidden(
 
 
 def mirrored(curves: xr.DataArray, *, threshold: float = -0.5, at_least: float = 0.1, window: int = 1) -> pd.DataFrame:
-    """Pairs of clusters of one vector that move against each other: the paper's "mirror each other's movement".
+    """cos(Delta f, Delta g) <= ``threshold``: pairs of clusters of a vector that "mirror each other's movement".
 
-    Increments of the two curves are compared by their cosine: the correlation without removing the mean, so that one
-    that falls and one that rises are mirrored even if both are straight. Independent noise of k increments has a cosine
-    of about 1/sqrt(k), far from -0.5 with the paper's 70 checkpoints. Increments over more steps would bring out a slow
-    movement under noise, but leave fewer that are independent, so that noise gets nearer: the default is single steps.
-    Clusters of one vector share the weights' movement along it: what has opposite signs is their gradients.
+    The cosine of the increments does not remove their mean: a straight fall mirrors a straight rise. Independent noise
+    of k increments has a cosine of about 1/sqrt(k). Increments over several steps leave fewer independent ones.
+    Clusters of one vector share the movement of the weights along it, so their gradients have opposite signs.
 
     Args:
         curves: median curve of each cluster, (vector, cluster, step); NaN where a vector has fewer clusters.
         threshold: largest cosine that counts.
-        at_least: share of the larger total variation that the smaller must have: noise alone mirrors nothing.
+        at_least: smallest ratio of total variations that counts; it excludes noise.
         window: recorded steps of an increment.
 
     Returns:
-        A row per pair: ``vector``, clusters ``one`` and ``other``, ``correlation``, ``share`` of the movement that is
-        opposed (of each curve's total variation the part made while the other moves the other way; mean of both),
-        ``ratio`` of the smaller total variation to the larger.
+        A row per pair: ``vector``, clusters ``one`` and ``other``, ``correlation`` (the cosine), ``share`` of the total
+        variation that a curve makes while the other moves the other way (mean of both), ``ratio`` of the smaller total
+        variation to the larger.
 
     Raises:
         ValueError: a setting out of range.
@@ -133,25 +130,25 @@ def mirrored(curves: xr.DataArray, *, threshold: float = -0.5, at_least: float =
         raise ValueError(f"at_least = {at_least}; allowed: above 0, up to 1")
     if not 1 <= window < curves.sizes["step"]:
         raise ValueError(f"window = {window}; allowed: 1 to {curves.sizes['step'] - 1}, for there must be an increment")
-    rows, steps = [], by_vector(curves).transpose("vector", "cluster", "step").astype(np.float64)
-    steps = steps.values[..., window:] - steps.values[..., :-window]
-    for vector, own in zip(by_vector(curves)["vector"].values, steps, strict=True):
-        moves = [i for i, step in enumerate(own) if np.abs(step).sum() > 0]  # False of NaN
-        for i, j in combinations(moves, 2):
-            one, other = own[i], own[j]
-            sizes = np.abs(own[[i, j]])
+    rows, values = [], by_vector(curves).transpose("vector", "cluster", "step").values.astype(np.float64)
+    increments = values[..., window:] - values[..., :-window]
+    for vector, steps in zip(by_vector(curves)["vector"].values, increments, strict=True):
+        moving = [i for i, step in enumerate(steps) if np.abs(step).sum() > 0]  # False of NaN
+        for i, j in combinations(moving, 2):
+            pair_steps = steps[[i, j]]
+            sizes = np.abs(pair_steps)
             total = sizes.sum(axis=1)
-            correlation = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
+            correlation = steps[i] @ steps[j] / np.linalg.norm(pair_steps, axis=1).prod()
             ratio = total.min() / total.max()
             if correlation <= threshold and ratio >= at_least:
-                share = (sizes[:, one * other < 0].sum(axis=1) / total).mean()
+                share = (sizes[:, steps[i] * steps[j] < 0].sum(axis=1) / total).mean()
                 pair = curves["cluster"].values[[i, j]].tolist()
                 rows.append((vector, *pair, correlation, share, ratio))
     return pd.DataFrame(rows, columns=list(_MIRRORED)).astype(_MIRRORED)
 
 
 def named_mirrors(clusters: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
-    """For each row of ``clusters``, the clusters of its vector that move against it, such as "2, 4".
+    """For each row of ``clusters`` the clusters that mirror it, such as "2, 4".
 
     Args:
         clusters: with ``vector`` and ``cluster``.

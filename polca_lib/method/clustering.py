@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
+from sklearn.metrics import pairwise_distances_chunked
 
 from polca_lib.method.settings import ClusteringSettings, Scaling
 
@@ -28,11 +29,11 @@ def is_decreasing(trajectories: xr.DataArray, by: Literal["final", "trend"] = "f
 def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Float[np.ndarray, "token step"]:
     """Trajectories as HDBSCAN sees them.
 
-    - ``raw``: as they are, so that tokens that drop by different amounts are far apart.
-    - ``unit``: from 0, divided by the magnitude of their total change, so that only the timing counts.
+    - ``raw``: unchanged. Tokens that drop by different amounts are far apart.
+    - ``unit``: f(t) - f(0), divided by |f(T) - f(0)|. Only the timing counts.
     - ``zscore``: mean 0 and standard deviation 1 over time.
 
-    The paper does not say which it uses. A trajectory without any change is not divided by anything.
+    The paper does not say which it uses. Trajectories without any change are not divided.
     """
     if scaling == "raw":
         return trajectories
@@ -54,21 +55,20 @@ def cluster_tokens(
     only_falling: bool = True,
     cache: joblib.Memory | None = None,
 ) -> xr.DataArray:
-    """Cluster the trajectories of all tokens, for each vector by itself (PAPER section 3.3, 4.1).
+    """Cluster the trajectories of all tokens along each vector (sections 3.3 and 4.1).
 
-    A vector is kept if its mean trajectory falls, a token if its own does; HDBSCAN groups the rest.
+    A vector is kept if its mean trajectory falls. A token is kept if its own trajectory falls. HDBSCAN groups the rest.
 
     Args:
-        trajectories: (step, token) or (step, token, vector), with real coordinates.
+        trajectories: (step, token) or (step, token, vector), with coordinates.
         settings: parameters of HDBSCAN and the scaling.
-        only_falling: apply the two filters. Switch it off for rates, such as Fisher information or change in loss,
-            whose fall means nothing.
-        cache: where trees are kept, to cut the same one at another ``min_cluster_size`` or ``selection`` for little.
+        only_falling: apply the two filters. Switch it off for rates, such as Fisher information or change in loss:
+            their fall means nothing.
+        cache: keeps HDBSCAN's trees, so that another ``min_cluster_size`` or ``selection`` reuses them.
 
     Returns:
-        Integer labels (vector, token): ``DROPPED``, ``OUTLIER`` or the cluster's number, from 1 in order of falling
-        size. For trajectories without ``vector`` it is (token,). A vector that is not kept has all tokens dropped;
-        no cluster at all is a result, too.
+        Integer labels (vector, token), or (token,): ``DROPPED``, ``OUTLIER`` or the number of the cluster, from 1 by
+        falling size. All tokens of a vector that is not kept are dropped. No cluster at all is a result, too.
     """
     settings = settings.resolved(trajectories.sizes["token"], trajectories["step"].values)
     if "vector" not in trajectories.dims:
@@ -82,20 +82,22 @@ def _cluster(
 ) -> xr.DataArray:
     labels = xr.full_like(trajectories.isel(step=0, drop=True), DROPPED, dtype=int).rename("cluster")
     labels.attrs = {}
+    # Drop what does not fall, and scale the rest.
     keep, values, min_samples = candidates(trajectories, settings, only_falling)
     labels[keep] = OUTLIER
+    # HDBSCAN needs more tokens than min_samples, and as many as one cluster.
     if len(values) >= max(settings.min_cluster_size, min_samples + 1):
-        found = fit_hdbscan(values, settings, min_samples, memory=cache or joblib.Memory(None, verbose=0))
-        labels[keep] = _by_size(found.labels_)
+        model = fit_hdbscan(values, settings, min_samples, memory=cache or joblib.Memory(None, verbose=0))
+        labels[keep] = _by_size(model.labels_)
     return labels
 
 
 def candidates(
     trajectories: xr.DataArray, settings: ClusteringSettings, only_falling: bool = True, *, judge_vector: bool = True
 ) -> tuple[Bool[np.ndarray, " token"], Float[np.ndarray, "kept step"], int]:
-    """Which tokens of one vector HDBSCAN is given, their scaled trajectories, and ``min_samples``.
+    """What HDBSCAN is given of one vector: which tokens, their scaled trajectories, and ``min_samples``.
 
-    With ``only_falling`` tokens are kept if they fall, and, unless ``judge_vector`` is off, if their mean does.
+    With ``only_falling`` tokens are kept if they fall and, unless ``judge_vector`` is off, if their mean falls.
     """
     keep = np.ones(trajectories.sizes["token"], dtype=bool)
     if only_falling:
@@ -110,7 +112,7 @@ def candidates(
 def fit_hdbscan(
     values: Float[np.ndarray, "token step"], settings: ClusteringSettings, min_samples: int, **options: object
 ) -> hdbscan.HDBSCAN:
-    """HDBSCAN, fitted to scaled trajectories; ``options`` go to ``hdbscan.HDBSCAN``."""
+    """Fit HDBSCAN to scaled trajectories; ``options`` go to ``hdbscan.HDBSCAN``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return hdbscan.HDBSCAN(
@@ -130,26 +132,18 @@ def _by_size(labels: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
 
 
 def by_vector(values: xr.DataArray) -> xr.DataArray:
-    """``values`` with dimension ``vector`` first: vector 0 stands for none."""
+    """``values`` with dimension ``vector`` first; values without a vector get vector 0."""
     if "vector" not in values.coords:
         values = values.assign_coords(vector=0)
     return values.transpose("vector", ...) if "vector" in values.dims else values.expand_dims("vector")
 
 
 def medoid(trajectories: xr.DataArray, scaling: Scaling = "raw") -> int:
-    """Index along ``token`` of the trajectory with the least total distance to the others, as HDBSCAN sees them."""
+    """argmin_i sum_j |f_i - f_j|: index along ``token`` of the most central trajectory, as HDBSCAN sees them."""
     values = scale(trajectories.transpose("token", "step").values.astype(np.float64), scaling)
-    squares = (values**2).sum(axis=1)
-    totals = [
-        np.sqrt(np.maximum(square[:, None] + squares - 2 * block @ values.T, 0)).sum(axis=1)
-        for block, square in zip(_blocks(values), _blocks(squares), strict=True)
-    ]
-    return int(np.concatenate(totals).argmin())
-
-
-def _blocks(rows: np.ndarray, size: int = 1024) -> list[np.ndarray]:
-    """Rows in blocks: distances of all pairs at once may not fit into memory."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    # In chunks: the distances of all pairs at once may not fit into memory.
+    totals = pairwise_distances_chunked(values, reduce_func=lambda distances, _: distances.sum(axis=1))
+    return int(np.concatenate(list(totals)).argmin())
 
 
 def composition(labels: xr.DataArray, by: str = "skill") -> pd.DataFrame:
@@ -161,42 +155,41 @@ def composition(labels: xr.DataArray, by: str = "skill") -> pd.DataFrame:
 def summarise_clusters(
     curves: xr.DataArray, loss: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw", by: str = "skill"
 ) -> xr.Dataset:
-    """What the figures of clusters show, without the single tokens.
+    """Curves and composition of each cluster, which is all that figures need.
 
     Args:
         curves: what was clustered, (step, token) or (step, token, vector).
         loss: exact loss, (step, token).
         labels: from :func:`cluster_tokens`.
-        scaling: as the clustering saw the curves, for the medoid.
+        scaling: of the clustering, for the medoid.
         by: coordinate of ``labels`` that says what a token is.
 
     Returns:
-        ``medoid``, ``median``, ``low`` and ``high`` (quartiles) of the curves and ``loss``, the median exact loss of
-        the same tokens, each (vector, cluster, step); ``tokens`` (vector, cluster, ``by``): how many of each kind.
-        Clusters count from 1 to the largest number of any vector, with NaN and 0 where a vector has fewer.
+        ``medoid``, ``median``, ``low`` and ``high`` (quartiles) of the curves, and ``loss`` (median exact loss of the
+        same tokens), each (vector, cluster, step); ``tokens`` (vector, cluster, ``by``): how many of each kind. A
+        vector with fewer clusters than the largest number has NaN and 0 there.
     """
     curves, labels = by_vector(curves), by_vector(labels)
     numbers = np.arange(1, max(1, int(labels.max())) + 1)
     kinds = np.unique(labels[by].values)
     shape = (labels.sizes["vector"], len(numbers), curves.sizes["step"])
-    found = {name: np.full(shape, np.nan, np.float32) for name in ("medoid", "median", "low", "high", "loss")}
+    summary = {name: np.full(shape, np.nan, np.float32) for name in ("medoid", "median", "low", "high", "loss")}
     tokens = np.zeros((*shape[:2], len(kinds)), np.int32)
     for row, vector in enumerate(labels["vector"].values):
         label = labels.sel(vector=vector).values
         for column in range(label.max()):
             inside = label == column + 1
-            own = curves.sel(vector=vector)[:, inside]
-            for name, quantile in zip(
-                ("low", "median", "high"), np.quantile(own.values, [0.25, 0.5, 0.75], axis=1), strict=True
-            ):
-                found[name][row, column] = quantile
-            found["medoid"][row, column] = own.isel(token=medoid(own, scaling)).values
-            found["loss"][row, column] = np.median(loss.values[:, inside], axis=1)
+            members = curves.sel(vector=vector)[:, inside]
+            quartiles = np.quantile(members.values, [0.25, 0.5, 0.75], axis=1)
+            for name, quartile in zip(("low", "median", "high"), quartiles, strict=True):
+                summary[name][row, column] = quartile
+            summary["medoid"][row, column] = members.isel(token=medoid(members, scaling)).values
+            summary["loss"][row, column] = np.median(loss.values[:, inside], axis=1)
             tokens[row, column] = [(labels[by].values[inside] == kind).sum() for kind in kinds]
     about = {name: values for name, values in labels.coords.items() if values.dims == ("vector",)}
     return xr.Dataset(
         {
-            **{name: (("vector", "cluster", "step"), values) for name, values in found.items()},
+            **{name: (("vector", "cluster", "step"), values) for name, values in summary.items()},
             "tokens": (("vector", "cluster", by), tokens),
         },
         coords={**about, "cluster": numbers, "step": curves["step"].values, by: kinds},

@@ -1,4 +1,4 @@
-"""What the loss does when weights are moved along single directions: the truth that POLCA's values estimate."""
+"""Loss changes when weights move along single directions: the truth that POLCA estimates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from polca_lib.storage.checkpoints import Checkpoints
 from polca_lib.storage.pieces import PieceStore
 from polca_lib.storage.progress import progress
 
-_EXAMPLES = 128  # through the model at one time
-_STREAM = 1  # or random directions would be those of the random basis and of the starts of Lanczos
+_EXAMPLES = 128  # in one pass
+_STREAM = 1  # a random stream apart from those of the random basis and of the start vectors of Lanczos
 
 
 @torch.no_grad()
 def losses_at(token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " token"]:
-    """Losses of all tokens of ``batch``, a part at a time."""
+    """L(x; theta) for all tokens of ``batch``, in passes of a few examples."""
     return torch.cat([token_loss(theta, part) for part in split_examples(batch, _EXAMPLES)])
 
 
@@ -33,14 +33,14 @@ def move_along(
 ) -> xr.DataArray:
     """L(x; theta_t + b b^T (theta_{t+1} - theta_t)) - L(x; theta_t): the true loss change of moving along b alone.
 
-    This is what POLCA(x, b, t) estimates, by finite differences instead of derivatives. Resumes where it was stopped.
+    POLCA(x, b, t) estimates this by derivatives; here it is a finite difference. Work that was stopped resumes.
 
     Args:
         path: Zarr folder.
         checkpoints: of the run.
-        steps: theirs, in order; an interval lies between each and the next.
+        steps: of the checkpoints, in training order; consecutive steps bound an interval.
         batch: examples.
-        basis: as :func:`polca_lib.method.basis.compute_basis` returns it; read whole.
+        basis: as :func:`polca_lib.method.basis.compute_basis` returns it; all of it is held in memory.
 
     Returns:
         (step, token, vector), in nats; ``step`` is the start of the interval.
@@ -71,10 +71,9 @@ def ablate_movement(
     vectors: Float[Tensor, "vector d"],
     lengths: Float[Tensor, " vector"] | None = None,
 ) -> tuple[Float[Tensor, "vector token"], Float[Tensor, " vector"]]:
-    """Loss change when the movement from ``start`` to ``end`` along each vector is taken back.
+    """L(x; end - b b^T (end - start)) - L(x; end): loss change when the movement along each b is taken back.
 
-    L(x; end - b b^T (end - start)) - L(x; end): how much of what the model can do for token x hangs on having moved
-    along b. Positive if it does worse.
+    It is positive where the model does worse without having moved along b.
 
     Args:
         token_loss: the loss.
@@ -99,7 +98,7 @@ def ablate_movement(
 def random_directions(
     n: int, d: int, seed: int, *, like: Float[Tensor, " d"], orthogonal_to: Float[Tensor, "vector d"] | None = None
 ) -> Float[Tensor, "n d"]:
-    """Random unit vectors, uniform on the sphere, with the components along orthonormal ``orthogonal_to`` taken out."""
+    """Random unit vectors, uniform on the sphere that is orthogonal to the orthonormal ``orthogonal_to``."""
     rows = np.stack(
         [np.random.default_rng([seed, index, _STREAM]).standard_normal(d, dtype=np.float32) for index in range(n)]
     )
