@@ -1,4 +1,4 @@
-"""How much memory there is, how much a computation takes, and how many examples therefore fit."""
+"""How much memory is free, how much a computation takes, and how many examples fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Where a control group, such as a container, says how many bytes it may take: version 2, then 1.
+# Files in which a control group (a container) states its limit in bytes: version 2, then version 1.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -24,20 +24,20 @@ def default_budget(device: str | torch.device) -> int:
         held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + held_back) // 2
     limits = [int(text) for file in _LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
-    # Not the group's own count of what it takes: that includes files the system would drop if asked.
+    # The group's own count of used bytes includes cached files, so subtract what this process uses instead.
     within = min(limits, default=math.inf) - psutil.Process().memory_info().rss
     return max(0, min(psutil.virtual_memory().available, within)) // 2
 
 
 def rounded_budget(device: str | torch.device) -> int:
-    """:func:`default_budget`, down to a power of two: what hangs on it seldom differs from one start to the next."""
+    """:func:`default_budget` rounded down to a power of two, so that a resumed run rarely gets another one."""
     return 2 ** math.floor(math.log2(max(1, default_budget(device))))
 
 
 def peak_bytes(function: Callable[[], object], device: str | torch.device) -> int:
-    """Run ``function`` and return the most bytes its tensors held at one time, beyond what was there before.
+    """Run ``function`` and return the most bytes that its tensors held at one time.
 
-    On a CPU what an operation allocates and frees inside itself is not seen.
+    On a CPU, memory that an operation allocates and frees internally is not counted.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -51,7 +51,7 @@ def peak_bytes(function: Callable[[], object], device: str | torch.device) -> in
 
 
 class _Meter(TorchDispatchMode):
-    """Counts each storage from the operation that makes it until it is freed: views share the one they look at."""
+    """Counts each storage from the operation that allocates it until it is freed; views share a storage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Meter(TorchDispatchMode):
             if storage not in self._known:
                 self._known.add(storage)
                 self.held += storage.nbytes()
-                # The Python object of a storage lives as long as the storage, also where only a graph holds it.
+                # The Python object of a storage lives as long as the storage, even if only a graph holds it.
                 weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
         self.peak = max(self.peak, self.held)
         return result
@@ -79,12 +79,11 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 def fit(measure: Callable[[int], int], budget: int, most: int) -> int:
-    """How many examples, 1 to ``most``, stay within ``budget`` bytes; ``measure`` gives the peak of so many.
+    """max n <= ``most`` with ``measure(n)`` <= ``budget``: how many examples fit into ``budget`` bytes.
 
-    The peak is the largest of several moments, each with a part that stays and a part that grows with the number n
-    of examples. So it grows no faster than n, and it bends upwards: at few examples the moments with much that stays
-    are the largest. A line through one and two examples would promise too much: it is followed half of the way, as
-    far as twice as many examples, and measured again.
+    The peak is a maximum over moments, each a constant plus a part proportional to n. It is therefore convex in n and
+    at most proportional to n. Extrapolating a line through two points would promise too much: follow it half of the
+    way, to at most twice as many examples, and measure again.
 
     Raises:
         ValueError: not even one fits.
@@ -109,5 +108,5 @@ def fit(measure: Callable[[int], int], budget: int, most: int) -> int:
 
 
 def rows_that_fit(n_rows: int, row_bytes: int, budget: int) -> int:
-    """How many of ``n_rows`` rows, such as vectors of a basis, are held at once: as many as fit, but one at least."""
+    """How many of ``n_rows`` vectors fit into ``budget`` bytes; at least one."""
     return max(1, min(n_rows, budget // row_bytes))

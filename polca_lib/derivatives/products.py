@@ -1,4 +1,4 @@
-"""Where weight matrices meet data: the matrix products of a model, found by watching one forward pass."""
+"""The matrix products of data with weights in a model, found by watching one forward pass."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MatrixProduct:
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """What a few passes on one example show of a model."""
+    """Matrix products of a model, found with one example."""
 
     products: tuple[MatrixProduct, ...]
     other_parameters: frozenset[str]  # parameters used in any other way: biases, scales, embeddings
@@ -48,10 +48,10 @@ class ModelStructure:
 
 
 class WatchProducts(TorchFunctionMode):
-    """Finds products of data with weights as they happen, and has ``at_product`` carry them out.
+    """Intercepts products of data with weights; ``at_product`` carries them out.
 
     Args:
-        parameters: by name; what is computed from them alone is followed.
+        parameters: by name; tensors computed from them alone count as weights, too.
         at_product: ``(index, x, weight, bias) -> x @ weight.value + bias``; the bias may be None.
     """
 
@@ -61,7 +61,7 @@ class WatchProducts(TorchFunctionMode):
         at_product: Callable[[int, Tensor, Derived, Tensor | None], Tensor],
     ):
         super().__init__()
-        # Keyed by identity; the values keep the tensors alive, so that no identity is given out twice.
+        # Keyed by id(); the values keep the tensors alive, so that Python reuses no id.
         self._derived = {
             id(p): Derived(p, frozenset([name]), lambda named, name=name: named[name]) for name, p in parameters.items()
         }
@@ -86,7 +86,7 @@ class WatchProducts(TorchFunctionMode):
             self.other_parameters |= sources
             return result
 
-        # Without a reference to self: a cycle would keep the tensors of a pass until Python looks for cycles.
+        # Hold no reference to self: a cycle would keep the tensors of a pass until the garbage collector runs.
         def build(named: Mapping[str, Tensor]) -> Tensor:
             values = [known[id(x)].build(named) if isinstance(x, Tensor) else x for x in leaves]
             positional, by_name = pytree.tree_unflatten(values, spec)
@@ -129,14 +129,14 @@ class WatchProducts(TorchFunctionMode):
 
 
 def model_structure(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: Batch) -> ModelStructure:
-    """Look at a model: at its matrix products, and at which of them matter to single tokens.
+    """Find the matrix products of a model, and those whose output positions each matter to one token alone.
 
     Args:
         token_loss: the loss.
         theta: parameters, shape (d,).
         example: a batch of one example.
     """
-    # What holds by structure holds anywhere; at the given point a signal may happen to be zero.
+    # Look at a random point: at the given one a signal may happen to be zero.
     random = torch.Generator(theta.device).manual_seed(0)
     noise = torch.randn(theta.shape, generator=random, dtype=theta.dtype, device=theta.device)
     parameters = token_loss.unflatten(theta.detach() + theta.abs().mean() * noise)
@@ -157,7 +157,7 @@ def model_structure(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: 
 def single_target_signals(
     token_loss: TokenLoss, parameters: Mapping[str, Tensor], batch: Batch, products: Collection[int]
 ) -> dict[int, tuple[Float[Tensor, "position leaving"], Int[Tensor, " position"] | None]]:
-    """How the sum of the losses changes with the outputs of products, and which token each position matters to.
+    """d(sum of losses)/dy at the outputs y of products, and the one token that each position matters to.
 
     Args:
         token_loss: the loss.
@@ -173,7 +173,7 @@ def single_target_signals(
     def add_probe(index: int, x: Tensor, weight: Derived, bias: Tensor | None) -> Tensor:
         result = x @ weight.value
         if index in products:
-            # The gradient of a zero that is added to the product is the signal that comes back to it.
+            # The gradient of a zero added to the product is its backward signal.
             probes[index] = torch.zeros_like(result, requires_grad=True)
             result = result + probes[index]
         return result if bias is None else result + bias
@@ -182,7 +182,7 @@ def single_target_signals(
         loss = token_loss.at(parameters, batch)
     if not probes or not len(loss):
         return {}
-    # Token j counts w_j times: then so do the signals of the positions that matter to it alone.
+    # Weight token j by w_j: the signals of positions that matter to it alone are then multiplied by w_j.
     weights = 1 + torch.arange(len(loss), dtype=loss.dtype, device=loss.device) / len(loss)
     plain, weighted = (
         torch.autograd.grad(loss, list(probes.values()), w, retain_graph=True, materialize_grads=True)
@@ -195,7 +195,7 @@ def single_target_signals(
         ratio = torch.where(size > 0, (one * other).sum(1) / size, 1.0)
         token = ((ratio - 1) * len(loss)).round().long().clamp(0, len(loss) - 1)
         rest = (other - weights[token][:, None] * one).norm(dim=1)
-        # What is small beside the largest signal may be rounding of it.
+        # Deviations that are tiny beside the largest signal are rounding.
         known = bool((rest <= 1e-4 * size.sqrt() + 1e-7 * size.max().sqrt()).all())
         found[index] = (one, token if known else None)
     return found

@@ -1,15 +1,14 @@
-"""Directional derivatives in reverse mode: per-token gradients formed tile by tile, never as a whole, or not at all.
+"""Directional derivatives in reverse mode, without holding per-token gradients.
 
-The gradient of a token's loss with respect to a weight matrix is a sum of outer products over positions, of the
-activation that enters the product and the backward signal that comes to its output. Both are small and are kept for
-many examples. A tile of the gradients of some hundred tokens is then formed, fits into the processor's cache, and is
-multiplied there by the same tile of all basis vectors:
+With activations a_p that enter a product and signals s_p at its output (see :mod:`polca_lib.derivatives.signals`), one
+tile of the gradients of about a hundred tokens is formed at a time. It fits into the processor's cache and is
+multiplied there by the same tile of all basis vectors B_k:
 
-    <dL(x)/dW, B_k> = sum over tiles of [sum over positions of signal activation^T] : B_k
+    <dL(x)/dW, B_k> = sum over tiles of [sum over positions p of a_p s_p^T] : B_k
 
-Where few positions carry signals, it takes less to multiply the vectors with activations, and that with signals:
+Where few positions carry signals, it is cheaper to multiply the vectors with the activations first:
 
-    <dL(x)/dW, B_k> = sum over positions of signal . (B_k activation)
+    <dL(x)/dW, B_k> = sum over positions p of s_p . (B_k a_p)
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def project_signals(
     directions: dict[str, Float[Tensor, "vector ..."]],
     parts: list[Signals],
 ) -> Float[Tensor, "token vector"]:
-    """<grad L(x), b> for the tokens of ``parts`` and all directions (vectors split by parameter)."""
+    """<grad L(x), b> for the tokens of ``parts`` and all directions b, split by parameter."""
     n_vectors = len(next(iter(directions.values())))
     results = [part.loss.new_zeros(part.loss.numel(), n_vectors) for part in parts]
     for name in sorted(structure.other_parameters):
@@ -65,12 +64,12 @@ def project_signals(
 
 
 def _touching(weights: Float[Tensor, "vector entering leaving"]) -> slice | Int[Tensor, " row"]:
-    """Vectors that change a weight matrix at all: the others, as most axes of single parameters, cost nothing there."""
-    touches = weights[:, 0, 0] != 0  # of most vectors this says it already
+    """Vectors that change a weight matrix at all; the others, such as axes of other parameters, are skipped."""
+    touches = weights[:, 0, 0] != 0  # for most vectors this is enough
     touches[~touches] = weights[~touches].flatten(1).any(dim=1)
     rows = touches.nonzero()[:, 0]
     side_by_side = len(rows) > 0 and rows[-1] - rows[0] < len(rows)
-    return slice(int(rows[0]), int(rows[-1]) + 1) if side_by_side else rows  # the one is a view, the other a copy
+    return slice(int(rows[0]), int(rows[-1]) + 1) if side_by_side else rows  # a slice gives a view, rows a copy
 
 
 def _add_formed(
@@ -88,10 +87,10 @@ def _add_formed(
         for j, tile in enumerate(rows.split(width, dim=2)):
             tile = tile.to(dtype, memory_format=torch.contiguous_format).flatten(1)
             for (result, factors), left in zip(parts, lefts, strict=True):
-                # Formed where the last tile was: fresh memory would cost more than the product.
+                # Reuse the memory of the last tile: fresh memory would cost more than the product.
                 formed = torch.bmm(left, factors.right[j].flatten(0, 1), out=formed.resize_(0))
                 gradients = formed.view(len(result), -1)
-                # The same product: either dtype is faster the one way round.
+                # The same product in two orders: each dtype is faster in one of them.
                 result += (tile @ gradients.T).T if dtype == torch.bfloat16 else gradients @ tile.T
 
 
@@ -100,13 +99,13 @@ def _add_passed(
     by_rows: bool,
     parts: list[tuple[Float[Tensor, "token vector"], JacobianProducts]],
 ) -> None:
-    """Add the products of signals with what the vectors do to activations, a block of outputs at a time."""
+    """Add s_p . (B_k a_p) over positions, a block of outputs at a time."""
     n_vectors, entering, _ = weights.shape
     dtype = parts[0][1].entering.dtype
     width = max(1, math.prod(tile_shape(dtype, weights.device)) // entering)
     cut = [part.signals.split(width, dim=2) for _, part in parts]
     for index, block in enumerate(weights.split(width, dim=2)):
-        # As the weights lie in memory: the copy is faster.
+        # Copy in memory order, which is faster.
         block = (block.movedim(0, 1) if by_rows else block.mT).to(dtype).contiguous()
         block = block.flatten(1) if by_rows else block.flatten(0, 1).mT
         for (result, (activations, _)), blocks in zip(parts, cut, strict=True):
@@ -151,7 +150,7 @@ def project_reverse(
         pass_examples: examples that go through the model at one time.
         n_vectors: how many vectors to choose for between forming gradients and not; as many as there are if not given.
     """
-    parameters = token_loss.unflatten(theta.contiguous())  # or weights would not lie as in the structure
+    parameters = token_loss.unflatten(theta.contiguous())  # weights must have the memory order of the structure
     directions = token_loss.unflatten(vectors)
     weights = weights_of(structure, parameters, dtype)
     losses, gradients = [], []
@@ -164,5 +163,5 @@ def project_reverse(
         with torch.no_grad(), record_function("project_signals"):
             gradients.append(project_signals(structure, parameters, directions, parts))
         losses += [part.loss.flatten() for part in parts]
-        del parts  # or they would be there while the next ones are built
+        del parts  # free them before the next chunk is built
     return torch.cat(losses), torch.cat(gradients)

@@ -1,8 +1,9 @@
-"""What per-token gradients are made of: activations that enter products, and signals that come back to their outputs.
+"""Factors of per-token gradients: activations a_p that enter products, and backward signals s_p at their outputs.
 
-The gradient of a token's loss with respect to a weight matrix is a sum of outer products over positions, of the
-activation that enters the product and the backward signal that comes to its output. Both are small and are kept for
-many examples, cut as :mod:`polca_lib.derivatives.reverse` needs them.
+    dL(x)/dW = sum over positions p of a_p s_p^T
+
+Both factors are small. They are kept for many examples, cut into blocks as :mod:`polca_lib.derivatives.reverse` needs
+them.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from torch.utils import _pytree as pytree
 from polca_lib.derivatives.products import Derived, ModelStructure, WatchProducts
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples
 
-# Rows and columns of a tile of a weight matrix, as it lies in memory. On a CPU the gradients of some 128 tokens with
-# respect to it fit into the cache (measured on two cores with 32 MiB of it); on a GPU only memory has to hold them.
+# Rows and columns of a tile of a weight matrix in memory order. On a CPU the gradients of about 128 tokens with respect
+# to a tile fit into the cache (measured on two cores with 32 MiB). On a GPU they only have to fit into memory.
 _TILE = {torch.bfloat16: (128, 256), torch.float32: (64, 128), torch.float64: (32, 128)}
 _TILE_ON_GPU = (512, 1024)
 
 
 def tile_shape(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile of a weight matrix, as it lies in memory."""
+    """Rows and columns of a tile of a weight matrix in memory order."""
     return _TILE.get(dtype, _TILE[torch.float32]) if device.type == "cpu" else _TILE_ON_GPU
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight``, multiplied in the dtype of ``low`` on the way back, where ``keep`` gets the signal that comes.
+    """``x @ weight`` whose backward pass multiplies in the dtype of ``low`` and hands the signal to ``keep``.
 
-    ``probe`` has an entry for each example and no effect, but asks for the signals of each example also where ``x``
-    is a constant.
+    ``probe`` has one entry per example and no effect. It makes autograd compute the signals of each example, even where
+    ``x`` is a constant.
     """
 
     @staticmethod
@@ -51,7 +52,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, signal: Tensor) -> tuple[Tensor | None, ...]:
         (low,) = context.saved_tensors
-        # Contiguous, or torch would copy the weight for every example.
+        # Make the signal contiguous: otherwise torch copies the weight for every example.
         signal_low = signal.to(low.dtype).contiguous()
         context.keep(signal_low.flatten(1, -2))
         back = (signal_low @ low.mT).to(signal.dtype) if context.needs_input_grad[0] else None
@@ -64,30 +65,30 @@ class _Product(torch.autograd.Function):
 
 
 class FormedGradients(NamedTuple):
-    """Gradients with respect to a matrix, as it lies in memory: left @ right, for each token.
+    """Factors of gradients with respect to a matrix in memory order: left @ right, for each token.
 
-    Both are cut into the blocks of its tiles. The activations that enter a product are the same for all tokens of an
-    example: there, ``own`` is 1.
+    Both are cut into the blocks of its tiles. All tokens of an example share the activations that enter a product:
+    there, ``own`` is 1.
     """
 
     left: list[Float[Tensor, "example own rows position"]]
     right: list[Float[Tensor, "example own position columns"]]
 
     def batches(self, block: int) -> Float[Tensor, "batch rows position"]:
-        """What to multiply with ``right`` when its first two dimensions are taken together."""
+        """Left factors to multiply with ``right``, its first two dimensions flattened."""
         left, own = self.left[block], self.right[0].shape[1]
         return left.flatten(1, 2) if own == 1 else left.expand(-1, own, -1, -1).flatten(0, 1)
 
 
 class JacobianProducts(NamedTuple):
-    """What multiplies B a, the change of a product's output along a direction: no gradient is formed."""
+    """Factors of s . (B a), without forming a gradient: B a is the change of a product along a direction B."""
 
     entering: Float[Tensor, "example_position entering"]
     signals: Float[Tensor, "example_position token leaving"]
 
 
 class Weight(NamedTuple):
-    """A matrix (entering, leaving) that multiplies data, and the same in the dtype of the way back."""
+    """A matrix (entering, leaving) that multiplies data, and the same in the dtype of the backward pass."""
 
     value: Tensor
     low: Tensor
@@ -95,7 +96,7 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Signals:
-    """What the gradients of the tokens of some examples are made of."""
+    """Factors of the gradients of all tokens of some examples."""
 
     loss: Float[Tensor, "example token"]
     factors: list[FormedGradients | JacobianProducts]  # at each product, in the dtype of products
@@ -121,7 +122,7 @@ def signals(
     batch: Batch,
     n_vectors: int,
 ) -> Signals:
-    """Run one forward and, for each target token of an example, one backward pass, for all examples at once."""
+    """Run one forward pass and one backward pass per target token, for all examples at once."""
     n = n_examples(batch)
     kept: dict[int, Tensor] = {}  # the signals that the last pass back brought to each product
 

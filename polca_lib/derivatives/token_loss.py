@@ -24,9 +24,9 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 class _Composed(TorchFunctionMode):
-    """Some functions from elementary operations, for the sake of second derivatives in forward mode.
+    """Composes some functions from elementary operations, so that forward mode has their second derivatives.
 
-    Of torch's own, layer norm's are wrong (pytorch issue 196700), and SiLU and Mish have none.
+    Those of torch's layer norm are wrong (pytorch issue 196700); SiLU and Mish have none.
     """
 
     def __torch_function__(
@@ -69,7 +69,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    # Backwards, torch masks the row of padding; forwards it does not. What the function depends on, it depends on.
+    # torch zeroes the gradient of padding_idx in backward mode but not in forward mode; ignore it so that both agree.
     return nn.functional.embedding(input, weight)
 
 
@@ -93,14 +93,14 @@ class _LossModule(nn.Module):
 
 @dataclass(frozen=True)
 class Subject:
-    """What an analysis is of, but for the checkpoints.
+    """Model, loss and data of an analysis; weights come from the checkpoints.
 
     Args:
-        model: any module; its weights don't matter, for they come from checkpoints.
+        model: any module; its weights are not used.
         loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats.
         validation: examples whose tokens are decomposed.
-        hessian: sample of the training data, for a basis of the Hessian.
-        tokens: a row per token of ``validation``.
+        hessian: sample of the training data; a basis of the Hessian needs it.
+        tokens: one row per token of ``validation``.
         hessian_loss: loss whose Hessian is taken with ``basis.targets = "all"``.
     """
 
@@ -113,18 +113,18 @@ class Subject:
 
 
 class TokenLoss:
-    """The loss of every target token as a function of the flat vector of trainable parameters.
+    """L(x; theta): the loss of every target token x as a function of the flat vector of trainable parameters.
 
-    Parameters that are frozen (``requires_grad`` is off) and buffers stay as they are in the model; tied parameters are
-    there once. The loss is computed in the widest dtype of the parameters, float32 at least.
+    Frozen parameters (``requires_grad`` is off) and buffers keep the model's values. Tied parameters count once. The
+    loss is computed in the widest dtype of the parameters, at least float32.
 
     Args:
         model: any module without active dropout. It is never changed: parameters come in through ``theta``.
         loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats.
 
     Raises:
-        ValueError: the model has dropout that is switched on, or normalises over the batch, or has no parameters of
-            floating-point numbers to train. What can't be seen without data is up to :meth:`check`.
+        ValueError: the model has active dropout, normalises over the batch, or has no floating-point parameters to
+            train. :meth:`check` finds what can only be seen with data.
     """
 
     def __init__(self, model: nn.Module, loss: Loss):
@@ -137,7 +137,7 @@ class TokenLoss:
             what = f"parameter {odd!r} holds {named[odd].dtype}" if odd else "no parameter of the model requires_grad"
             raise ValueError(f"{what}; allowed: floating-point parameters, at least one of them trainable")
         self.dtype = reduce(torch.promote_types, (p.dtype for p in named.values()), torch.float32)
-        # Of those in another dtype, only shapes are of interest.
+        # Parameters in another dtype are kept as shapes alone.
         self.parameters = {
             name: p if p.dtype == self.dtype else torch.empty_like(p, dtype=self.dtype, device="meta")
             for name, p in trainable.items()
@@ -157,7 +157,7 @@ class TokenLoss:
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """To other processes it goes without the weights: they come in through ``theta`` anyway."""
+        """Pickle without the weights: they come in through ``theta``."""
         light = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.model.parameters() if p.requires_grad
         }
@@ -168,22 +168,22 @@ class TokenLoss:
         return self.at(self.unflatten(theta), batch)
 
     def at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " tokens"]:
-        """The same, for parameters by name."""
+        """Loss of each target token of ``batch`` for named parameters."""
         state = {f"model.{name}": value for name, value in parameters.items()} | self._cast
         # Fused attention kernels have no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH), _Composed():
             return torch.func.functional_call(self._module, state, (batch,))
 
     def check(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
-        """See whether the loss is a function that can be taken apart: of the parameters alone, token by token.
+        """Check that the loss depends on the parameters alone, token by token.
 
         Args:
             theta: parameters, shape (d,).
-            batch: examples, of which three at most are looked at.
+            batch: examples; at most three are used.
 
         Raises:
-            ValueError: losses that are not one number a token, that change from call to call, or that depend on what
-                else is in the batch; or a model without derivatives in forward mode. Says what to do.
+            ValueError: the losses are not one number per token, change from call to call, or depend on the rest of the
+                batch; or the model has no derivatives in forward mode. The message says what to do.
         """
         few = next(split_examples(batch, 3))
         with torch.no_grad():
@@ -199,15 +199,15 @@ class TokenLoss:
                     f"two calls of the loss differ, by {(together - again).abs().max():.2g} nats at most: something is "
                     "drawn at random, such as dropout; call model.eval(), and switch off what draws elsewhere"
                 )
-            alone = torch.cat([self(theta, one) for one in split_examples(few, 1)])
+            alone = torch.cat([self(theta, example) for example in split_examples(few, 1)])
             if alone.shape != together.shape or not torch.allclose(alone, together, 1e-3, 1e-4, equal_nan=True):
                 raise ValueError(
                     "the loss of an example alone differs from its loss in a batch: it depends on the other examples "
                     "(normalisation over the batch, or a mean over it?), and can't be taken apart"
                 )
-        one, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
+        example, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
         try:
-            torch.func.jvp(lambda at: self(at, one), (theta,), (tangent,))
+            torch.func.jvp(lambda point: self(point, example), (theta,), (tangent,))
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"the model has no derivatives in forward mode ({error}); write the part that lacks them with plain "
@@ -218,43 +218,45 @@ class TokenLoss:
         """Named parameters as one vector, in the order of ``model.named_parameters()``.
 
         Args:
-            parameters: all trainable ones; and if there, as in a ``state_dict``, other names of tied ones, frozen
-                ones and buffers, which must be what they are in the model.
+            parameters: all trainable parameters. Other names of tied parameters, frozen parameters and buffers may be
+                there, as in a ``state_dict``; they must equal the model's.
 
         Raises:
-            ValueError: a parameter is missing, unknown or of another shape; tied ones differ; or a frozen one or a
-                buffer is another than the model's.
+            ValueError: a parameter is missing, unknown or of another shape; tied parameters differ; or a frozen
+                parameter or a buffer differs from the model's.
         """
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         unknown = []
         for name, value in parameters.items():
-            own = self._tied.get(name, name)
-            if own not in self.parameters and own not in self._fixed:
+            first_name = self._tied.get(name, name)
+            if first_name not in self.parameters and first_name not in self._fixed:
                 unknown.append(name)
                 continue
-            mine = self.parameters[own] if own in self.parameters else self._fixed[own]
-            if value.shape != mine.shape:
+            expected = self.parameters.get(first_name, self._fixed.get(first_name))
+            if value.shape != expected.shape:
                 raise ValueError(
-                    f"parameter {name!r} has shape {tuple(value.shape)}; the model's is {tuple(mine.shape)}"
+                    f"parameter {name!r} has shape {tuple(value.shape)}; the model's is {tuple(expected.shape)}"
                 )
-            if own in self._fixed:
-                self._check_fixed(name, value, mine)
-            elif own in found and not torch.equal(found[own], value):
-                raise ValueError(f"parameters {own!r} and {name!r} are tied in the model, but differ in the checkpoint")
+            if first_name in self._fixed:
+                self._check_fixed(name, value, expected)
+            elif first_name in values and not torch.equal(values[first_name], value):
+                raise ValueError(
+                    f"parameters {first_name!r} and {name!r} are tied in the model, but differ in the checkpoint"
+                )
             else:
-                found[own] = value
-        if odd := sorted(unknown + [name for name in self.parameters if name not in found]):
+                values[first_name] = value
+        if odd := sorted(unknown + [name for name in self.parameters if name not in values]):
             raise ValueError(f"parameters {odd[:3]} are in the checkpoint or in the model, but not in both")
-        return torch.cat([found[name].reshape(-1).to(self.dtype) for name in self.parameters])
+        return torch.cat([values[name].reshape(-1).to(self.dtype) for name in self.parameters])
 
     @staticmethod
-    def _check_fixed(name: str, value: Tensor, mine: Tensor) -> None:
-        """Frozen parameters and buffers of a checkpoint must be the model's; counters don't matter."""
-        if value.is_floating_point() and not torch.equal(value.to(mine), mine):
+    def _check_fixed(name: str, value: Tensor, expected: Tensor) -> None:
+        """Refuse frozen parameters and buffers that differ from the model's; integer counters may differ."""
+        if value.is_floating_point() and not torch.equal(value.to(expected), expected):
             raise ValueError(
-                f"{name!r} is frozen, or a buffer, but differs from the model's own: what changes in training besides "
-                "trainable parameters can't be told apart from them. Set requires_grad, load this checkpoint into the "
-                "model first, or train without running statistics"
+                f"{name!r} is frozen, or a buffer, but differs from the model's own. POLCA explains changes of "
+                "trainable parameters alone: set requires_grad, load this checkpoint into the model first, or train "
+                "without running statistics"
             )
 
     def unflatten(self, theta: Float[Tensor, "*vector d"]) -> dict[str, Float[Tensor, "*vector ..."]]:
@@ -267,7 +269,7 @@ class TokenLoss:
 
 
 def _refuse_what_is_no_function(model: nn.Module) -> None:
-    """Raise a ValueError for modules that drop out, mix examples, or change weights as they go."""
+    """Raise a ValueError for modules that drop out, mix examples, or change weights in the forward pass."""
     for name, module in model.named_modules():
         rate = 0.0
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -294,7 +296,7 @@ def n_examples(batch: Batch) -> int:
 
 
 def split_examples(batch: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive pieces of ``batch``, of ``size`` examples each (the last may be shorter)."""
+    """Consecutive parts of ``batch`` with ``size`` examples each; the last may be shorter."""
     for start in range(0, n_examples(batch), size):
         yield pytree.tree_map(lambda t: t[start : start + size], batch)  # noqa: B023
 
