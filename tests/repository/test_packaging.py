@@ -92,6 +92,20 @@ def test_continuous_integration_runs_make_test():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_workflows_run_what_the_makefile_has_with_the_least_rights():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    ran = []
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text())
+        assert workflow["permissions"] == {"contents": "read"}
+        assert "concurrency" in workflow
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+        ran += [step["run"].removeprefix("make ") for step in steps if "run" in step]
+    assert sorted(ran) == ["book", "test", "validate"]
+    assert set(ran) <= set(targets)
+
+
 def test_citation_and_changelog_have_the_version_of_the_library():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     newest = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
