@@ -1,5 +1,6 @@
 # make book [PRESET=laptop|smoke|paper] [DEVICE=cpu|cuda]   set up, run the pipeline and the notebooks, build the book
 # make test                               set up, run all tests
+# make validate                           execute the notebooks as they are kept, by nbval
 # make studies [TASK=addition|grammar|wikipedia] [PRESET=laptop|paper] [SEEDS="0 1 2"] [DEVICE=cpu|cuda]
 #                                         make the kept studies anew; hours for paper on a CPU
 # make faults                             do to a small run what can go wrong, and keep the table (needs the right to mount)
@@ -14,7 +15,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: book test lint notebooks studies faults benchmarks clean
+.PHONY: book runs test lint notebooks validate studies faults benchmarks clean
 .DEFAULT_GOAL := book
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -23,10 +24,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-book: $(VENV)/.ready
+book: runs
+	$(BIN)/python book/build.py --preset $(PRESET) --set device=$(DEVICE)
+
+# What the pages show, apart from kept studies.
+runs: $(VENV)/.ready
 	$(BIN)/polca paper run --preset $(PRESET) --device $(DEVICE) --beside parameters
 	$(BIN)/polca paper run --task grammar --preset $(PRESET) --device $(DEVICE) --beside random
-	$(BIN)/python book/build.py --preset $(PRESET) --set device=$(DEVICE)
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest
@@ -36,10 +40,12 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 
 # Execute the notebooks of the checkout in place, as they are kept in the repository.
-notebooks: $(VENV)/.ready
-	$(BIN)/polca paper run --beside parameters
-	$(BIN)/polca paper run --task grammar --beside random
+notebooks: runs
 	$(BIN)/python book/build.py --preset laptop --in-place
+
+# Cells must run; what they show may differ from machine to machine. Strictly: pytest --nbval notebooks
+validate: runs
+	$(BIN)/python -m pytest --nbval-lax notebooks
 
 # What is kept in data is finished, not made over: delete a folder to have it made anew.
 studies: $(VENV)/.ready

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ import joblib
 import nbformat
 import papermill
 from plotly.offline import get_plotlyjs
+from traitlets.config import Config
 
 from polca_lib.report.explorer import PLOTLY_FILE
+from polca_lib.storage.hashing import hash_json
+from polca_lib.tasks.run import Run
 from polca_lib.tasks.settings import PRESET_NAMES, RunSettings, parse_assignments
 
 ROOT = Path(__file__).parents[1]
@@ -42,14 +46,16 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     own = {name: ast.literal_eval(p["default"]) for name, p in papermill.inspect_notebook(str(source)).items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        notebook = papermill.execute_notebook(
-            str(source),
-            str(target),
-            {name: value for name, value in parameters.items() if name in own and own[name] != value},
-            kernel_name="python3",
-            cwd=str(ROOT),
-            progress_bar=False,
-        )
+        with tempfile.TemporaryDirectory() as sockets:  # of its own: their paths must be short, and no other's
+            notebook = papermill.execute_notebook(
+                str(source),
+                str(target),
+                {name: value for name, value in parameters.items() if name in own and own[name] != value},
+                kernel_name="python3",
+                cwd=str(ROOT),
+                progress_bar=False,
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
+            )
     except papermill.PapermillExecutionError as error:  # which does not travel between processes
         raise RuntimeError(f"{source.name}: {error}") from None
     # Papermill's notes and progress bars hold paths and times of this machine.
@@ -58,7 +64,17 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
             item.metadata.pop(notes, None)
         if "outputs" in item:
             item.outputs = [output for output in item.outputs if output.get("name") != "stderr"]
+    notebook.metadata["polca"] = {"executed": fingerprint(notebook, parameters["preset"])}
     nbformat.write(notebook, target)
+
+
+def fingerprint(notebook: nbformat.NotebookNode, preset: str) -> str:
+    """Hash of what outputs hang on: code cells, and the stages of runs, which are named by all of their settings.
+
+    It does not know whether the library computes other numbers than it did: that takes an execution, by nbval.
+    """
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hash_json([code, *(Run.from_preset(preset, task=task).keys for task in ("addition", "grammar"))])[:12]
 
 
 def check_parameters(notebooks: list[Path], parameters: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ class ResultRole(SphinxRole):
     """Replace ``notebook.key:format`` by the number."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Give the number, or a warning."""
         name, _, spec = self.text.partition(":")
         notebook, *keys = name.split(".")
         try:

@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
+# These read what is kept in data and benchmarks: they show the same at every preset, and on every machine.
+SHOW_STUDIES = [name for name in NAMES if name[:2] in ("07", "08", "09", "10", "11", "12", "15", "18")]
+
 
 def run(*command, env, **kwargs):
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=ROOT, **kwargs)
@@ -62,13 +65,14 @@ def test_notebook_writes_finite_numbers_with_provenance(book, place, name):
     assert len(numbers) > 1
 
 
-def test_nbval_reproduces_the_executed_notebooks(book, env):
-    copies = sorted((book / "source" / "notebooks").glob("*.ipynb"))
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:xdist"]
-    command += ["-o", "addopts=", "-p", "no:cacheprovider"]
+def test_nbval_reproduces_every_page(book, env):
+    """Strictly: as kept in the repository where a page shows kept studies, as executed above where it shows a run."""
+    executed, kept = book / "source" / "notebooks", ROOT / "notebooks"
+    pages = [(kept if name in SHOW_STUDIES else executed) / f"{name}.ipynb" for name in NAMES]
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "--nbval", "-p", "no:cacheprovider", "--color=no"]
     own = {**env, "OMP_NUM_THREADS": "1"}  # two at a time, as they were built
     with ThreadPoolExecutor() as pool:
-        both = list(pool.map(lambda part: run(*command, *part, env=own), (copies[::2], copies[1::2])))
+        both = list(pool.map(lambda part: run(*command, *part, env=own), (pages[::2], pages[1::2])))
     for done in both:
         assert done.returncode == 0, done.stdout[-4000:]
         assert " passed" in done.stdout

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import runpy
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,8 +14,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import polca_lib
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BUILD = runpy.run_path(str(ROOT / "book" / "build.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Who may import whom: a file imports its own folder and those to its left.
@@ -86,6 +92,80 @@ def test_continuous_integration_runs_make_test():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_workflows_run_what_the_makefile_has_with_the_least_rights():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    ran = []
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text())
+        assert workflow["permissions"] == {"contents": "read"}
+        assert "concurrency" in workflow
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+        ran += [step["run"].removeprefix("make ") for step in steps if "run" in step]
+    assert sorted(ran) == ["book", "test", "validate"]
+    assert set(ran) <= set(targets)
+
+
+def test_citation_and_changelog_have_the_version_of_the_library():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert citation["version"] == newest[1] == polca_lib.__version__
+    assert str(citation["date-released"]) == newest[2]
+
+
+def test_a_wheel_holds_the_library_alone_and_says_that_it_is_typed(tmp_path):
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+        "build_py",
+        "--build-lib",
+        tmp_path,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    built = {name for name in built if ".egg-info" not in name}
+    sources = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "polca_lib").rglob("*") if "__pycache__" not in path.parts
+    }
+    assert built == {name for name in sources if (ROOT / name).is_file()}
+    assert "polca_lib/py.typed" in built
+
+
+def loaded_by(code):
+    """Modules that a fresh Python has loaded after ``code``."""
+    code += "\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+def test_importing_the_library_loads_next_to_nothing():
+    assert not loaded_by("import polca_lib") & {"torch", "numpy", "pandas", "xarray", "pydantic"}
+
+
+def test_the_method_loads_nothing_that_reads_text_or_draws():
+    modules = [f"polca_lib.method.{path.stem}" for path in (ROOT / "polca_lib" / "method").glob("*.py")]
+    loaded = loaded_by(f"import {', '.join(modules)}")
+    assert "torch" in loaded
+    assert not loaded & {"tokenizers", "spacy", "seaborn", "plotly", "matplotlib"}
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["paper"], ["paper", "study"]], ids=" ".join)
+def test_help_loads_neither_torch_nor_numpy(command):
+    code = f"""
+import sys
+from polca_lib.analysis.cli import main
+sys.argv = ["polca", *{command}, "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code"""
+    assert not loaded_by(code) & {"torch", "numpy", "pandas"}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_has_typed_parameters_with_help_first_and_provenance_last(path):
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
@@ -104,6 +184,24 @@ def test_notebook_is_kept_executed_and_without_errors(path):
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_shows_what_its_code_cells_gave(path):
+    notebook = nbformat.read(path, 4)
+    executed = notebook.metadata.get("polca", {}).get("executed")
+    stale = f"{path.name} was changed, or settings of its run were, after it was executed: run make notebooks"
+    assert executed == BUILD["fingerprint"](notebook, "laptop"), stale
+
+
+def test_a_fingerprint_is_of_code_and_settings_but_not_of_prose():
+    notebook = nbformat.read(NOTEBOOKS[0], 4)
+    first = BUILD["fingerprint"](notebook, "laptop")
+    next(c for c in notebook.cells if c.cell_type == "markdown").source += " More prose."
+    assert BUILD["fingerprint"](notebook, "laptop") == first
+    assert BUILD["fingerprint"](notebook, "smoke") != first
+    next(c for c in notebook.cells if c.cell_type == "code").source += "\n1 + 1"
+    assert BUILD["fingerprint"](notebook, "laptop") != first
 
 
 def test_every_figure_has_a_caption_and_a_name_of_its_own():
