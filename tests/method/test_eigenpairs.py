@@ -126,6 +126,18 @@ def test_cola_takes_as_many_products_as_our_recurrence_and_those_that_measure(st
         torch.testing.assert_close(colas.residuals, ours.residuals, rtol=1e-6, atol=1e-12)
 
 
+@SOLVERS
+def test_eigenvalue_is_right_in_float32_and_many_dimensions(solver):
+    # CoLA's own value is wrong in the third digit here, where it sums a million squares one by one.
+    diagonal = torch.linspace(-1, 1, 1_000_000)
+    diagonal[0] = 4
+    pairs = top_eigenpairs(
+        lambda v: diagonal * v, torch.ones(1_000_000), tolerance=1e-4, max_products=20, solver=solver
+    )
+    assert pairs.converged
+    assert pairs.values.item() == pytest.approx(4, rel=1e-5)
+
+
 def test_cola_is_imported_only_where_it_is_used():
     files = list(Path(polca_lib.__file__).parent.rglob("*.py"))
     assert not [file.name for file in files if re.search("^(from|import) cola", file.read_text(), re.MULTILINE)]
