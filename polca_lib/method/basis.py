@@ -195,9 +195,10 @@ def _eigenvectors(
     """Find the vectors from row ``start`` on; each must be stored before the next is asked for."""
     n_vectors, n_parameters = len(births), checkpoints.token_loss.n_parameters
     one = n_parameters * checkpoints.token_loss.dtype.itemsize
-    # Lanczos seldom needs all of its products: what they would take at most is no reason not to try.
-    shared = memory - min(krylov_rows(settings.max_products, settings.k) * one, memory // 2)
-    room = min(n_vectors, shared // 2 // one)
+    krylov = krylov_rows(settings.max_products, settings.k, settings.solver) * one
+    # Lanczos seldom needs all of its products: what they would take at most is no reason not to try. CoLA allocates it.
+    shared = memory - (min(krylov, memory // 2) if settings.solver == "lanczos" else krylov)
+    room = max(0, min(n_vectors, shared // 2 // one))
     found = _Found(store, start, room, checkpoints)
     first = checkpoints.theta(int(births[start]))
     hessian = HessianOperator(hessian_loss, first, hessian_batch, shared - room * one)
@@ -212,6 +213,7 @@ def _eigenvectors(
             which=settings.which,
             tolerance=settings.tolerance,
             max_products=settings.max_products,
+            solver=settings.solver,
         )
 
     while len(found) < n_vectors:

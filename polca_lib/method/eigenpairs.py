@@ -1,16 +1,25 @@
-"""Top eigenpairs of a symmetric operator that is known by its products alone: Lanczos."""
+"""Top eigenpairs of a symmetric operator that is known by its products alone: Lanczos, and the operator for CoLA."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from polca_lib.method.settings import Solver
+from polca_lib.method.vectors import inner_products, without
+
+if TYPE_CHECKING:  # importing it takes seconds: functions do it when they are called
+    from cola.ops import LinearOperator
+
+_Product = Callable[[Float[Tensor, " d"]], Float[Tensor, " d"]]
+_Recurrence = tuple[Sequence[Float[Tensor, " d"]], list[float], list[float]]  # q_1 ... q_m, alpha and beta
 
 
 @dataclass(frozen=True)
@@ -24,20 +33,51 @@ class Eigenpairs:
     converged: bool
 
 
+def as_cola(product: _Product, like: Float[Tensor, " d"], known: Iterable[Float[Tensor, " d"]] = ()) -> LinearOperator:
+    """P A P as a self-adjoint CoLA operator, P = I - B B^T: all that CoLA offers works on it.
+
+    Args:
+        product: v -> A v, A symmetric, such as :class:`polca_lib.derivatives.hessian.HessianOperator`.
+        like: a vector that gives the dimension d, the dtype and the device.
+        known: B, orthonormal, one vector after another; none leaves A as it is.
+
+    Returns:
+        Operator of shape (d, d). It multiplies a block (d, m) column by column: m products.
+    """
+    import cola
+
+    def multiply(block: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+        # without() copies: CoLA hands over strided columns, and writes into what it gets back.
+        return torch.stack([without(product(without(column, known)), known) for column in block.T], dim=1)
+
+    operator = cola.ops.LinearOperator(like.dtype, (len(like), len(like)), multiply, {cola.SelfAdjoint})
+    operator.device = like.device
+    return operator
+
+
 def top_eigenpairs(
-    product: Callable[[Float[Tensor, " d"]], Float[Tensor, " d"]],
+    product: _Product,
     start: Float[Tensor, " d"],
     k: int = 1,
     *,
     which: Literal["largest", "magnitude"] = "largest",
     tolerance: float = 0.01,
     max_products: int = 60,
+    solver: Solver = "lanczos",
 ) -> Eigenpairs:
-    """Top ``k`` eigenpairs of a symmetric operator by Lanczos with full re-orthogonalisation.
+    """Top ``k`` pairs A v = lambda v of a symmetric operator by Lanczos with full re-orthogonalisation.
 
-    After each product the residual ``||A v - lambda v||`` of every wanted Ritz pair is ``|beta_m s_m|`` (s_m: last
-    entry of the Ritz vector in the Krylov basis), without another product; the iteration stops once it is below
-    ``tolerance`` times the magnitude of the Ritz value for all ``k``. Between products no Krylov vector is copied.
+    After product m, the residual ``||A v - lambda v||`` of every wanted Ritz pair is ``|beta_m s_m|`` (s_m: last entry
+    of the Ritz vector in the Krylov basis), without another product. The iteration stops once it is at most
+    ``tolerance`` times the magnitude of the Ritz value for all ``k``. The recurrence is this library's or CoLA's:
+
+    - ``lanczos``: no Krylov vector is copied between products, and memory grows with m.
+    - ``cola``: the iteration of ``cola.eig(A, k, which, cola.linalg.Lanczos())``, halted after each product, since CoLA
+      has no test of convergence. All ``max_products`` vectors are allocated at once, and copied twice a product. The
+      values and residuals returned are measured, lambda = v^T A v: ``k`` products more, which count in ``products`` but
+      not in ``max_products``.
+
+    :func:`krylov_rows` says what memory each takes.
 
     Args:
         product: v -> A v.
@@ -46,6 +86,7 @@ def top_eigenpairs(
         which: largest algebraically, or in magnitude.
         tolerance: relative residual at which to stop.
         max_products: products before giving up; what was reached is returned with ``converged=False``.
+        solver: whose recurrence.
 
     Raises:
         ValueError: ``k`` < 1 or more than the dimension, ``max_products`` < ``k``, or ``start`` is zero or
@@ -61,8 +102,41 @@ def top_eigenpairs(
             f"the start vector is zero or not finite (its length is {length}); pass one with a component along the "
             "wanted eigenvectors"
         )
-    krylov, alpha, beta = [start / length], [], []
-    for m in range(1, min(max_products, start.numel()) + 1):
+    recurrence = _lanczos if solver == "lanczos" else _cola_lanczos
+    steps = recurrence(product, start / length, min(max_products, start.numel()))
+    for m, (krylov, alpha, beta) in enumerate(steps, 1):  # noqa: B007
+        # Ritz pairs: the eigenpairs of the tridiagonal matrix T = Q^T A Q.
+        ritz, basis = np.linalg.eigh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
+        wanted = np.argsort(-ritz if which == "largest" else -np.abs(ritz), kind="stable")[:k]
+        estimates = np.abs(beta[-1] * basis[-1, wanted])
+        exhausted = beta[-1] <= 1e-7 * np.abs(ritz).max()  # the Krylov space is invariant
+        converged = m >= k and bool(np.all(estimates <= tolerance * np.abs(ritz[wanted])) and np.all(ritz[wanted] != 0))
+        if converged or exhausted:
+            break
+    del steps  # and its last product
+    # Ritz vectors: sums of Krylov vectors.
+    vectors = start.new_zeros(len(wanted), start.numel())
+    for own, weights in zip(vectors, basis[:, wanted].T, strict=True):
+        for weight, known in zip(weights, krylov, strict=True):
+            own.add_(known, alpha=float(weight))
+        own /= _norm(own)
+    values, residuals = (start.new_tensor(x) for x in (ritz[wanted], estimates / np.abs(ritz[wanted])))
+    if solver == "cola":
+        # Values and residuals are measured: CoLA's norms in float32 are strided sums, and its values wrong by 0.1%.
+        del krylov, known
+        for row, vector in enumerate(vectors):
+            image = product(vector)
+            values[row] = inner_products(vector[None], image[None]).item()
+            residuals[row] = _norm(image.sub(vector, alpha=values[row].item())) / values[row].abs()
+        m, converged = m + len(vectors), len(vectors) == k and bool((residuals <= tolerance).all())
+    return Eigenpairs(values, vectors, residuals, m, converged)
+
+
+def _lanczos(product: _Product, start: Float[Tensor, " d"], steps: int) -> Iterator[_Recurrence]:
+    """A q_m = beta_{m-1} q_{m-1} + alpha_m q_m + beta_m q_{m+1} from the unit vector q_1, one product after another."""
+    krylov, alpha, beta, rest = [], [], [], start
+    for m in range(1, steps + 1):
+        krylov.append(rest)
         rest = product(krylov[-1]).clone()  # which may be what the operator keeps
         alpha.append(0.0)
         for _ in range(2):  # in floating point, once leaves too much behind
@@ -71,27 +145,26 @@ def top_eigenpairs(
                 rest.sub_(krylov[index], alpha=component)
                 alpha[-1] += component if index == m - 1 else 0.0
         beta.append(_norm(rest))
-        ritz, basis = np.linalg.eigh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
-        wanted = np.argsort(-ritz if which == "largest" else -np.abs(ritz), kind="stable")[:k]
-        estimates = np.abs(beta[-1] * basis[-1, wanted])
-        exhausted = beta[-1] <= 1e-7 * np.abs(ritz).max()  # the Krylov space is invariant
-        converged = m >= k and bool(np.all(estimates <= tolerance * np.abs(ritz[wanted])) and np.all(ritz[wanted] != 0))
-        if converged or exhausted:
-            break
-        krylov.append(rest.div_(beta[-1]))
-    del rest, krylov[m:]
-    vectors = start.new_zeros(len(wanted), start.numel())
-    for own, weights in zip(vectors, basis[:, wanted].T, strict=True):
-        for weight, known in zip(weights, krylov, strict=True):
-            own.add_(known, alpha=float(weight))
-        own /= _norm(own)
-    values, residuals = (start.new_tensor(x) for x in (ritz[wanted], estimates / np.abs(ritz[wanted])))
-    return Eigenpairs(values, vectors, residuals, m, converged)
+        yield krylov, alpha, beta
+        rest.div_(beta[-1])
 
 
-def krylov_rows(max_products: int, k: int = 1) -> int:
-    """Vectors there are in :func:`top_eigenpairs` at one time, at most: with the start, a product and its copy."""
-    return max_products + max(3, k + 1)
+def _cola_lanczos(product: _Product, start: Float[Tensor, " d"], steps: int) -> Iterator[_Recurrence]:
+    """The same from CoLA."""
+    from cola.linalg.decompositions.lanczos import init_lanczos, lanczos_fact
+
+    operator = as_cola(product, start)
+    state = init_lanczos(operator.xnp, start[:, None], steps, start.dtype)
+    for m in range(1, steps + 1):
+        # CoLA goes on from its state to vector m. Its tolerance tests breakdown alone: 0 leaves the test to us.
+        *state, _ = lanczos_fact(operator, state, max_iters=m, tol=0)
+        vectors, alpha, beta, _ = state  # of a block of one; columns of vectors and beta count from 1
+        yield vectors[0, :, 1 : m + 1].T, alpha[0, :m].tolist(), beta[0, 1 : m + 1].tolist()
+
+
+def krylov_rows(max_products: int, k: int = 1, solver: Solver = "lanczos") -> int:
+    """Vectors there are in :func:`top_eigenpairs` at one time, at most: with the start, a product and its copies."""
+    return max_products + max(3, k + 1) if solver == "lanczos" else 2 * max_products + 9
 
 
 def _norm(vector: Float[Tensor, " d"]) -> float:

@@ -75,6 +75,22 @@ def test_basis_is_that_of_algorithm_1_with_dense_matrices(tmp_path, checkpoints,
     np.testing.assert_allclose(np.abs((read_vectors(basis).numpy() * vectors).sum(1)), 1, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("k", "which"), [(1, "largest"), (2, "magnitude")])
+def test_basis_is_the_same_by_cola(tmp_path, checkpoints, k, which):
+    settings = {"basis__k": k, "basis__which": which, "basis__tolerance": 1e-5}
+    ours = compute(tmp_path / "ours", checkpoints, **settings)
+    colas = compute(tmp_path / "colas", checkpoints, **settings, basis__solver="cola")
+    cosines = inner_products(read_vectors(ours), read_vectors(colas)).abs().diagonal()
+    assert (cosines > 1 - 1e-4).all()
+    np.testing.assert_allclose(colas["eigenvalue"], ours["eigenvalue"], rtol=1e-4)
+    assert (colas["residual"] <= 1e-5).all()
+
+
+def test_memory_too_small_for_what_cola_allocates_is_refused(tmp_path, checkpoints):
+    with pytest.raises(ValueError, match=r"one example takes .* bytes .* raise memory"):
+        compute(tmp_path, checkpoints, basis__solver="cola", memory=17_000)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_basis_is_orthonormal_in_float32(tmp_path, checkpoints, kind, k):
@@ -102,10 +118,11 @@ def test_vectors_for_which_memory_has_no_room_are_read_from_disk(tmp_path, check
     assert gram_error(read(tight)) < 1e-6
 
 
-def test_basis_stays_within_the_memory(tmp_path):
+@pytest.mark.parametrize("solver", ["lanczos", "cola"])
+def test_basis_stays_within_the_memory(tmp_path, solver):
     settings = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.d_mlp": 32}
     settings |= {"basis.k": 2, "basis.every": 40, "basis.tolerance": 0.3, "basis.max_products": 20}
-    config = tiny_config(**settings, memory=1_500_000)
+    config = tiny_config(**settings, **{"basis.solver": solver}, memory=1_500_000)
     token_loss = TokenLoss(build_model(config.model, seed=0), arithmetic.answer_loss)
     checkpoints = CheckpointFolder(tmp_path, token_loss)
     for step in (40, 80):
