@@ -1,10 +1,9 @@
 """Checkpoints of a training run: one safetensors file per step, with a checksum inside."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -45,7 +44,12 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 class Checkpoints(Protocol):
-    """Checkpoints of one model, wherever they are stored."""
+    """Checkpoints of one model, wherever they are stored.
+
+    Args:
+        token_loss: loss of the model; it defines the order and shapes of the parameters.
+        device: device of the parameter vectors.
+    """
 
     token_loss: TokenLoss
     device: str
@@ -84,12 +88,7 @@ def file_sizes(files: Iterable[Path], folder: Path) -> str:
 
 
 class CheckpointFolder(Checkpoints):
-    """Checkpoints ``step-00000020.safetensors`` of one model in a folder.
-
-    Args:
-        token_loss: loss of the model; it defines the order and shapes of the parameters.
-        device: device of the parameter vectors.
-    """
+    """Checkpoints ``step-00000020.safetensors`` of one model in a folder."""
 
     def __init__(self, path: Path, token_loss: TokenLoss, device: str = "cpu"):
         self.path, self.token_loss, self.device = path, token_loss, device
@@ -124,23 +123,11 @@ class ChecksummedCheckpoints(Checkpoints):
     inner: Checkpoints
     folder: Path
 
-    @property
-    def token_loss(self) -> TokenLoss:
-        return self.inner.token_loss
-
-    @property
-    def device(self) -> str:
-        return self.inner.device
-
-    @property
-    def steps(self) -> list[int]:
-        return self.inner.steps
-
-    def name(self, step: int) -> str:
-        return self.inner.name(step)
-
-    def identity(self, step: int) -> str:
-        return self.inner.identity(step)
+    token_loss = property(attrgetter("inner.token_loss"))
+    device = property(attrgetter("inner.device"))
+    steps = property(attrgetter("inner.steps"))
+    name = property(attrgetter("inner.name"))
+    identity = property(attrgetter("inner.identity"))
 
     def theta(self, step: int) -> Float[Tensor, " d"]:
         theta = self.inner.theta(step)
