@@ -1,7 +1,4 @@
-"""Folders of results that record the settings and inputs they were computed from.
-
-An artefact is a folder with a ``manifest.json`` that stores the settings of its stage and the keys of its inputs.
-Arrays computed piece by piece are stored in a :class:`polca_lib.storage.pieces.PieceStore`.
+"""Folders of results with a ``manifest.json`` that records the settings and inputs they were computed from.
 
 Paths may be local or any URL that ``upath`` (fsspec) supports, such as ``s3://bucket/run``.
 """
@@ -89,6 +86,7 @@ class Artefact:
                 raise ValueError("it holds no JSON object")
         except ValueError as error:
             raise ArtefactMismatch(f"{manifest} is damaged ({error}); delete the folder to recompute it") from None
+        # Report the first difference; other software may continue the work.
         for name, have, want in differences({name: stored.get(name) for name in expected}, expected):
             raise ArtefactMismatch(
                 f"{path} holds {name} = {have!r}, but {name} = {want!r} was requested; "
@@ -159,27 +157,23 @@ def provenance(about: Mapping[str, object], stages: Mapping[str, Artefact]) -> p
 @cache
 def software() -> dict[str, str]:
     """Commit of the checkout, versions of Python and of numerical libraries, and the machine."""
-    names = ("torch", "transformer-lens", "hdbscan", "numpy", "xarray")
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        **{name: version(name) for name in names},
+        **{name: version(name) for name in ("torch", "transformer-lens", "hdbscan", "numpy", "xarray")},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
 def _commit() -> str:
     """Short hash of HEAD, and whether this package has local changes."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    options = {"cwd": Path(__file__).parents[1], "text": True, "stderr": subprocess.DEVNULL}
     try:
-        head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", ".")
+        head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], **options).strip()
+        changes = subprocess.check_output(["git", "status", "--porcelain", "."], **options).strip()
     except (OSError, subprocess.CalledProcessError):
         return "not in a git checkout"
-    return head + (" with local changes" if changes else "")
+    return f"{head} with local changes" if changes else head
 
 
 def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

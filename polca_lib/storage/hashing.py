@@ -1,7 +1,5 @@
 """SHA-256 of settings, files, tensors and tables, as hexadecimal text; they identify and verify results."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Progress bars for a terminal, and occasional progress lines for a log."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Any
