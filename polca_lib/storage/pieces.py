@@ -283,7 +283,7 @@ def create(path: Path, layout: StoreLayout) -> None:
             shutil.rmtree(temporary)
     else:
         layout.write(path)
-    # Hash all files except chunks, whose names start with a digit.
+    # Hash all files except the pieces: chunks of variables, whose names start with a digit.
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".partial")]
     names = sorted(file.relative_to(path).as_posix() for file in files)
     chunks = tuple(f"{name}/{digit}" for name in (*layout.variables, "_done") for digit in range(10))
@@ -306,7 +306,7 @@ def repair_metadata(path: Path, layout: StoreLayout) -> None:
     """Write coordinates and metadata to a temporary folder, and copy the damaged files from there.
 
     Raises:
-        DamagedFile: the layout has changed since the store was created.
+        DamagedFile: the layout has changed since the store was created, or the checksums are damaged.
     """
     files, temporary = damaged_metadata(path), _temporary(path)
     try:
