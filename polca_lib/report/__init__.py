@@ -1,1 +1,1 @@
-"""What was found: tables, contexts, the explorer, the page."""
+"""Tables, contexts, the explorer and the HTML report of a run."""

@@ -1,73 +1,66 @@
 """The tokens of a cluster nearest its medoid, and the text around them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from polca_lib.method.clustering import by_vector, medoid, scale
 from polca_lib.method.settings import Scaling
-from polca_lib.report.findings import shown
+from polca_lib.report.findings import members, shown
 
 NEAREST = 10
-"""Tokens of a cluster that are shown, those nearest its medoid, as in the paper."""
+"""Number of tokens shown per cluster, as in the paper."""
 
 _NEAREST_COLUMNS = {"vector": int, "cluster": int, "rank": int, "token": int, "distance": float}
-_BEFORE, _AFTER = 16, 8  # tokens of a context
+# First and last token of each part of a context, relative to the target.
+_PARTS = {"before": (-16, 0), "target": (0, 1), "after": (1, 9)}
 
 
 def nearest(
     trajectories: xr.DataArray, labels: xr.DataArray, scaling: Scaling = "raw", n: int = NEAREST
 ) -> pd.DataFrame:
-    """The ``n`` tokens of each cluster nearest its medoid, as HDBSCAN sees their trajectories.
+    """Find the ``n`` tokens of each cluster nearest its medoid, by Euclidean distance of scaled trajectories.
 
     Args:
-        trajectories: what was clustered, (step, token) or (step, token, vector).
+        trajectories: clustered trajectories, (step, token) or (step, token, vector).
         labels: (token,) or (vector, token).
-        scaling: as the clustering saw the trajectories.
-        n: tokens of each cluster; fewer if it has fewer.
+        scaling: scaling used for the clustering.
 
     Returns:
-        Rows ``vector``, ``cluster``, ``rank`` (from 1, which is the medoid), ``token`` (index along ``token``) and
-        ``distance`` from the medoid, in units of the scaled trajectories.
+        Rows ``vector``, ``cluster``, ``rank`` (1 is the medoid), ``token`` (index along ``token``) and ``distance``
+        from the medoid, in units of the scaled trajectories.
     """
     curves, rows = by_vector(trajectories), []
-    for one in by_vector(labels):
-        own = curves.sel(vector=one["vector"]).transpose("token", "step")
-        for number in range(1, one.values.max(initial=0) + 1):
-            tokens = np.flatnonzero(one.values == number)
-            values = scale(own.values[tokens].astype(np.float64), scaling)
-            centre = medoid(own[tokens], scaling)
-            distance = np.linalg.norm(values - values[centre], axis=1)
-            # Others may lie on the very same point: the medoid still comes first.
-            order = np.lexsort([tokens, np.arange(len(tokens)) != centre, distance])[:n]
-            for rank, i in enumerate(order, 1):
-                rows.append((int(one["vector"]), number, rank, tokens[i], distance[i]))
+    for vector, cluster, inside in members(labels):
+        # Measure distances from the medoid.
+        tokens = np.flatnonzero(inside)
+        curve = curves.sel(vector=vector).transpose("token", "step")[tokens]
+        values = scale(curve.values.astype(np.float64), scaling)
+        centre = medoid(curve, scaling)
+        distance = np.linalg.norm(values - values[centre], axis=1)
+        # Sort by distance; put the medoid before tokens with the same trajectory.
+        order = np.lexsort([tokens, np.arange(len(tokens)) != centre, distance])[:n]
+        rows += [(vector, cluster, rank, tokens[i], distance[i]) for rank, i in enumerate(order, 1)]
     return pd.DataFrame(rows, columns=list(_NEAREST_COLUMNS)).astype(_NEAREST_COLUMNS)
 
 
 def contexts(near: pd.DataFrame, projections: xr.Dataset) -> pd.DataFrame:
-    """Add ``before``, ``target`` and ``after`` to rows of :func:`nearest`: the text around each token.
+    """Add ``before``, ``target`` and ``after`` to rows of :func:`nearest`: the text around each token in its example.
 
-    Text is of the same example. Without a column ``text``, ``target`` lists the other columns of the token table.
+    Without a column ``text``, ``target`` lists the other columns of the token table.
     """
-    coords = {n: c.values for n, c in projections.coords.items() if c.dims == ("token",)}
+    coords = {name: coord.values for name, coord in projections.coords.items() if coord.dims == ("token",)}
     if not {"text", "example"} <= coords.keys():
-        names = [n for n in coords if n != "token"]
-        told = [", ".join(f"{shown(n)} {shown(coords[n][token])}" for n in names) for token in near["token"]]
-        return near.assign(before="", target=told, after="")
+        names = [name for name in coords if name != "token"]
+        targets = [", ".join(f"{shown(name)} {shown(coords[name][i])}" for name in names) for i in near["token"]]
+        return near.assign(before="", target=targets, after="")
+    # Sort the tokens by example and position.
     places = pd.DataFrame({"example": coords["example"], "position": coords.get("position", coords["token"])})
     order = places.sort_values(["example", "position"], kind="stable").index.to_numpy()
     rank, example = np.argsort(order), places["example"].to_numpy()
-    rows: dict[str, list[str]] = {"before": [], "target": [], "after": []}
-    for token in near["token"]:
-        at = rank[token]
-        for name, start, stop in (
-            ("before", at - _BEFORE, at),
-            ("target", at, at + 1),
-            ("after", at + 1, at + 1 + _AFTER),
-        ):
-            some = [i for i in order[max(0, start) : max(0, stop)] if example[i] == example[token]]
-            rows[name].append("".join(shown(coords["text"][i]) for i in some))
-    return near.assign(**rows)
+
+    def text(token: int, start: int, stop: int) -> str:
+        window = order[max(0, rank[token] + start) : max(0, rank[token] + stop)]
+        return "".join(shown(coords["text"][i]) for i in window if example[i] == example[token])
+
+    return near.assign(**{name: [text(token, *bounds) for token in near["token"]] for name, bounds in _PARTS.items()})

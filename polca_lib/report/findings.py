@@ -1,9 +1,7 @@
-"""What a run found, in tables: its clusters, what each is made of, when it breaks through, and all of it in numbers."""
-
-from __future__ import annotations
+"""Tables of the results of a run: its clusters, their composition, their breakthroughs, and a summary."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,25 +15,23 @@ from polca_lib.method.clustering import DROPPED, by_vector, is_decreasing
 from polca_lib.method.decomposition import completeness
 from polca_lib.method.settings import ClusteringSettings
 
-_LONGEST = 80  # characters of a value that are shown
-_TOP = 5  # values that say what a cluster is made of
-_KINDS = 50  # values that a column may have and still say what a token is
-
-# Columns that say where a token is, or are of vectors.
-_PLACES = ("token", "example", "position", "step", "vector")
+_LONGEST = 80  # characters of a displayed value
+_TOP = 5  # displayed values per column of a cluster
+_KINDS = 50  # most values of a column that describes tokens
+_PLACES = ("token", "example", "position", "step", "vector")  # coordinates that do not describe tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What a run found; each table is made when first asked for.
+    """Results of a run; each table is computed on first access.
 
     Args:
         projections: from :func:`polca_lib.analysis.projections.project_runs`.
         curves: projected loss, (step, token, vector), in nats, from
             :func:`polca_lib.method.decomposition.projected_loss`.
         labels: (vector, token), from :func:`polca_lib.method.clustering.cluster_tokens`.
-        clustering: its settings; they say the order, too.
-        hidden_after: tau, in steps; none if nothing can be hidden.
+        clustering: settings of the clustering, with the order of the projected loss.
+        hidden_after: tau, in steps; None if no breakthrough can be hidden.
     """
 
     projections: xr.Dataset
@@ -46,33 +42,24 @@ class Findings:
 
     @cached_property
     def completeness(self) -> xr.Dataset:
-        """True loss change, and what projected losses add up to."""
+        """True loss change and the sum of the projected losses."""
         return completeness(self.projections, self.clustering.order)
 
     @cached_property
     def clusters(self) -> pd.DataFrame:
-        """A row per cluster, those hidden first, then the largest.
+        """One row per cluster, hidden breakthroughs first, then by size.
 
         Columns ``vector``, ``cluster``, ``tokens`` (how many), ``fall`` (mean projected loss at the end, nats),
-        ``made_of`` (its most frequent texts, and values of the column that sets it apart most),
-        ``breakthrough`` (mean step of the sharpest drop's start; NaN with too few checkpoints for the window) and
-        ``hidden`` (whether the mean loss had gone flat by then, v3 Eq. 10).
+        ``made_of`` (most frequent texts, and values of the most distinctive column), ``breakthrough`` (mean step at
+        which the sharpest drop starts; NaN with too few checkpoints for the window) and ``hidden`` (whether the mean
+        loss was flat by then, v3 Eq. 10).
         """
-        columns, rows = _kinds_of(self.projections), []
-        ends = by_vector(self.curves.isel(step=-1))
-        for one in by_vector(self.labels):
-            kept, end = one.values != DROPPED, ends.sel(vector=one["vector"]).values
-            for number in range(1, int(one.max(initial=0) if one.size else 0) + 1):
-                inside = one.values == number
-                rows.append(
-                    {
-                        "vector": int(one["vector"]),
-                        "cluster": number,
-                        "tokens": int(inside.sum()),
-                        "fall": float(end[inside].mean()),
-                        "made_of": _made_of(columns, inside, kept),
-                    }
-                )
+        columns, ends, rows = _kinds_of(self.projections), by_vector(self.curves.isel(step=-1)), []
+        kept = by_vector(self.labels) != DROPPED
+        for vector, cluster, inside in members(self.labels):
+            fall = float(ends.sel(vector=vector).values[inside].mean())
+            made_of = _made_of(columns, inside, kept.sel(vector=vector).values)
+            rows.append((vector, cluster, int(inside.sum()), fall, made_of))
         table = pd.DataFrame(rows, columns=["vector", "cluster", "tokens", "fall", "made_of"])
         after = int(self.projections["step"][-1]) if self.hidden_after is None else self.hidden_after
         try:
@@ -84,33 +71,34 @@ class Findings:
 
     @cached_property
     def vectors(self) -> pd.DataFrame:
-        """A row per vector.
+        """One row per vector.
 
         Columns ``vector``, ``birth_step``, ``eigenvalue``, ``change`` (of the mean projected loss, nats), ``falls``,
-        and how many tokens were ``dropped`` and ``clustered``, in how many ``clusters``.
+        and the numbers of tokens ``dropped`` and ``clustered``, and of ``clusters``.
         """
-        mean, each = self.curves.mean("token"), by_vector(self.labels)
+        mean, labels = self.curves.mean("token"), by_vector(self.labels)
         table = pd.DataFrame({"vector": self.curves["vector"].values})
         for name in ("birth_step", "eigenvalue"):
             table[name] = self.projections[name].values if name in self.projections.coords else np.nan
-        table["change"] = mean.isel(step=-1).values
-        table["falls"] = is_decreasing(mean, self.clustering.falls_by).values
-        table["dropped"] = (each == DROPPED).sum("token").values
-        table["clustered"] = (each >= 1).sum("token").values
-        table["clusters"] = each.max("token").clip(0).values
-        return table
+        return table.assign(
+            change=mean.isel(step=-1).values,
+            falls=is_decreasing(mean, self.clustering.falls_by).values,
+            dropped=(labels == DROPPED).sum("token").values,
+            clustered=(labels >= 1).sum("token").values,
+            clusters=labels.max("token").clip(0).values,
+        )
 
     def summary(self) -> dict[str, Any]:
-        """All of it as JSON values.
+        """Summarise the results as JSON values.
 
         Returns:
             ``tokens``, ``vectors``, ``checkpoints``, ``first_step``, ``last_step``, ``loss_start``, ``loss_end``
-            (nats), ``order``, ``scaling``, ``hidden_after``; ``claimed`` (share of the loss change that projected
-            losses add up to), ``inside`` (that the movement inside the basis delivers; none if not measured),
-            ``correlation`` (of claimed with true, over tokens); ``vectors_falling``, ``vectors_with_clusters``,
-            ``clusters``, ``hidden_breakthroughs``; and ``breakthroughs``, a dictionary for each cluster.
+            (nats), ``order``, ``scaling``, ``hidden_after``; ``claimed`` (sum of the projected losses divided by the
+            true change), ``inside`` (share of the true change after movement inside the basis; None if not measured),
+            ``correlation`` (of both sums over tokens); ``vectors_falling``, ``vectors_with_clusters``, ``clusters``,
+            ``hidden_breakthroughs``; and ``breakthroughs``, a dictionary for each cluster.
         """
-        found, clusters = self.completeness.attrs, self.clusters
+        shares, clusters = self.completeness.attrs, self.clusters
         loss, steps = self.projections["loss"].mean("token").values, self.projections["step"].values
         return {
             "tokens": self.projections.sizes["token"],
@@ -118,14 +106,14 @@ class Findings:
             "checkpoints": len(steps),
             "first_step": int(steps[0]),
             "last_step": int(steps[-1]),
-            "loss_start": _number(loss[0]),
-            "loss_end": _number(loss[-1]),
+            "loss_start": _plain(loss[0]),
+            "loss_end": _plain(loss[-1]),
             "order": self.clustering.order,
             "scaling": self.clustering.scaling,
             "hidden_after": self.hidden_after,
-            "claimed": _number(found["share"]),
-            "inside": _number(found.get("share_inside")),
-            "correlation": _number(found["correlation"]),
+            "claimed": _plain(shares["share"]),
+            "inside": _plain(shares.get("share_inside")),
+            "correlation": _plain(shares["correlation"]),
             "vectors_falling": int(self.vectors["falls"].sum()),
             "vectors_with_clusters": int(clusters["vector"].nunique()),
             "clusters": len(clusters),
@@ -134,8 +122,15 @@ class Findings:
         }
 
 
+def members(labels: xr.DataArray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield vector, number and token mask of each cluster in ``labels``, (token,) or (vector, token)."""
+    for row in by_vector(labels):
+        for number in range(1, int(row.values.max(initial=0)) + 1):
+            yield int(row["vector"]), number, row.values == number
+
+
 def shown(value: object) -> str:
-    """A value as text that can be shown: cut, and without characters that are no text."""
+    """Convert a value to text for display: cut long text, and replace unprintable characters."""
     text = str(value)
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
     clean = "".join(sign if sign in "\n\t" or (sign.isprintable() or sign.isspace()) else "\ufffd" for sign in text)
@@ -143,35 +138,32 @@ def shown(value: object) -> str:
 
 
 def _kinds_of(projections: xr.Dataset) -> dict[str, np.ndarray]:
-    """Columns of the token table that may say what a token is: the text, and what has few values."""
-    found = {}
+    """Columns of the token table that describe tokens: ``text``, and columns with few values."""
+    columns = {}
     for name, coordinate in projections.coords.items():
-        if coordinate.dims != ("token",) or name in _PLACES:
-            continue
-        values = np.array([shown(value) for value in coordinate.values.tolist()], dtype=object)
-        if name == "text" or len(set(values)) <= _KINDS:
-            found[str(name)] = values
-    return found
+        if coordinate.dims == ("token",) and name not in _PLACES:
+            values = np.array([shown(value) for value in coordinate.values.tolist()], dtype=object)
+            if name == "text" or len(set(values)) <= _KINDS:
+                columns[str(name)] = values
+    return columns
 
 
 def _made_of(columns: Mapping[str, np.ndarray], inside: np.ndarray, kept: np.ndarray) -> str:
-    """The most frequent values in a cluster: of the text, and of the column that sets it apart most."""
-    told, best = {}, (0.0, "")
+    """List the most frequent values of a cluster: of ``text``, and of its most distinctive column."""
+    lists, best, largest = {}, "", 0.0
     for name, values in columns.items():
         shares = pd.Series(values[inside]).value_counts(normalize=True)
+        lists[name] = ", ".join(f"{value!r} {share:.0%}" for value, share in shares.head(_TOP).items())
+        # The most distinctive column has the value whose share exceeds its share of all kept tokens most.
         base = pd.Series(values[kept]).value_counts(normalize=True)
-        told[name] = ", ".join(f"{value!r} {share:.0%}" for value, share in shares.head(_TOP).items())
-        apart = float((shares - base.reindex(shares.index).fillna(0)).max())
-        if name != "text" and apart > best[0]:
-            best = apart, name
-    names = [name for name in ("text", best[1]) if name in told]
-    return "; ".join(told[name] if name == "text" else f"{shown(name)}: {told[name]}" for name in names)
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
+        excess = float((shares - base.reindex(shares.index).fillna(0)).max())
+        if name != "text" and excess > largest:
+            best, largest = name, excess
+    names = [name for name in ("text", best) if name in lists]
+    return "; ".join(lists[name] if name == "text" else f"{shown(name)}: {lists[name]}" for name in names)
 
 
 def _plain(value: Any) -> Any:
+    """Convert a value for JSON: NumPy scalars to Python, NaN and infinity to None."""
     value = value.item() if isinstance(value, np.generic) else value
-    return _number(value) if isinstance(value, float) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,13 +1,12 @@
-"""A page about any run that needs nothing else: losses, completeness, vectors, clusters, breakthroughs, contexts."""
-
-from __future__ import annotations
+"""HTML report of a run: losses, completeness, vectors, clusters, breakthroughs and contexts in one file."""
 
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import xarray as xr
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from polca_lib.method.breakthroughs import mirrored, named_mirrors
@@ -21,33 +20,21 @@ from polca_lib.storage.artefacts import write_atomically
 
 
 def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.DataFrame) -> Path:
-    """Write the page: one HTML file, about 5 MB, from which no request leaves.
+    """Write one HTML file of about 5 MB that loads nothing from elsewhere, and return ``path``.
 
-    Whatever stands in the token table or the title is shown as text, never read as HTML.
+    Text of the token table and the title is never read as HTML.
 
     Args:
-        path: of the file.
-        findings: of the run.
-        title: of the page.
-        provenance: what made the results, a column ``value``.
-
-    Returns:
-        ``path``.
+        provenance: origin of the results, with a column ``value``.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("polca_lib.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html").render(
+    templates = Environment(loader=PackageLoader("polca_lib.report", "."), autoescape=True, undefined=StrictUndefined)
+    page = templates.get_template("report.html").render(
         title=shown(title),
         found=findings.summary(),
         provenance={shown(name): shown(value) for name, value in provenance["value"].items()},
         vectors=findings.vectors.to_dict("records"),
         clusters=findings.clusters.to_dict("records"),
-        figures={
-            "loss": _loss_figure(findings),
-            "completeness": _completeness_figure(findings),
-            "share": _share_figure(findings),
-        },
+        figures=_figures(findings),
         explorer=explorer(findings)._repr_html_() if len(findings.clusters) else None,
         plotly=get_plotlyjs(),
     )
@@ -56,61 +43,56 @@ def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.D
 
 
 def explorer(findings: Findings, *, title: str = "", note: str = "") -> Explorer:
-    """The explorer of any run; without text, contexts are the other columns of the token table.
-
-    Args:
-        findings: of the run.
-        title, note: shown above.
-    """
+    """Build the explorer of any run; without text, contexts show the other columns of the token table."""
     loss, scaling = findings.projections["loss"], findings.clustering.scaling
-    about = findings.labels.assign_coords(_kind=("token", np.zeros(findings.labels.sizes["token"], int)))
-    curves = summarise_clusters(findings.curves, loss, about, scaling, "_kind")
-    clusters = findings.clusters.assign(label=findings.clusters["made_of"], simple=None)
-    return Explorer(
-        curves,
-        clusters.assign(mirrors=named_mirrors(clusters, mirrored(curves["median"]))),
-        contexts(nearest(findings.curves, findings.labels, scaling), findings.projections),
-        title=shown(title),
-        note=shown(note),
-        hidden_after=findings.hidden_after,
-    )
+    # Summarise the clusters with all tokens in one group, because not every run has labels of tokens.
+    labels = findings.labels.assign_coords(_kind=("token", np.zeros(findings.labels.sizes["token"], int)))
+    curves = summarise_clusters(findings.curves, loss, labels, scaling, "_kind")
+    mirrors = named_mirrors(findings.clusters, mirrored(curves["median"]))
+    clusters = findings.clusters.assign(label=findings.clusters["made_of"], simple=None, mirrors=mirrors)
+    texts = contexts(nearest(findings.curves, findings.labels, scaling), findings.projections)
+    options = {"title": shown(title), "note": shown(note), "hidden_after": findings.hidden_after}
+    return Explorer(curves, clusters, texts, **options)
 
 
-def _loss_figure(findings: Findings) -> str:
-    loss, steps = findings.projections["loss"], findings.projections["step"].values
+def _figures(findings: Findings) -> dict[str, str]:
+    """Figures of the loss, the completeness and the movement in the basis, as HTML."""
+    # Loss: mean and quartiles over tokens.
+    loss, figure = findings.projections["loss"], go.Figure()
     low, high = (loss.quantile(q, "token").values for q in (0.25, 0.75))
-    figure = go.Figure()
+    steps = loss["step"].values
+    band = {"fill": "tonexty", "fillcolor": "rgba(0,114,178,0.25)", "name": "middle half of tokens"}
     figure.add_scatter(x=steps, y=high, line={"width": 0}, hoverinfo="skip", showlegend=False)
-    band = {"width": 0}, "rgba(0,114,178,0.25)"
-    figure.add_scatter(x=steps, y=low, line=band[0], fill="tonexty", fillcolor=band[1], name="middle half of tokens")
-    figure.add_scatter(x=steps, y=loss.mean("token").values, line={"color": OKABE_ITO[0]}, name="mean")
+    figure.add_scatter(x=steps, y=low, line={"width": 0}, **band)
+    _add_line(figure, loss.mean("token"), OKABE_ITO[0], "mean")
     if findings.hidden_after is not None:
         figure.add_vline(x=findings.hidden_after, line={"dash": "dot", "color": "gray"})
-    return _html(figure, "loss, nats")
-
-
-def _completeness_figure(findings: Findings) -> str:
-    parts = findings.completeness
+    figures = {"loss": _html(figure, "loss, nats")}
+    # Completeness: true change and the sum of the projected losses.
     names = {"true": "true loss change", "inside": "after the movement inside the basis", "claimed": "projected losses"}
     figure = go.Figure()
-    for (name, told), colour in zip(names.items(), ("gray", *OKABE_ITO), strict=False):
-        if name in parts:
-            line = {"color": colour}
-            figure.add_scatter(x=parts["step"].values, y=parts[name].mean("token").values, name=told, line=line)
-    return _html(figure, "mean loss change, nats")
-
-
-def _share_figure(findings: Findings) -> str:
-    share, figure = movement_share(findings.projections), go.Figure()
-    figure.add_scatter(x=share["step"].values, y=share.values, line={"color": OKABE_ITO[2]}, name="inside the basis")
+    for (name, label), colour in zip(names.items(), ("gray", *OKABE_ITO), strict=False):
+        if name in findings.completeness:
+            _add_line(figure, findings.completeness[name].mean("token"), colour, label)
+    figures["completeness"] = _html(figure, "mean loss change, nats")
+    # Share of the movement inside the basis.
+    figure = go.Figure()
+    _add_line(figure, movement_share(findings.projections), OKABE_ITO[2], "inside the basis")
     figure.update_yaxes(range=[0, 1])
-    return _html(figure, "share of the squared movement in the basis")
+    return figures | {"share": _html(figure, "share of the squared movement in the basis")}
+
+
+def _add_line(figure: go.Figure, values: xr.DataArray, colour: str, name: str) -> None:
+    """Draw a curve over steps."""
+    figure.add_scatter(x=values["step"].values, y=values.values, line={"color": colour}, name=name)
 
 
 def _html(figure: go.Figure, y: str) -> str:
+    """Convert a figure to HTML with colours for light and dark pages; ``y`` is the title of its y-axis."""
+    axis = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
     figure.update_layout(
-        xaxis_title="step",
-        yaxis_title=y,
+        xaxis={"title": {"text": "step"}, **axis},
+        yaxis={"title": {"text": y}, **axis},
         height=320,
         margin={"l": 60, "r": 10, "t": 10, "b": 45},
         legend={"orientation": "h", "y": 1.12},
@@ -118,7 +100,5 @@ def _html(figure: go.Figure, y: str) -> str:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#808890"},
     )
-    figure.update_xaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)
-    figure.update_yaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)
     settings = {"displayModeBar": False, "responsive": True}
     return figure.to_html(full_html=False, include_plotlyjs=False, config=settings)

@@ -1,1 +1,1 @@
-"""What lies on disk: results that know what they were made from, arrays in pieces, checkpoints."""
+"""Storage of results, arrays in pieces, and checkpoints."""

@@ -1,10 +1,6 @@
-"""Results on disk: each knows what it was made from, and half-made ones resume.
+"""Folders of results with a ``manifest.json`` that records the settings and inputs they were computed from.
 
-An artefact is a folder with a ``manifest.json`` that holds the configuration of its stage and the keys of
-the artefacts it came from. Arrays that are computed piece by piece lie in a
-:class:`polca_lib.storage.pieces.PieceStore`.
-
-Paths may be local, or of anything that ``upath`` (fsspec) knows, such as ``s3://bucket/run``.
+Paths may be local or any URL that ``upath`` (fsspec) supports, such as ``s3://bucket/run``.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -33,7 +29,7 @@ FORMAT_VERSION = 3
 
 
 class ArtefactMismatch(ValueError):
-    """A folder holds something else than what was asked for."""
+    """A folder holds results of other settings than requested."""
 
 
 class DamagedFile(ValueError):
@@ -41,11 +37,11 @@ class DamagedFile(ValueError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a later run, sees all of it or nothing."""
-    if not isinstance(path, Path):  # an object store writes whole objects or none
+    """Write a file so that readers see either the old content or all of the new content."""
+    if not isinstance(path, Path):  # object stores write whole objects
         path.write_bytes(content)
         return
-    # Of a name of its own, for another process may write the same file at the same time.
+    # Use a unique name, because another process may write the same file at the same time.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
@@ -60,75 +56,73 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder and what it holds."""
+    """A folder of results and the key that identifies its settings and inputs."""
 
     path: Path
     key: str
 
     @classmethod
     def open(cls, path: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> Artefact:
-        """Open the artefact at ``path``, or start it there.
+        """Open the artefact at ``path``, or create it.
 
         Args:
-            path: folder; made if missing.
-            stage: name of the stage that makes it.
+            stage: name of the stage that computes it.
             config: the settings it depends on, as JSON values.
-            parents: keys of the artefacts it is made from, by stage.
+            parents: keys of its input artefacts, by stage.
 
         Raises:
-            ArtefactMismatch: the folder holds another configuration or format; the message names the field.
+            ArtefactMismatch: the manifest is damaged, or has other settings or another format.
         """
-        wanted = {"format_version": FORMAT_VERSION, "stage": stage, "config": config, "parents": parents}
-        wanted = json.loads(json.dumps(wanted))
+        expected = {"format_version": FORMAT_VERSION, "stage": stage, "config": config, "parents": parents}
+        expected = json.loads(json.dumps(expected))  # tuples become lists, as in the manifest
         manifest = path / "manifest.json"
-        if manifest.exists():
-            try:
-                found = json.loads(manifest.read_text())
-                if not isinstance(found, dict):
-                    raise ValueError("it is no JSON object")
-            except ValueError as error:
-                raise ArtefactMismatch(f"{manifest} is damaged ({error}); delete the folder to recompute it") from None
-            difference = next(differences({k: found.get(k) for k in wanted}, wanted), None)
-            if difference:
-                name, have, want = difference
-                raise ArtefactMismatch(
-                    f"{path} holds {name} = {have!r}, but {name} = {want!r} was asked for; "
-                    "use another folder, or delete this one to recompute it"
-                )
-        else:
+        if not manifest.exists():
             path.mkdir(parents=True, exist_ok=True)
-            record = {**wanted, "software": software()}
-            write_atomically(manifest, json.dumps(record, indent=1).encode())
-        return cls(path, hash_json(wanted))
+            write_atomically(manifest, json.dumps({**expected, "software": software()}, indent=1).encode())
+            return cls(path, hash_json(expected))
+        try:
+            stored = json.loads(manifest.read_text())
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no JSON object")
+        except ValueError as error:
+            raise ArtefactMismatch(f"{manifest} is damaged ({error}); delete the folder to recompute it") from None
+        # Report the first difference; other software may continue the work.
+        for name, have, want in differences({name: stored.get(name) for name in expected}, expected):
+            raise ArtefactMismatch(
+                f"{path} holds {name} = {have!r}, but {name} = {want!r} was requested; "
+                "use another folder, or delete this one to recompute it"
+            )
+        return cls(path, hash_json(expected))
 
     @classmethod
     def of_stage(cls, folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> Artefact:
-        """Open, or start, the artefact of a stage in ``folder``, named by the hash of all that it depends on."""
+        """Open or create the artefact in ``folder`` whose name has the hash of all arguments; see :meth:`open`."""
         name = hash_json([FORMAT_VERSION, stage, config, parents])[:12]
         return cls.open(folder / f"{stage}-{name}", stage, config, parents)
 
     @property
     def software(self) -> dict[str, str]:
-        """Commit and versions that started this artefact."""
+        """Commit, versions and machine that created this artefact."""
         return json.loads((self.path / "manifest.json").read_text())["software"]
 
     @property
     def seconds(self) -> float:
-        """Wall time spent on this artefact so far, over all runs that worked on it."""
+        """Wall time spent on this artefact so far, summed over all processes."""
         log = self.path / "seconds.txt"
         return sum(map(float, log.read_text().split())) if log.exists() else 0.0
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Keep other processes from this artefact, and add the wall time of the block to :attr:`seconds`.
+        """Lock this artefact during the block, and add the wall time of the block to :attr:`seconds`.
 
-        A second process waits until the first is done, or has died. Object stores know no locks: there two processes
-        do the same work twice, and write the same bytes.
+        A second process waits until the first one ends. Object stores have no locks: there, both processes do the
+        same work and write the same bytes.
         """
-        with self._locked():
+        with self._lock():
             if isinstance(self.path, Path):
-                for left in self.path.glob(".*.partial"):  # by processes that were killed
-                    left.unlink(missing_ok=True)
+                # Delete the partial files of killed processes.
+                for partial in self.path.glob(".*.partial"):
+                    partial.unlink(missing_ok=True)
             start = time.perf_counter()
             try:
                 yield
@@ -137,60 +131,53 @@ class Artefact:
                 before = log.read_bytes() if log.exists() else b""
                 write_atomically(log, before + f"{time.perf_counter() - start:.2f}\n".encode())
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> AbstractContextManager[object]:
+        """Acquire the lock of a local folder; the operating system releases it if this process dies."""
         if not isinstance(self.path, Path):
-            yield
-            return
-        # The system lets go of it when the process dies: no clock and no process number is asked.
+            return nullcontext()
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(timeout=0)
         except Timeout:
             print(f"another process is at work on {self.path}; waiting for it to end", file=sys.stderr, flush=True)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+            return lock.acquire()
 
 
 def provenance(about: Mapping[str, object], stages: Mapping[str, Artefact]) -> pd.DataFrame:
-    """What made results, a column ``value``: ``about`` them, and commit, time and versions of each stage computed."""
+    """Tabulate ``about``, commit and wall time of each stage, and versions of the first, in a column ``value``."""
     rows = dict(about)
     for stage, artefact in stages.items():
         rows[f"{stage}: commit"] = artefact.software["commit"]
         rows[f"{stage}: wall time"] = f"{artefact.seconds:.0f} s"
-    for artefact in [*stages.values()][:1]:
-        rows |= {name: value for name, value in artefact.software.items() if name != "commit"}
+    versions = next((artefact.software for artefact in stages.values()), {})
+    rows |= {name: value for name, value in versions.items() if name != "commit"}
     return pd.DataFrame({"value": {name: str(value) for name, value in rows.items()}})
 
 
 @cache
 def software() -> dict[str, str]:
-    """Commit of the checkout, versions of what computes, and the machine."""
-    names = ("torch", "transformer-lens", "hdbscan", "numpy", "xarray")
+    """Commit of the checkout, versions of Python and of numerical libraries, and the machine."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        **{name: version(name) for name in names},
+        **{name: version(name) for name in ("torch", "transformer-lens", "hdbscan", "numpy", "xarray")},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    """Short hash of HEAD, and whether this package has local changes."""
+    options = {"cwd": Path(__file__).parents[1], "text": True, "stderr": subprocess.DEVNULL}
     try:
-        head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", ".")
+        head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], **options).strip()
+        changes = subprocess.check_output(["git", "status", "--porcelain", "."], **options).strip()
     except (OSError, subprocess.CalledProcessError):
         return "not in a git checkout"
-    return head + (" with local changes" if changes else "")
+    return f"{head} with local changes" if changes else head
 
 
 def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted name and both values of each field that differs between two nested dictionaries."""
     if isinstance(have, dict) and isinstance(want, dict):
         for key in sorted(have.keys() | want.keys()):
             yield from differences(have.get(key), want.get(key), f"{name}.{key}" if name else key)

@@ -1,10 +1,9 @@
 """Checkpoints of a training run: one safetensors file per step, with a checksum inside."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -19,17 +18,17 @@ from polca_lib.storage.hashing import hash_tensors, hash_vector
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors atomically as safetensors, with the SHA-256 of their bytes in the metadata."""
+    """Write tensors atomically as safetensors, with the SHA-256 of their names and bytes in the metadata."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_atomically(path, save(tensors, metadata={"sha256": hash_tensors(tensors)}))
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read what :func:`save_tensors` wrote.
+    """Read the tensors that :func:`save_tensors` wrote, and verify their checksum.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFile: it is truncated, or its bytes are not those that were written.
+        FileNotFoundError: the file is missing.
+        DamagedFile: the file is truncated or its content has changed.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
@@ -38,40 +37,58 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             checksum = (file.metadata() or {}).get("sha256")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise DamagedFile(f"{path} is damaged ({error}); delete it to have it recomputed") from None
+        raise DamagedFile(f"{path} is damaged ({error}); delete it to recompute it") from None
     if checksum != hash_tensors(tensors):
-        raise DamagedFile(f"{path} is damaged (its checksum does not match); delete it to have it recomputed")
+        raise DamagedFile(f"{path} is damaged (its checksum does not match); delete it to recompute it")
     return {name: t.to(device) for name, t in tensors.items()}
 
 
 class Checkpoints(Protocol):
-    """Checkpoints of one model, wherever they lie."""
+    """Checkpoints of one model, wherever they are stored.
+
+    Args:
+        token_loss: loss of the model; it defines the order and shapes of the parameters.
+        device: device of the parameter vectors.
+    """
 
     token_loss: TokenLoss
     device: str
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in training order."""
+        """Steps that have a checkpoint, in ascending order."""
 
     def theta(self, step: int) -> Float[Tensor, " d"]:
-        """Flat parameter vector at ``step``, on ``device``; the caller may change it."""
+        """Read the flat parameter vector at ``step`` to ``device``; the caller may modify it.
+
+        Raises:
+            OSError: the checkpoint is missing, or its download fails.
+            DamagedFile: the checkpoint can't be read, or its checksum does not match.
+            ValueError: the checkpoint does not fit the model.
+        """
 
     def name(self, step: int) -> str:
-        """What messages call the checkpoint at ``step``."""
+        """Path of the checkpoint, or its repository and revision, for messages."""
 
     def identity(self, step: int) -> str:
-        """Fingerprint of the checkpoint at ``step`` that needs no reading of it all."""
+        """Fingerprint of the checkpoint that is cheap to compute: file names and sizes, or a commit."""
 
 
-class CheckpointFolder:
-    """Checkpoints ``step-00000020.safetensors`` of one model in a folder.
+def flatten(checkpoints: Checkpoints, step: int, tensors: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
+    """Flatten the tensors of a checkpoint; the ValueError for a wrong model names the checkpoint."""
+    try:
+        return checkpoints.token_loss.flatten(tensors).to(checkpoints.device)
+    except ValueError as error:
+        raise ValueError(f"{checkpoints.name(step)} does not fit the model: {error}") from None
 
-    Args:
-        path: the folder.
-        token_loss: of the model, which gives the order and shapes of the parameters.
-        device: where parameter vectors are put.
-    """
+
+def file_sizes(files: Iterable[Path], folder: Path) -> str:
+    """List paths relative to ``folder`` and sizes in bytes, as in ``a: 8; b: 16``."""
+    return "; ".join(f"{file.relative_to(folder)}: {file.stat().st_size}" for file in files)
+
+
+class CheckpointFolder(Checkpoints):
+    """Checkpoints ``step-00000020.safetensors`` of one model in a folder."""
 
     def __init__(self, path: Path, token_loss: TokenLoss, device: str = "cpu"):
         self.path, self.token_loss, self.device = path, token_loss, device
@@ -81,83 +98,47 @@ class CheckpointFolder:
         return self.path / f"step-{step:08d}.safetensors"
 
     def name(self, step: int) -> str:
-        """Path of the checkpoint at ``step``."""
         return str(self.file(step))
 
     def identity(self, step: int) -> str:
-        """Name and size of the file at ``step``; its checksum is inside."""
-        return f"{self.file(step).name}: {self.file(step).stat().st_size}"
+        return file_sizes([self.file(step)], self.path)
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in training order."""
-        found = (re.fullmatch(r"step-(\d{8})\.safetensors", p.name) for p in self.path.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        matches = (re.fullmatch(r"step-(\d{8})\.safetensors", path.name) for path in self.path.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
 
     def save(self, step: int, parameters: Mapping[str, Tensor]) -> None:
         """Store the parameters at ``step``."""
         save_tensors(self.file(step), parameters)
 
     def theta(self, step: int) -> Float[Tensor, " d"]:
-        """Flat parameter vector at ``step``.
-
-        Raises:
-            FileNotFoundError, DamagedFile: see :func:`load_tensors`.
-            ValueError: the checkpoint is of another model.
-        """
-        try:
-            return self.token_loss.flatten(load_tensors(self.file(step), self.device))
-        except DamagedFile:
-            raise
-        except ValueError as error:
-            raise ValueError(f"{self.file(step)} is a checkpoint of another model: {error}") from None
+        return flatten(self, step, load_tensors(self.file(step), self.device))
 
 
 @dataclass(frozen=True)
-class ChecksummedCheckpoints:
-    """Checkpoints whose checksums are kept when they are first read: what changes afterwards is refused."""
+class ChecksummedCheckpoints(Checkpoints):
+    """Checkpoints whose SHA-256 is stored in ``folder`` on the first read and verified on every later read."""
 
     inner: Checkpoints
     folder: Path
 
-    @property
-    def token_loss(self) -> TokenLoss:
-        """Of the model."""
-        return self.inner.token_loss
-
-    @property
-    def device(self) -> str:
-        """Where parameter vectors are put."""
-        return self.inner.device
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in training order."""
-        return self.inner.steps
-
-    def name(self, step: int) -> str:
-        """What messages call the checkpoint at ``step``."""
-        return self.inner.name(step)
-
-    def identity(self, step: int) -> str:
-        """Fingerprint of the checkpoint at ``step`` that needs no reading of it all."""
-        return self.inner.identity(step)
+    token_loss = property(attrgetter("inner.token_loss"))
+    device = property(attrgetter("inner.device"))
+    steps = property(attrgetter("inner.steps"))
+    name = property(attrgetter("inner.name"))
+    identity = property(attrgetter("inner.identity"))
 
     def theta(self, step: int) -> Float[Tensor, " d"]:
-        """Flat parameter vector at ``step``.
-
-        Raises:
-            DamagedFile: it is not what it was when it was first read.
-        """
         theta = self.inner.theta(step)
         digest = hash_vector(theta)
-        kept = self.folder / f"{step:012d}.sha256"
-        if not kept.exists():
+        path = self.folder / f"{step:012d}.sha256"
+        if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, digest.encode())
-        elif kept.read_bytes() != digest.encode():
+            write_atomically(path, digest.encode())
+        elif path.read_bytes() != digest.encode():
             raise DamagedFile(
-                f"{self.name(step)} is not what it was when it was first read (its checksum does not match); put it "
-                f"back, or use another folder than {self.folder.parent} for what it is now"
+                f"{self.name(step)} is not what it was when it was first read (its checksum does not match); restore "
+                f"it, or use another folder than {self.folder.parent} for the new content"
             )
         return theta

@@ -1,6 +1,4 @@
-"""What results are keyed and checked by: SHA-256 of settings, files, tensors and tables, as hexadecimal text."""
-
-from __future__ import annotations
+"""SHA-256 of settings, files, tensors and tables, as hexadecimal text; they identify and verify results."""
 
 import hashlib
 import json
@@ -15,22 +13,20 @@ from torch.utils import _pytree as pytree
 
 
 def hash_json(value: Any) -> str:
-    """Of ``value`` as canonical JSON."""
+    """Hash ``value`` as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """Of the bytes of a file, local or in an object store; ``"missing"`` if there is none."""
+    """Hash the bytes of a local or remote file; ``"missing"`` if it does not exist."""
     if not path.exists():
         return "missing"
-    if not isinstance(path, Path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Of names and bytes of tensors, in alphabetical order."""
+    """Hash names and bytes of tensors, in alphabetical order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -39,14 +35,14 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_vector(vector: Tensor) -> str:
-    """Of the bytes of one tensor."""
+    """Hash the bytes of one tensor."""
     return hashlib.sha256(_bytes(vector)).hexdigest()
 
 
 def hash_batch(batch: Any) -> str:
-    """Of all tensors of a batch, their dtypes and shapes, and how they are nested."""
-    leaves, nest = pytree.tree_flatten(batch)
-    digest = hashlib.sha256(str(nest).encode())
+    """Hash structure, dtypes, shapes and bytes of all tensors of a nested batch."""
+    leaves, structure = pytree.tree_flatten(batch)
+    digest = hashlib.sha256(str(structure).encode())
     for leaf in leaves:
         digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
         digest.update(_bytes(leaf))
@@ -54,9 +50,10 @@ def hash_batch(batch: Any) -> str:
 
 
 def hash_table(table: pd.DataFrame) -> str:
-    """Of a table as CSV, without its index."""
+    """Hash a table as CSV without its index."""
     return hashlib.sha256(table.to_csv(index=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    """View the values as bytes, in C order."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,8 +1,7 @@
-"""Arrays on disk, or in an object store, whose pieces are written one by one, by any number of processes."""
+"""Arrays on disk or in an object store whose pieces are written one at a time, by any number of processes."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shutil
@@ -21,31 +20,30 @@ from polca_lib.storage.artefacts import DamagedFile, write_atomically
 from polca_lib.storage.hashing import hash_file
 
 CHECKED = numcodecs.CRC32()
-"""Filter that puts a checksum to each chunk."""
+"""Filter that adds a checksum to each chunk."""
 
 ABOUT = ("pieces", "dim", "block", "parts")
-"""Attributes by which a store knows how it is cut."""
+"""Attributes that record how a store is divided into pieces."""
 
 
 class PieceStore:
-    """An ``xarray`` dataset in Zarr whose pieces are written as they finish.
+    """An ``xarray`` dataset in Zarr whose pieces are written as they are computed.
 
-    A piece is all there is at one index of ``dim``. With ``block``, variables along a second dimension are cut along
-    it, too: for each index of ``dim`` there is then a piece for each block, and one for all other variables. Pieces are
-    numbered from 0, those of one index side by side. Each lies in files of its own, with checksums, so that processes
-    may write different pieces at the same time; a piece counts as done only once all of it is there.
+    A piece holds all values at one index of ``dim``. With ``block``, variables with a second dimension are divided
+    along it, too: each index of ``dim`` then has one piece per block, and a last piece for the other variables. Pieces
+    are numbered from 0; the pieces of one index have consecutive numbers. Each piece has its own files with checksums,
+    so processes may write different pieces at the same time.
 
     Args:
-        path: the Zarr folder; started if missing. Any path of ``upath``, such as of an object store.
+        path: the Zarr folder, local or of ``upath``; created if missing.
         template: coordinates and attributes of the dataset.
-        variables: dimensions and dtype of each; ``dim`` comes first where it occurs.
+        variables: dimensions and dtype of each variable; ``dim`` comes first where it occurs.
         dim: dimension along which pieces are written.
-        sizes: of the dimensions that have no coordinate.
-        block: second dimension along which pieces are cut, and how much of it is a block. A store that is there stays
-            cut as it was begun.
+        sizes: sizes of the dimensions without a coordinate.
+        block: second dimension, and the size of a block along it. An existing store keeps its blocks.
 
     Raises:
-        DamagedFile: coordinates or metadata are not what was written, and can't be made again.
+        DamagedFile: coordinates or metadata are damaged and can't be restored.
     """
 
     def __init__(
@@ -66,51 +64,45 @@ class PieceStore:
 
     @classmethod
     def open(cls, path: Path) -> PieceStore:
-        """The store that is at ``path``, to read or to write pieces of it.
+        """Open the store at ``path``, to read or write its pieces.
 
         Raises:
-            FileNotFoundError: there is none, or its start was cut short.
-            DamagedFile: coordinates or metadata are not what was written.
+            FileNotFoundError: the store is missing, or its creation was interrupted.
+            DamagedFile: coordinates or metadata are damaged.
         """
         if not is_begun(path):
-            raise FileNotFoundError(f"{path} is missing, or its start was cut short")
+            raise FileNotFoundError(f"{path} is missing, or its creation was interrupted; run the stage again")
         if files := damaged_metadata(path):
-            raise DamagedFile(f"{files[0]} is damaged; run the stage again to have it made anew")
+            raise DamagedFile(f"{files[0]} is damaged; run the stage again to restore it")
         store = cls.__new__(cls)
         store.path = path
         store._open()
         return store
 
     def _open(self) -> None:
+        """Read the names, dimensions and blocks of the variables from the metadata."""
         self._group = zarr.open_group(zarr_store(self.path), mode="r+", zarr_format=2)
         about = self._group.attrs
         self.variables: list[str] = list(about["pieces"])
         self.attrs: dict[str, Any] = {name: about[name] for name in about if name not in ABOUT}
         self._dim, self._block = about["dim"], about["block"]
         self._dims = {name: list(self._group[name].attrs["_ARRAY_DIMENSIONS"]) for name in self.variables}
-        self.parts: int = about["parts"]
-        """Pieces of one index of ``dim``."""
-        self.blocks = [slice(None)]
-        """Ranges along the second dimension; the part of this number, if there are several parts, has that range."""
+        self.parts: int = about["parts"]  # number of pieces per index of dim
+        self.blocks = [slice(None)]  # range of each block along the second dimension
         if self.parts > 1:
-            total = self.size(self._block[0])
-            edges = [*range(0, total, self._block[1]), total]
-            self.blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-
-    def size(self, dim: str) -> int:
-        """Length of a dimension of the variables."""
-        return next(self._group[name].shape[dims.index(dim)] for name, dims in self._dims.items() if dim in dims)
+            dim, size = self._block
+            total = next(self._group[name].shape[dims.index(dim)] for name, dims in self._dims.items() if dim in dims)
+            self.blocks = [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
     @property
     def pieces(self) -> int:
-        """How many there are in all."""
+        """Total number of pieces."""
         return self._group["_done"].shape[0]
 
     def done(self) -> np.ndarray:
-        """Whether each piece is written, (piece,); one whose mark is damaged is not."""
-        marks = self._group["_done"]
+        """Whether each piece is written, (piece,); a piece with a damaged mark is not."""
         try:
-            return marks[:]
+            return self._group["_done"][:]
         except (RuntimeError, ValueError):
             return np.array([self.is_done(piece) for piece in range(self.pieces)])
 
@@ -122,155 +114,148 @@ class PieceStore:
             return False
 
     def missing(self) -> list[int]:
-        """Pieces that are still to be computed."""
+        """Numbers of the pieces that are not written."""
         return np.flatnonzero(~self.done()).tolist()
 
     def write(self, piece: int, **values: np.ndarray) -> None:
-        """Store one piece; it counts as done only once all of it is there.
-
-        Variables of the piece that are not given are NaN in it.
+        """Store one piece, with NaN for its variables without ``values``, and then mark it as done.
 
         Raises:
-            KeyError: a variable that is not of this piece.
-            OSError: the folder can't be written, or its disk is full; what is done stays.
+            KeyError: a variable does not belong to this piece.
+            OSError: the folder can't be written, or its disk is full; finished pieces stay.
         """
-        own = self._of_part(piece % self.parts)
-        if unknown := values.keys() - set(own):
-            raise KeyError(f"{sorted(unknown)} are not variables of piece {piece} of {self.path}; they are {own}")
+        names = self._names(piece)
+        if unknown := values.keys() - set(names):
+            raise KeyError(f"{sorted(unknown)} are not variables of piece {piece} of {self.path}; allowed: {names}")
         try:
-            # Empty chunks are written too: a chunk that is not there was lost.
+            # Write chunks of fill values, too: then a missing chunk is a lost one.
             with zarr.config.set({"array.write_empty_chunks": True}):
-                for name in own:
+                for name in names:
                     self._group[name][self._region(name, piece)] = values.get(name, np.nan)
                 self._group["_done"][piece] = True
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror or error}: piece {piece} could not be written, what was finished before stays; mend "
-                "that and run again",
-                str(self.path),
-            ) from error
+            problem = f"{error.strerror or error}: piece {piece} was not written, finished pieces stay"
+            raise OSError(error.errno, f"{problem}; fix the cause and run again", str(self.path)) from error
 
     def describe(self, piece: int) -> str:
-        """A piece in words, by its coordinates."""
+        """Name the coordinates of a piece, for messages."""
         index, part = divmod(piece, self.parts)
-        told = f"{self._dim} {self._group[self._dim][index]}"
+        text = f"{self._dim} {self._group[self._dim][index]}"
         if self.parts > 1 and part < len(self.blocks):
-            own = self._group[self._block[0]][self.blocks[part]]
-            told += f", {self._block[0]}s {own[0]} to {own[-1]}"
-        return told
+            values = self._group[self._block[0]][self.blocks[part]]
+            text += f", {self._block[0]}s {values[0]} to {values[-1]}"
+        return text
 
     def damaged(self) -> dict[int, list[Path]]:
-        """Files of pieces that are done which are lost or not what was written, by piece. All of them are read."""
-        found: dict[int, list[Path]] = {}
+        """Read all finished pieces, and list the files that are lost or damaged, by piece."""
+        damaged: dict[int, list[Path]] = {}
         for piece in np.flatnonzero(self.done()).tolist():
-            names = [name for name, size in self.files(piece).items() if not self._is_sound(name, size)]
-            if names:
-                found[piece] = [self.path / name for name in names]
-        return found
+            for name, size in self.files(piece).items():
+                if not _is_sound(self.path / name, size):
+                    damaged.setdefault(piece, []).append(self.path / name)
+        return damaged
 
     def files(self, piece: int) -> dict[str, int]:
-        """Names of the files of a piece, within the store, and how many bytes of numbers are in each."""
-        found = {}
-        for name in self._of_part(piece % self.parts):
+        """Paths of the files of a piece, relative to the store, and the size of their values in bytes."""
+        files = {}
+        for name in self._names(piece):
             array = self._group[name]
             starts = [at if isinstance(at, int) else at.start or 0 for at in self._region(name, piece)]
             chunk = [start // size for start, size in zip(starts, array.chunks, strict=True)]
-            found[f"{name}/{'.'.join(map(str, chunk))}"] = math.prod(array.chunks) * array.dtype.itemsize
-        return found
-
-    def _is_sound(self, name: str, size: int) -> bool:
-        try:
-            return len(CHECKED.decode((self.path / name).read_bytes())) == size
-        except (OSError, RuntimeError, ValueError):
-            return False
+            files[f"{name}/{'.'.join(map(str, chunk))}"] = math.prod(array.chunks) * array.dtype.itemsize
+        return files
 
     def repair_pieces(self) -> list[Path]:
-        """Have damaged pieces count as missing, and clear away what killed processes left; the files of the pieces.
+        """Mark damaged pieces as missing, delete the partial files of killed processes, and return damaged files.
 
-        Only the one process that is at work on a store may do so.
+        Only the process that holds the lock of the artefact may call this.
         """
-        for left in list(self.path.rglob("*.partial")):
-            left.unlink()
-        files = []
-        for piece, own in self.damaged().items():
+        for partial in list(self.path.rglob("*.partial")):
+            partial.unlink()
+        files: list[Path] = []
+        for piece, damaged in self.damaged().items():
             self._group["_done"][piece] = False
-            files += own
+            files += damaged
         if files:
-            warnings.warn(f"{len(files)} files are damaged and will be made anew, among them {files[0]}", stacklevel=2)
+            warnings.warn(f"{len(files)} files are damaged and will be recomputed, such as {files[0]}", stacklevel=2)
         return files
 
     def dataset(self) -> xr.Dataset:
-        """The dataset as it stands; numbers not yet computed read as NaN."""
-        return _read(self.path)
+        """Open the dataset; values of missing pieces are NaN."""
+        store = zarr_store(self.path)
+        dataset = xr.open_zarr(store, chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
+        for name in ABOUT:
+            del dataset.attrs[name]
+        return dataset
 
     @staticmethod
     def load(path: Path) -> xr.Dataset | None:
-        """The dataset at ``path`` if all its pieces are there, else nothing: then the stage has work to do.
+        """Open the dataset at ``path`` if all its pieces are written, else return None.
 
-        Files are counted, not read; :meth:`damaged` reads them.
+        This counts the files; :meth:`damaged` also reads them.
         """
         try:
             store = PieceStore.open(path)
         except (FileNotFoundError, DamagedFile):
             return None
         arrays = [store._group[name] for name in store.variables]
-        if not store.done().all() or any(array.nchunks_initialized < array.nchunks for array in arrays):
-            return None
-        return _read(path)
+        complete = store.done().all() and all(array.nchunks_initialized >= array.nchunks for array in arrays)
+        return store.dataset() if complete else None
 
-    def _of_part(self, part: int) -> list[str]:
+    def _names(self, piece: int) -> list[str]:
+        """Variables of a piece."""
         if self.parts == 1:
             return self.variables
-        inner = part < len(self.blocks)
-        return [name for name, dims in self._dims.items() if (self._block[0] in dims) == inner]
+        in_block = piece % self.parts < len(self.blocks)
+        return [name for name, dims in self._dims.items() if (self._block[0] in dims) == in_block]
 
     def _region(self, name: str, piece: int) -> tuple[int | slice, ...]:
+        """Index of a piece in a variable."""
         index, part = divmod(piece, self.parts)
-        where = {self._dim: index}
+        indexers = {self._dim: index}
         if self.parts > 1 and part < len(self.blocks):
-            where[self._block[0]] = self.blocks[part]
-        return tuple(where.get(dim, slice(None)) for dim in self._dims[name])
+            indexers[self._block[0]] = self.blocks[part]
+        return tuple(indexers.get(dim, slice(None)) for dim in self._dims[name])
 
 
-def _read(path: Path) -> xr.Dataset:
-    dataset = xr.open_zarr(zarr_store(path), chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
-    for name in ABOUT:
-        del dataset.attrs[name]
-    return dataset
-
-
-# How a store lies on disk: what is written once, when it is created, and its checksums.
+def _is_sound(path: Path, size: int) -> bool:
+    """Whether a chunk has ``size`` bytes of values and its checksum matches."""
+    try:
+        return len(CHECKED.decode(path.read_bytes())) == size
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 class StoreLayout(NamedTuple):
-    """What a store holds and how it is cut, see :class:`polca_lib.storage.pieces.PieceStore`."""
+    """Arguments of :class:`polca_lib.storage.pieces.PieceStore` that define its coordinates and metadata."""
 
     template: xr.Dataset
-    variables: Mapping[str, tuple[tuple[str, ...], str]]  # dimensions and dtype of each
+    variables: Mapping[str, tuple[tuple[str, ...], str]]
     dim: str
     sizes: Mapping[str, int]
     block: tuple[str, int] | None
 
     def write(self, path: Path) -> None:
-        """Write coordinates and metadata, which are always the same."""
-        sizes = {**self.template.sizes, **self.sizes}
-        blocks = 1 if self.block is None else math.ceil(sizes[self.block[0]] / self.block[1])
-        parts = blocks + 1 if blocks > 1 else 1
+        """Write coordinates and metadata; equal layouts give equal bytes."""
+        # One piece per block, and one for the variables without blocks. A single block is no division.
+        sizes, chunks, parts = {**self.template.sizes, **self.sizes}, {self.dim: 1, "_piece": 1}, 1
+        if self.block is not None and self.block[1] < sizes[self.block[0]]:
+            parts = math.ceil(sizes[self.block[0]] / self.block[1]) + 1
+            chunks[self.block[0]] = self.block[1]
+        sizes["_piece"] = sizes[self.dim] * parts
+        # Write coordinates and attributes.
         self.template.to_zarr(zarr_store(path), mode="a", zarr_format=2, consolidated=False)
         group = zarr.open_group(zarr_store(path), mode="a", zarr_format=2)
-        about = list(self.variables), self.dim, self.block, parts
-        group.attrs.update(dict(zip(ABOUT, about, strict=True)))
-        chunks = {self.dim: 1} if parts == 1 else {self.dim: 1, self.block[0]: self.block[1]}
+        group.attrs.update(pieces=list(self.variables), dim=self.dim, block=self.block, parts=parts)
+        # Create the variables, one chunk per piece.
         for name, (dims, dtype) in {**self.variables, "_done": (("_piece",), "bool")}.items():
-            if name in group:  # in an object store, where a start was cut short
+            if name in group:  # in an object store, after an interrupted creation
                 continue
-            shape = tuple(sizes[d] if name != "_done" else sizes[self.dim] * parts for d in dims)
-            # Not compressed: float32 hardly shrinks, and Blosc reads on past the end of a truncated piece.
+            # No compression: float32 values hardly shrink, and Blosc reads past the end of a truncated chunk.
             group.create_array(
                 name,
-                shape=shape,
-                chunks=(1,) if name == "_done" else tuple(chunks.get(d, n) for d, n in zip(dims, shape, strict=True)),
+                shape=tuple(sizes[dim] for dim in dims),
+                chunks=tuple(chunks.get(dim, sizes[dim]) for dim in dims),
                 dtype=dtype,
                 filters=[CHECKED],
                 compressors=None,
@@ -280,78 +265,78 @@ class StoreLayout(NamedTuple):
 
 
 def is_begun(path: Path) -> bool:
-    """Whether all that is written once is there."""
-    return _note(path).exists() and path.exists()
+    """Whether coordinates, metadata and their checksums are written."""
+    return _checksums(path).exists() and path.exists()
 
 
 def create(path: Path, layout: StoreLayout) -> None:
-    """Write coordinates and metadata, all of them or, if that is cut short, nothing that counts."""
+    """Write coordinates and metadata, and then their checksums, without which the store does not count."""
     if isinstance(path, Path):
-        beside = _beside(path)
-        shutil.rmtree(beside, ignore_errors=True)
-        layout.write(beside)
+        # Write to a temporary folder first, so that no store is left half-written.
+        temporary = _temporary(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        layout.write(temporary)
         if not path.exists():
-            beside.replace(path)
-        else:  # only the note that it was begun is lost
-            shutil.copytree(beside, path, dirs_exist_ok=True)
-            shutil.rmtree(beside)
+            temporary.replace(path)
+        else:  # only the checksums were lost: keep the pieces
+            shutil.copytree(temporary, path, dirs_exist_ok=True)
+            shutil.rmtree(temporary)
     else:
         layout.write(path)
-    about = {"block": layout.block, "files": _checksums(path, layout)}
-    write_atomically(_note(path), json.dumps(about, indent=1).encode())
+    # Hash all files except the pieces: chunks of variables, whose names start with a digit.
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".partial")]
+    names = sorted(file.relative_to(path).as_posix() for file in files)
+    chunks = tuple(f"{name}/{digit}" for name in (*layout.variables, "_done") for digit in range(10))
+    checksums = {name: hash_file(path / name) for name in names if not name.startswith(chunks)}
+    write_atomically(_checksums(path), json.dumps({"block": layout.block, "files": checksums}, indent=1).encode())
 
 
 def damaged_metadata(path: Path) -> list[Path]:
-    """Coordinates and metadata that are not what was written."""
+    """List files of coordinates and metadata whose checksums do not match."""
     try:
-        wanted = json.loads(_note(path).read_text())["files"]
-        if any(".." in name.split("/") or name.startswith("/") for name in wanted):  # outside of the store
-            return [_note(path)]
-        return [path / name for name, digest in wanted.items() if hash_file(path / name) != digest]
+        checksums = json.loads(_checksums(path).read_text())["files"]
+        if any(".." in name.split("/") or name.startswith("/") for name in checksums):  # outside of the store
+            return [_checksums(path)]
+        return [path / name for name, checksum in checksums.items() if hash_file(path / name) != checksum]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return [_note(path)]
+        return [_checksums(path)]
 
 
 def repair_metadata(path: Path, layout: StoreLayout) -> None:
-    """Make damaged coordinates and metadata again, beside the store, and put them where they belong.
+    """Write coordinates and metadata to a temporary folder, and copy the damaged files from there.
 
     Raises:
-        DamagedFile: what is made now is not what was there.
+        DamagedFile: the layout has changed since the store was created, or the checksums are damaged.
     """
-    files, beside = damaged_metadata(path), _beside(path)
+    files, temporary = damaged_metadata(path), _temporary(path)
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        about = json.loads(_note(path).read_text())
-        layout._replace(block=about["block"]).write(beside)
+        shutil.rmtree(temporary, ignore_errors=True)
+        about = json.loads(_checksums(path).read_text())
+        layout._replace(block=about["block"]).write(temporary)
         for file in files:
-            inner = file.relative_to(path)
-            if hash_file(beside / inner) != about["files"][inner.as_posix()]:
-                raise ValueError("it is another now")
-            write_atomically(file, (beside / inner).read_bytes())
-            warnings.warn(f"{file} was damaged, and is made anew", stacklevel=3)
+            name = file.relative_to(path)
+            if hash_file(temporary / name) != about["files"][name.as_posix()]:
+                raise ValueError("the layout has changed")
+            write_atomically(file, (temporary / name).read_bytes())
+            warnings.warn(f"{file} was damaged and has been restored", stacklevel=3)
     except (ValueError, KeyError, TypeError):
-        raise DamagedFile(f"{files[0]} is damaged; delete {path} to have it recomputed") from None
+        raise DamagedFile(f"{files[0]} is damaged; delete {path} to recompute it") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def zarr_store(path: Path) -> Path | FsspecStore:
-    """What Zarr takes for a path, local or not."""
+    """Convert a local or remote path to a store for Zarr."""
     if isinstance(path, Path):
         return path
     return FsspecStore.from_url(str(path), storage_options=dict(path.storage_options))
 
 
-def _note(path: Path) -> Path:
+def _checksums(path: Path) -> Path:
+    """File beside a store with the checksums of its metadata."""
     return path.with_name(f"{path.name}.ready")
 
 
-def _beside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
+    """Folder beside a store where its metadata is written first."""
     return path.with_name(f".{path.name}.beside")
-
-
-def _checksums(path: Path, layout: StoreLayout) -> dict[str, str]:
-    files = [file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".partial")]
-    inner = sorted(file.relative_to(path).as_posix() for file in files)
-    moving = tuple(f"{name}/{digit}" for name in (*layout.variables, "_done") for digit in range(10))
-    return {name: hash_file(path / name) for name in inner if not name.startswith(moving)}

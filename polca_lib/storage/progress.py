@@ -1,6 +1,4 @@
-"""Progress bars on a terminal, and lines now and then where a log is written."""
-
-from __future__ import annotations
+"""Progress bars for a terminal, and occasional progress lines for a log."""
 
 import sys
 from collections.abc import Iterable
@@ -12,28 +10,27 @@ _SECONDS = 30.0  # between two lines of a log
 
 
 def progress(of: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, done: int = 0) -> tqdm:
-    """A bar on standard error.
+    """Show progress on standard error.
 
     Args:
-        of: what is gone through; or nothing, and the bar is told by hand.
-        desc, unit: what is done, and what is counted.
-        total: how many there are in all; that of ``of`` and ``done`` if not given.
-        done: of these before this start.
+        of: items to iterate over; without them, call ``update`` of the returned bar.
+        total: number of items; ``done`` plus the length of ``of`` if not given.
+        done: items that an earlier run finished.
     """
     if total is None and hasattr(of, "__len__"):
         total = done + len(of)
-    common = {"desc": desc, "unit": unit, "total": total, "initial": done}
+    options = {"desc": desc, "unit": unit, "total": total, "initial": done}
     if sys.stderr.isatty():
-        return tqdm(of, **common)
-    return tqdm(of, **common, file=_Lines(), mininterval=_SECONDS, maxinterval=_SECONDS, ascii=True, ncols=100)
+        return tqdm(of, **options)
+    return tqdm(of, **options, file=_Lines(), mininterval=_SECONDS, maxinterval=_SECONDS, ascii=True, ncols=100)
 
 
 class _Lines:
-    """Standard error, with a line for each state of a bar, rather than one that is written over."""
+    """Standard error that gets a new line for each state of a bar."""
 
     def write(self, text: str) -> None:
-        if shown := text.strip("\r\n \x1b[A"):
-            sys.stderr.write(f"{shown}\n")
+        if line := text.strip("\r\n \x1b[A"):
+            sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
         sys.stderr.flush()

@@ -126,7 +126,7 @@ def test_run_without_clusters_says_so(tmp_path):
 def test_run_without_the_loss_inside_has_a_page(tmp_path):
     projections, labels = made(**text())
     page = visible(written(tmp_path, projections.drop_vars("inside_loss"), labels))
-    assert "moving inside the basis" not in page
+    assert "movement inside the basis" not in page
 
 
 def test_contexts_stay_within_their_example():

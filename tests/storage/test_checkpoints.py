@@ -92,7 +92,7 @@ def test_missing_checkpoint_is_named(folder):
 
 def test_checkpoint_of_another_model_is_refused_by_name(folder):
     foreign = CheckpointFolder(folder.path, TokenLoss(Attention(), next_token_loss))
-    with pytest.raises(ValueError, match=r"step-00000020\.safetensors is a checkpoint of another model.*embed\.weight"):
+    with pytest.raises(ValueError, match=r"step-00000020\.safetensors does not fit the model.*embed\.weight"):
         foreign.theta(20)
 
 
