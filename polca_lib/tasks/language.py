@@ -179,18 +179,18 @@ class Wikipedia(Language):
     @cached_property
     def corpus(self) -> PreparedCorpus:
         """The corpus, prepared when first asked for and kept beside the runs."""
-        settings, model = self._settings.corpus, self._settings.model
+        corpus, model = self._settings.corpus, self._settings.model
         self._check_vocabulary(model.d_vocab, "model.d_vocab")
-        source = settings.source or os.environ.get("POLCA_WIKIPEDIA") or "hub"
-        settings = {**settings.model_dump(), "source": source, "vocabulary": model.d_vocab, "width": model.n_ctx}
+        source = corpus.source or os.environ.get("POLCA_WIKIPEDIA") or "hub"
+        key = {**corpus.model_dump(), "source": source, "vocabulary": model.d_vocab, "width": model.n_ctx}
         return prepare_corpus(
-            self._folder / f"corpus-{hash_json(settings)[:12]}",
+            self._folder / f"corpus-{hash_json(key)[:12]}",
             source,
             vocabulary=model.d_vocab - 1,
             width=model.n_ctx,
-            articles=settings.articles,
-            tokenizer_articles=settings.tokenizer_articles,
-            skip_damaged=settings.skip_damaged,
+            articles=corpus.articles,
+            tokenizer_articles=corpus.tokenizer_articles,
+            skip_damaged=corpus.skip_damaged,
         )
 
     @property
