@@ -1,6 +1,6 @@
 """Three-digit addition: ``a + b = s``, most significant digit first (PAPER section 4.1, Figure 2).
 
-An example is 12 tokens, ``a2 a1 a0 + b2 b1 b0 = s3 s2 s1 s0``. Only the four answer tokens carry loss.
+An example has 12 tokens, ``a2 a1 a0 + b2 b1 b0 = s3 s2 s1 s0``. The model is trained on the four answer tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from polca_lib.tasks.settings import RunSettings
 PLUS, EQUALS = 10, 11
 N_ANSWER = 4
 PLACES = ("1000s", "100s", "10s", "1s")
-SKILLS = (
-    "1000s, carry", "1000s, no carry", "100s, carry", "100s, no carry",
-    "10s, carry", "10s, no carry", "1s",
-)  # fmt: skip
+SKILLS = (*(f"{place}, {carry}" for place in PLACES[:-1] for carry in ("carry", "no carry")), "1s")
 
 
 class Samples(NamedTuple):
-    """Three samples of operand pairs, each from a random stream of its own, so that none is drawn from another."""
+    """Operand pairs of the three samples of a run."""
 
     validation: Int[np.ndarray, "validation 2"]
     hessian: Int[np.ndarray, "hessian 2"]
@@ -34,96 +31,41 @@ class Samples(NamedTuple):
 
 
 def sample_pairs(seed: int, validation: int, hessian: int, train: int) -> Samples:
-    """Draw operand pairs (a, b), each uniform on 0...999, for the three samples.
+    """Draw operand pairs (a, b) for the three samples, with a and b uniform on 0...999.
 
-    Each sample has a stream of its own, fixed by ``seed``, so that changing the size of one leaves the others as
-    they are. Pairs are drawn with replacement from the 10^6 possible ones, so a validation sum may also occur in
-    training: :func:`count_shared` says how many do. The Hessian sample follows the distribution of the training
-    data; no update is made on it.
+    Each sample has its own random stream, so its size does not change the other samples. Pairs are drawn with
+    replacement, so validation and training may share some (see :func:`count_shared`).
 
     Args:
-        seed: of the streams.
         validation, hessian, train: numbers of examples.
     """
     sizes = (validation, hessian, train)
     return Samples(*(np.random.default_rng([seed, i]).integers(0, 1000, size=(n, 2)) for i, n in enumerate(sizes)))
 
 
-class Addition:
-    """The task of a run (see :class:`polca_lib.tasks.task.Task`)."""
-
-    groups = PLACES
-    identity: dict[str, str] = {}  # noqa: RUF012  (the settings say it all)
-
-    def __init__(self, settings: RunSettings):
-        self._seed, self._data, self._training = settings.seed, settings.data, settings.training
-
-    @cached_property
-    def samples(self) -> Samples:
-        """Operand pairs for validation, for the Hessian, and for training."""
-        data, training = self._data, self._training
-        n_train = training.steps * training.batch_size
-        return sample_pairs(self._seed, data.validation_examples, data.hessian_examples, n_train)
-
-    @property
-    def validation(self) -> Int[Tensor, "n 12"]:
-        """Sums whose answer tokens are decomposed."""
-        return encode(self.samples.validation)
-
-    @property
-    def hessian(self) -> Int[Tensor, "n 12"]:
-        """Sums whose loss the Hessian is of."""
-        return encode(self.samples.hessian)
-
-    @property
-    def tokens(self) -> pd.DataFrame:
-        """See :func:`token_table`."""
-        return token_table(self.samples.validation)
-
-    def batch(self, step: int) -> Int[Tensor, "batch 12"]:
-        """Sums of update ``step``; each is drawn for one update."""
-        size = self._training.batch_size
-        return encode(self.samples.train[step * size : (step + 1) * size])
-
-    @staticmethod
-    def loss(model: nn.Module, batch: Int[Tensor, "n 12"]) -> Float[Tensor, " n*4"]:
-        """See :func:`answer_loss`."""
-        return answer_loss(model, batch)
-
-    @staticmethod
-    def loss_of_all(model: nn.Module, batch: Int[Tensor, "n 12"]) -> Float[Tensor, " n*9"]:
-        """See :func:`digit_loss`."""
-        return digit_loss(model, batch)
-
-
 def count_shared(pairs: Int[np.ndarray, "n 2"], others: Int[np.ndarray, "m 2"]) -> int:
-    """Number of ``pairs`` that occur, in the same order of operands, among ``others``."""
+    """Number of ``pairs`` that also occur in ``others``, with the operands in the same order."""
     return int(np.isin(pairs @ [1000, 1], others @ [1000, 1]).sum())
 
 
 def encode(pairs: Int[np.ndarray, "n 2"]) -> Int[Tensor, "n 12"]:
-    """Token ids of each example: digits are themselves, plus is 10, equals is 11."""
-    a, b = pairs[:, 0], pairs[:, 1]
-    symbol = np.ones_like(a)
-    columns = [*_digits(a, 3), PLUS * symbol, *_digits(b, 3), EQUALS * symbol, *_digits(a + b, 4)]
-    return torch.from_numpy(np.stack(columns, axis=1))
+    """Token ids of each example. A digit is its own id, plus is 10, equals is 11."""
+    a, b = pairs.T
+    plus, equals = np.full_like(a, PLUS), np.full_like(a, EQUALS)
+    return torch.from_numpy(np.column_stack([_digits(a, 3), plus, _digits(b, 3), equals, _digits(a + b, 4)]))
 
 
 def answer_loss(model: nn.Module, tokens: Int[Tensor, "n 12"]) -> Float[Tensor, " n*4"]:
-    """Cross-entropy, in nats, of each answer token given all before it; example-major.
-
-    The last token of an example predicts nothing, so it is not fed to the model.
-    """
+    """Cross-entropy of each answer token given all tokens before it, in nats, example by example."""
+    # The last token predicts nothing, so the model does not read it.
     logits = model(tokens[:, :-1])[:, -N_ANSWER:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -N_ANSWER:].flatten(), reduction="none")
 
 
 def digit_loss(model: nn.Module, tokens: Int[Tensor, "n 12"]) -> Float[Tensor, " n*9"]:
-    """Cross-entropy, in nats, of every digit that has tokens before it, operands too; example-major.
-
-    The model has no output for plus and equals, so these are no targets. It is trained on :func:`answer_loss` alone.
-    """
+    """Cross-entropy of each digit after the first, operands included, in nats, example by example."""
     logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
+    # The model has no outputs for plus and equals, targets 2 and 6.
     digits = [position for position in range(targets.shape[1]) if position not in (2, 6)]
     return nn.functional.cross_entropy(logits[:, digits].flatten(0, 1), targets[:, digits].flatten(), reduction="none")
 
@@ -131,17 +73,19 @@ def digit_loss(model: nn.Module, tokens: Int[Tensor, "n 12"]) -> Float[Tensor, "
 def token_table(pairs: Int[np.ndarray, "n 2"]) -> pd.DataFrame:
     """One row per answer token, in the order of :func:`answer_loss`.
 
-    Columns: ``example``, ``position`` (index in the 12 tokens), ``place``, ``digit`` (the target), ``carry``
-    (a carry comes into this place from the lower ones; never in the 1s place), ``skill``, ``text``.
+    Returns:
+        Columns ``example``, ``position`` (index in the 12 tokens), ``place``, ``digit`` (the target), ``carry`` (the
+        lower places carry into this place), ``skill`` and ``text``.
     """
-    a, b = pairs[:, 0], pairs[:, 1]
-    carry = np.stack([a % m + b % m >= m for m in (1000, 100, 10)] + [np.zeros(len(a), bool)], axis=1)
+    a, b = pairs.T
+    # A place receives a carry if the operands' lower digits add up to at least its value. The 1s have no lower digits.
+    carry = np.column_stack([a % value + b % value >= value for value in (1000, 100, 10, 1)])
     table = pd.DataFrame(
         {
             "example": np.repeat(np.arange(len(a)), N_ANSWER),
             "position": np.tile(np.arange(8, 12), len(a)),
             "place": np.tile(PLACES, len(a)),
-            "digit": np.stack(_digits(a + b, 4), axis=1).ravel(),
+            "digit": _digits(a + b, 4).ravel(),
             "carry": carry.ravel(),
         }
     )
@@ -151,5 +95,44 @@ def token_table(pairs: Int[np.ndarray, "n 2"]) -> pd.DataFrame:
     return table
 
 
-def _digits(number: Int[np.ndarray, " n"], count: int) -> list[Int[np.ndarray, " n"]]:
-    return [number // 10**place % 10 for place in reversed(range(count))]
+def _digits(numbers: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, "n count"]:
+    """The last ``count`` decimal digits of each number, most significant first."""
+    return numbers[:, None] // 10 ** np.arange(count)[::-1] % 10
+
+
+class Addition:
+    """The task ``addition`` (see :class:`polca_lib.tasks.task.Task`)."""
+
+    groups = PLACES
+    loss, loss_of_all = staticmethod(answer_loss), staticmethod(digit_loss)
+    identity: dict[str, str] = {}  # noqa: RUF012  (the settings determine the data)
+
+    def __init__(self, settings: RunSettings):
+        self._settings = settings
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Operand pairs for validation, for the Hessian, and for training."""
+        data, training = self._settings.data, self._settings.training
+        sizes = data.validation_examples, data.hessian_examples, training.steps * training.batch_size
+        return sample_pairs(self._settings.seed, *sizes)
+
+    @property
+    def validation(self) -> Int[Tensor, "n 12"]:
+        """Sums whose answer tokens are decomposed."""
+        return encode(self.samples.validation)
+
+    @property
+    def hessian(self) -> Int[Tensor, "n 12"]:
+        """Sums whose mean loss gives the Hessian."""
+        return encode(self.samples.hessian)
+
+    @property
+    def tokens(self) -> pd.DataFrame:
+        """See :func:`token_table`."""
+        return token_table(self.samples.validation)
+
+    def batch(self, step: int) -> Int[Tensor, "batch 12"]:
+        """Sums of update ``step``. Each training pair is used once."""
+        size = self._settings.training.batch_size
+        return encode(self.samples.train[step * size : (step + 1) * size])

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 HUB = "hf://datasets/legacy-datasets/wikipedia@97a0b052c326b45fb68593a14972d9eed884cd17"
 """Dump of March 2022 on the Hugging Face hub, at the revision that stores it as Parquet."""
 HUB_CONFIGS = tuple(f"20220301.{language}" for language in ("en", "de", "fr", "frr", "it", "simple"))
+KINDS = (".jsonl", ".jsonl.xz", ".parquet")  # endings of readable files
 VALIDATION_ONE_IN = 50
-REPORTED = 5
-"""Damaged records that a warning names."""
+REPORTED = 5  # damaged records that a warning names
 
 
 class Article(NamedTuple):
-    """One article; ``url`` is empty if the source gives none."""
+    """One article. ``url`` is empty if the source has none."""
 
     title: str
     text: str
@@ -33,12 +33,12 @@ class DamagedCorpus(ValueError):
     """A record of a corpus can't be read."""
 
 
-def is_validation(article: Article) -> bool:
-    """Whether an article is kept for validation: one in 50, by a hash of its title.
+# The position of each record in its file, and the article or a description of the damage.
+Records = Iterator[tuple[str, Article | str]]
 
-    So the choice depends neither on the order of the articles nor on how many are read, and two articles of one
-    title are never on different sides.
-    """
+
+def is_validation(article: Article) -> bool:
+    """Whether the article is for validation: one in 50, by the SHA-256 of its title alone."""
     digest = hashlib.sha256(article.title.encode()).digest()
     return int.from_bytes(digest[:8], "big") % VALIDATION_ONE_IN == 0
 
@@ -46,30 +46,30 @@ def is_validation(article: Article) -> bool:
 def read_articles(
     source: str | Path, *, skip_damaged: bool = False, damaged: list[str] | None = None
 ) -> Iterator[Article]:
-    """Articles in the order of the source, one in memory at a time.
+    """Articles in the order of the source. Only one of them is in memory at a time.
 
     Args:
-        source: a file ``.jsonl``, ``.jsonl.xz`` or ``.parquet`` whose records have ``title`` and ``text`` (and
-            ``url``, if they like; the rest is ignored); a folder of such files, taken by name; or ``"hub"``, or
-            ``"hub:20220301.simple"``, for the dump of March 2022, of which only what is read is downloaded. A
-            file or folder of that name is ``"./hub"``.
-        skip_damaged: leave out what can't be read, and warn once, at the end.
-        damaged: a list to which what was left out is added, in words.
+        source: a file ``.jsonl``, ``.jsonl.xz`` or ``.parquet`` with fields ``title``, ``text`` and optionally ``url``;
+            a folder of such files, read by name; or ``"hub"`` or, for example, ``"hub:20220301.simple"`` for the dump
+            on the hub, which is downloaded as it is read. A local folder of this name is ``"./hub"``.
+        skip_damaged: leave out damaged records, with one warning at the end.
+        damaged: list to which a description of each damaged record is appended.
 
     Raises:
-        ValueError: a source that isn't there, or is of no kind that can be read.
-        DamagedCorpus: a record that can't be read; names the file and the line or row, counted from 1.
+        ValueError: the source does not exist or can't be read.
+        DamagedCorpus: a record is damaged; the message names the file and the line or row, counted from 1.
         ConnectionError: the hub can't be reached.
     """
     if config := hub_config(source):
         parts = [(f"{HUB}/data/{config}", _read_hub(config))]
     else:
-        parts = [(str(path), _reader(path)(path)) for path in _files(Path(source))]
-    return _sound(parts, skip_damaged, [] if damaged is None else damaged)
+        files = _files(Path(source))
+        parts = [(str(f), _read_parquet(f) if f.suffix == ".parquet" else _read_lines(f)) for f in files]
+    return _undamaged(parts, skip_damaged, [] if damaged is None else damaged)
 
 
 def hub_config(source: str | Path) -> str | None:
-    """Configuration of the hub that ``source`` means, or nothing if it is a path.
+    """Configuration of the hub that ``source`` names, or None if it is a path.
 
     Raises:
         ValueError: the hub has no such configuration.
@@ -82,25 +82,22 @@ def hub_config(source: str | Path) -> str | None:
     return config
 
 
-# A record as its place in the file and either the article or, in words, what is wrong with it.
-Records = Iterator[tuple[str, Article | str]]
-
-
-def _sound(parts: list[tuple[str, Records]], skip_damaged: bool, damaged: list[str]) -> Iterator[Article]:
+def _undamaged(parts: list[tuple[str, Records]], skip_damaged: bool, damaged: list[str]) -> Iterator[Article]:
+    """Articles of all files. Damaged records raise an error, or are collected and reported at the end."""
     try:
         for name, records in parts:
-            for place, found in records:
-                if isinstance(found, Article):
-                    yield found
+            for position, record in records:
+                if isinstance(record, Article):
+                    yield record
                 elif skip_damaged:
-                    damaged.append(f"{name}, {place}: {found}")
+                    damaged.append(f"{name}, {position}: {record}")
                 else:
                     raise DamagedCorpus(
-                        f"{name}, {place}: {found}; mend it, or leave out all that is damaged with skip_damaged=True "
-                        "(in a run: corpus.skip_damaged)"
+                        f"{name}, {position}: {record}; repair it, or leave out all damaged records with "
+                        "skip_damaged=True (in a run: corpus.skip_damaged)"
                     )
     finally:
-        # Also when the caller has enough and closes the generator.
+        # This also runs when the caller closes the generator early.
         if damaged:
             more = f"; and {len(damaged) - REPORTED} more" if len(damaged) > REPORTED else ""
             text = f"damaged records left out: {len(damaged)} ({'; '.join(damaged[:REPORTED])}{more})"
@@ -108,23 +105,17 @@ def _sound(parts: list[tuple[str, Records]], skip_damaged: bool, damaged: list[s
 
 
 def _files(source: Path) -> list[Path]:
-    kinds = ", ".join(READERS)
-    if source.is_dir():
-        files = sorted(path for path in source.iterdir() if _reader(path) and not path.name.startswith("."))
-        if not files:
-            raise ValueError(f"source = '{source}' is a folder with no file that can be read; allowed: {kinds}")
-        return files
-    if not source.exists():
+    """The file, or all readable files of the folder by name."""
+    # Some systems leave files "._name" in a folder.
+    files = sorted(path for path in source.iterdir() if path.name[0] != ".") if source.is_dir() else [source]
+    readable = [path for path in files if path.name.endswith(KINDS)]
+    if not (source.exists() and readable):
+        problem = "a folder with no file" if source.is_dir() else "a file of no kind"
         raise ValueError(
-            f"source = '{source}' is not there; allowed: a file ({kinds}), a folder of such files, or 'hub'"
+            f"source = '{source}' is {problem + ' that can be read' if source.exists() else 'not there'}; "
+            f"allowed: {', '.join(KINDS)}, a folder of such files, or 'hub'"
         )
-    if not _reader(source):
-        raise ValueError(f"source = '{source}' is a file of no kind that can be read; allowed: {kinds}")
-    return [source]
-
-
-def _reader(path: Path) -> Callable[[Path], Records] | None:
-    return next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
+    return readable
 
 
 def _read_lines(path: Path) -> Records:
@@ -146,38 +137,32 @@ def _read_parquet(path: Path) -> Records:
             if missing := [name for name in ("title", "text") if name not in names]:
                 yield "all rows", f"there is no column {' and no column '.join(missing)}, but {', '.join(names)}"
                 return
-            for batch in file.iter_batches(64, columns=[name for name in Article._fields if name in names]):
-                for row in range(len(batch)):
-                    number += 1
-                    yield f"row {number}", _article(lambda row=row, batch=batch: batch.slice(row, 1).to_pylist()[0])
+            batches = file.iter_batches(64, columns=[name for name in Article._fields if name in names])
+            rows = (batch.slice(i, 1) for batch in batches for i in range(len(batch)))
+            for number, row in enumerate(rows, 1):
+                yield f"row {number}", _article(lambda row=row: row.to_pylist()[0])
     except (pa.ArrowException, OSError) as error:
         yield f"row {number + 1} and all after it", f"the file is no Parquet, cut off or damaged ({error})"
-
-
-READERS: dict[str, Callable[[Path], Records]] = {
-    ".jsonl": _read_lines,
-    ".jsonl.xz": _read_lines,
-    ".parquet": _read_parquet,
-}
 
 
 def _read_hub(config: str) -> Records:
     from datasets import load_dataset  # takes seconds
 
-    # By the names of its files: the repository has an old script too, and datasets from 4 on refuses one that has.
+    # The file names are given, because datasets >= 4 refuses the repository's old loading script.
     files = f"{HUB}/data/{config}/train-*.parquet"
     try:
         rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"row {number}", _article(lambda row=row: row)
-    except Exception as error:  # each layer below has its own
+    except Exception as error:  # datasets, fsspec and the network raise errors of many types
         raise ConnectionError(
             f"{files} can't be read from the hub ({type(error).__name__}: {error}); try again, "
-            "or get the files by other means and give the path of a file or folder as source (in a run: corpus.source)"
+            "or download the files and give the path of a file or folder as source (in a run: corpus.source)"
         ) from error
 
 
 def _article(load: Callable[[], Any]) -> Article | str:
+    """Load and check one record. Returns the article or a description of the damage."""
     try:
         record = load()
     except UnicodeDecodeError as error:

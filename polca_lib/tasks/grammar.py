@@ -1,16 +1,15 @@
-"""A small generative English: every token has a known construction and part of speech.
+"""A small generative English. The construction and the part of speech of every token are known.
 
-It reads like an encyclopaedia of invented people and places. The grammar is context-free; words and rules stand in
-``grammar.toml``, with their notation. What a rule can't see, such as the noun that a verb agrees with, is written into
-the names of its symbols.
+The text reads like an encyclopaedia of invented people and places. The grammar is context-free: words, rules and their
+notation are in ``grammar.toml``. The names of symbols carry what a context-free rule can't see, such as the number of
+the noun that a verb agrees with.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
 from importlib.resources import files
-from itertools import combinations
+from itertools import chain, combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -23,26 +22,23 @@ PEOPLE, PLACES, RULES = (_DATA[name] for name in ("people", "places", "rules"))
 NOUNS, WORDS = _DATA["nouns"], _DATA["words"]
 YEARS = tuple(map(str, range(1805, 2000, 7)))
 CONSTRUCTIONS: dict[str, str] = _DATA["constructions"]
-"""Which tokens these are, and what must be known to predict them."""
+"""Which tokens each construction has, and what a model must know to predict them."""
 
 
 class Document(NamedTuple):
-    """Tokens of one document, in order."""
+    """Tokens of one document: indices into ``VOCABULARY``, ``TAGS`` and the keys of ``CONSTRUCTIONS``."""
 
     ids: Int[np.ndarray, " token"]
-    """Index into ``VOCABULARY``."""
     tags: Int[np.ndarray, " token"]
-    """Index into ``TAGS``."""
     constructions: Int[np.ndarray, " token"]
-    """Index into the keys of :data:`CONSTRUCTIONS`."""
 
 
 def document(rng: np.random.Generator) -> Document:
-    """A text with a title and four or five sections, mostly of 160 to 370 tokens in all.
-
-    The same state of ``rng`` gives the same document; numbers are taken from it in blocks.
-    """
-    uniform, words, stack = _uniform(rng), [], [_START]
+    """Generate a text with a title and four or five sections from ``rng``, mostly 160 to 370 tokens long."""
+    # Draw uniform numbers in blocks of 512, because single draws are slow.
+    uniform = chain.from_iterable(iter(lambda: rng.random(512).tolist(), None))
+    # Expand the leftmost symbol until only words are left.
+    words, stack = [], [_START]
     while stack:
         code = stack.pop()
         if code < 0:
@@ -53,13 +49,8 @@ def document(rng: np.random.Generator) -> Document:
     return Document(*np.ascontiguousarray(_LABELS[words].T))
 
 
-def _uniform(rng: np.random.Generator) -> Iterator[float]:
-    while True:
-        yield from rng.random(512).tolist()
-
-
 class _Symbol(NamedTuple):
-    """A word or symbol of the grammar, and what is passed on to it from where it is used."""
+    """A word or symbol in a rule, with the properties that the rule gives it."""
 
     name: str
     construction: str = ""
@@ -67,9 +58,9 @@ class _Symbol(NamedTuple):
     capital: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> _Symbol:
+    def parse(cls, text: str, rule_construction: str) -> _Symbol:
         name, _, construction = text.partition("/")
-        return cls(name.lstrip("~^"), construction, "~" in name, "^" in name)
+        return cls(name.lstrip("~^"), construction or rule_construction, "~" in name, "^" in name)
 
     @property
     def text(self) -> str:
@@ -81,43 +72,35 @@ _Rules = dict[str, list[list[_Symbol]]]
 
 
 def _read_rules() -> _Rules:
-    """Alternatives of each symbol, each as often as its weight says."""
-    lines: dict[str, None] = {}
+    """Alternatives of each symbol, each repeated as often as its weight says."""
+    # Replace the variables :t, :n and :m by each of their values.
+    lines: list[str] = []
     for topic in ("LIFE", "PAST", "LAND"):
-        for one, other in (("SG", "PL"), ("PL", "SG")):
-            text = RULES.replace(":t", f":{topic}").replace(":n", f":{one}").replace(":m", f":{other}")
-            lines |= dict.fromkeys(filter(None, text.splitlines()))  # what has no variants is there once
-    lines |= dict.fromkeys(_lexical_rules())
+        for number, opposite in (("SG", "PL"), ("PL", "SG")):
+            text = RULES.replace(":t", f":{topic}").replace(":n", f":{number}").replace(":m", f":{opposite}")
+            lines += text.splitlines()
+    # Add the rules that follow from the lists of names, years and nouns.
+    for symbol, names in (("PERSON", PEOPLE), ("PLACE", PLACES)):
+        for first, *rest in (name.split("-") for name in names.split()):
+            lines.append(f"{symbol} = ^{first}/name " + " ".join(f"~{piece}/name-piece" for piece in rest))
+    lines.append(f"YEAR = {' | '.join(YEARS)}")
+    lines.append(f"SPAN/from-to = {' | '.join(f'from {a} to {b}/later-year' for a, b in combinations(YEARS, 2))}")
+    for symbol, nouns in NOUNS.items():
+        lines += [f"{symbol}:{number} = {' | '.join(nouns.split()[i::2])}" for i, number in enumerate(("SG", "PL"))]
+    # Parse each line once: a line without variables has several copies.
     rules: _Rules = {}
-    for line in lines:
+    for line in dict.fromkeys(filter(None, lines)):
         left, right = map(str.strip, line.split("="))
         left, _, construction = left.partition("/")
         for alternative in right.split("|"):
             body, _, weight = alternative.partition("*")
-            symbols = [_Symbol.parse(text) for text in body.split()]
-            symbols = [one._replace(construction=one.construction or construction) for one in symbols]
+            symbols = [_Symbol.parse(text, construction) for text in body.split()]
             rules.setdefault(left, []).extend([symbols] * int(weight or 1))
     return rules
 
 
-def _lexical_rules() -> Iterator[str]:
-    """Rules that follow from the lists of names, years and nouns."""
-    for symbol, names in (("PERSON", PEOPLE), ("PLACE", PLACES)):
-        for name in names.split():
-            first, *rest = name.split("-")
-            yield f"{symbol} = ^{first}/name " + " ".join(f"~{piece}/name-piece" for piece in rest)
-    yield f"YEAR = {' | '.join(YEARS)}"
-    yield f"SPAN/from-to = {' | '.join(f'from {a} to {b}/later-year' for a, b in combinations(YEARS, 2))}"
-    for symbol, nouns in NOUNS.items():
-        yield f"{symbol}:SG = {' | '.join(nouns.split()[::2])}"
-        yield f"{symbol}:PL = {' | '.join(nouns.split()[1::2])}"
-
-
 def _compile(rules: _Rules, start: str) -> tuple[list[_Symbol], list[list[list[int]]], int]:
-    """Words, alternatives and start as numbers: n >= 0 is a symbol, n < 0 is word ~n.
-
-    Only what can be reached from ``start`` is there. An alternative is reversed, to go on a stack as it is.
-    """
+    """Words, alternatives and start as codes: n >= 0 is a symbol, n < 0 is word ~n."""
     codes: dict[_Symbol, int] = {}
     words: list[_Symbol] = []
     alternatives: list[list[list[int]]] = []
@@ -131,8 +114,10 @@ def _compile(rules: _Rules, start: str) -> tuple[list[_Symbol], list[list[list[i
         code = codes[symbol] = len(alternatives)
         alternatives.append([])
         for first, *rest in rules[symbol.name]:
+            # The first child takes spacing and capital of the symbol, and each child takes its construction by default.
             first = first._replace(glued=first.glued or symbol.glued, capital=first.capital or symbol.capital)
-            children = [one._replace(construction=one.construction or symbol.construction) for one in (first, *rest)]
+            children = [c._replace(construction=c.construction or symbol.construction) for c in (first, *rest)]
+            # Alternatives are reversed, because document() puts them on a stack.
             alternatives[code].append([encode(child) for child in reversed(children)])
         return code
 
@@ -149,9 +134,8 @@ _WORDS, _ALTERNATIVES, _START = _compile(_read_rules(), "DOCUMENT")
 
 TAGS = (*sorted(set(_TAG.values())), "PAD")
 VOCABULARY = (*sorted({word.text for word in _WORDS}), PAD)
-"""Text of each token, with its space; joined they are readable English. The last is PAD, which no document has."""
+"""Text of each token, including its leading space. The last one is PAD, which no document contains."""
 
-_NAMES = tuple(CONSTRUCTIONS)
 _LABELS: Int[np.ndarray, "word 3"] = np.array(
-    [(VOCABULARY.index(one.text), TAGS.index(_TAG[one.name]), _NAMES.index(one.construction)) for one in _WORDS]
+    [(VOCABULARY.index(w.text), TAGS.index(_TAG[w.name]), [*CONSTRUCTIONS].index(w.construction)) for w in _WORDS]
 )

@@ -1,14 +1,13 @@
-"""Windows of text, the loss of their tokens, and the two tasks that are made of them: a grammar and Wikipedia.
+"""Windows of text, the loss of their tokens, and the two tasks made of them: a grammar and Wikipedia.
 
-A window is ``n_ctx`` tokens. Its first two are read but not predicted, so that 100 windows of 128 tokens carry the
-paper's 12,600 targets.
+The first two tokens of a window are context only, so 100 windows of 128 tokens have the paper's 12,600 targets.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -25,48 +24,41 @@ from polca_lib.tasks.settings import RunSettings
 from polca_lib.tasks.tokenization import PAD, pack
 
 CONTEXT = 2
-"""Tokens at the start of a window that are read but not predicted."""
+"""Tokens at the start of a window that are not predicted."""
 
 
 def next_token_loss(model: nn.Module, windows: Int[Tensor, "n width"]) -> Float[Tensor, " n*(width-2)"]:
-    """Cross-entropy, in nats, of each token of a window but the first two, given all before it; example-major.
+    """Cross-entropy of each token given all tokens before it, without the first two, in nats, window by window.
 
-    PAD counts as any other token, as it does in the paper, whose Figures 10 and 12 show clusters of it.
+    PAD is a target too, as in the paper: its Figures 10 and 12 show clusters of PAD.
     """
     logits = model(windows[:, :-1])[:, CONTEXT - 1 :]
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, CONTEXT:].flatten(), reduction="none")
 
 
 class Language:
-    """What the two tasks share (see :class:`polca_lib.tasks.task.Task`): batches, losses, a table of tokens."""
+    """Batches, loss and token table of both text tasks (see :class:`polca_lib.tasks.task.Task`)."""
 
     groups = ()
     train: Int[np.ndarray, "window width"]
     validation: Int[Tensor, "window width"]
     vocabulary: Sequence[str]
+    loss = loss_of_all = staticmethod(next_token_loss)
 
-    def __init__(self, settings: RunSettings):
+    def __init__(self, settings: RunSettings, n_tokens: int):
+        for name in ("d_vocab", "d_vocab_out"):
+            if (value := getattr(settings.model, name)) != n_tokens:
+                raise ValueError(f"model.{name} = {value} does not fit the tokens of the task; allowed: {n_tokens}")
         self._settings = settings
+        # The order of the windows in an epoch. All batches of the epoch need it.
+        self._order = cache(lambda epoch: np.random.default_rng([settings.seed, epoch]).permutation(len(self.train)))
 
     def batch(self, step: int) -> Int[Tensor, "batch width"]:
-        """Windows of update ``step``: each epoch takes all in an order of its own, drawn from the seed."""
-        n, size = len(self.train), self._settings.training.batch_size
-        taken = np.arange(step * size, (step + 1) * size)
-        rows = [
-            self._order(epoch)[taken[taken // n == epoch] % n] for epoch in range(taken[0] // n, taken[-1] // n + 1)
-        ]
+        """Windows of update ``step``. Each epoch takes all windows, in an order drawn from the seed."""
+        size = self._settings.training.batch_size
+        epochs, positions = np.divmod(np.arange(step * size, (step + 1) * size), len(self.train))
+        rows = [self._order(epoch)[positions[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
         return torch.from_numpy(self.train[np.concatenate(rows)].astype(np.int64))
-
-    @cached_property
-    def _order(self) -> Callable[[int], Int[np.ndarray, " window"]]:
-        return cache(lambda epoch: np.random.default_rng([self._settings.seed, epoch]).permutation(len(self.train)))
-
-    @staticmethod
-    def loss(model: nn.Module, batch: Int[Tensor, "n width"]) -> Float[Tensor, " n*(width-2)"]:
-        """See :func:`next_token_loss`."""
-        return next_token_loss(model, batch)
-
-    loss_of_all = loss
 
     @cached_property
     def texts(self) -> np.ndarray:
@@ -75,60 +67,49 @@ class Language:
 
     @property
     def tokens(self) -> pd.DataFrame:
-        """One row per target token, with ``example`` (window), ``position`` in it, ``id``, ``text``."""
-        n, width = self.validation.shape
-        targets = self.validation[:, CONTEXT:].flatten().numpy()
-        return pd.DataFrame(
-            {
-                "example": np.repeat(np.arange(n), width - CONTEXT),
-                "position": np.tile(np.arange(CONTEXT, width), n),
-                "id": targets,
-                "text": self.texts[:, CONTEXT:].ravel(),
-            }
-        )
-
-    def _check_vocabulary(self, size: int, what: str) -> None:
-        for name in ("d_vocab", "d_vocab_out"):
-            value = getattr(self._settings.model, name)
-            if value != size:
-                raise ValueError(f"model.{name} = {value} does not fit {what}; allowed: {size}")
+        """One row per target token: ``example`` (window), ``position`` in the window, ``id`` and ``text``."""
+        example, position = np.indices(self.validation.shape)[..., CONTEXT:].reshape(2, -1)
+        ids, texts = self.validation.numpy()[:, CONTEXT:].ravel(), self.texts[:, CONTEXT:].ravel()
+        return pd.DataFrame({"example": example, "position": position, "id": ids, "text": texts})
 
 
 class Grammar(Language):
-    """Text of :mod:`polca_lib.tasks.grammar`: every token has a known construction and part of speech."""
+    """Text generated by :mod:`polca_lib.tasks.grammar`. Construction and part of speech of every token are known."""
 
     vocabulary = grammar.VOCABULARY
+    sources = None
+    description = "generated by polca_lib.tasks.grammar"
 
     def __init__(self, settings: RunSettings):
-        super().__init__(settings)
-        self._check_vocabulary(len(self.vocabulary), "the vocabulary of the grammar")
+        super().__init__(settings, len(self.vocabulary))
 
     @cached_property
     def train(self) -> Int[np.ndarray, "window width"]:
-        """As many windows as training takes. Each is seen once."""
+        """Training windows. Each is used once."""
         training = self._settings.training
         return self._windows(2, training.steps * training.batch_size)[0]
 
     @cached_property
-    def _validation(self) -> list[np.ndarray]:
+    def _validation(self) -> list[Int[np.ndarray, "window width"]]:
+        """Ids, tags and constructions of the validation windows."""
         return self._windows(0, self._settings.data.validation_examples)
 
     @property
     def validation(self) -> Int[Tensor, "window width"]:
-        """Windows of documents that are not trained on."""
+        """Windows of documents that training does not see."""
         return torch.from_numpy(self._validation[0])
 
     @cached_property
     def hessian(self) -> Int[Tensor, "window width"]:
-        """Windows of documents of their own."""
+        """Windows of documents that neither training nor validation sees."""
         return torch.from_numpy(self._windows(1, self._settings.data.hessian_examples)[0])
 
     @property
     def tokens(self) -> pd.DataFrame:
-        """With ``construction`` and ``tag``."""
-        tags, constructions = (part[:, CONTEXT:].ravel() for part in self._validation[1:])
-        names = np.array(list(grammar.CONSTRUCTIONS))[constructions]
-        return super().tokens.assign(construction=names, tag=np.array(grammar.TAGS)[tags])
+        """The table of :class:`Language` with two more columns, ``construction`` and ``tag``."""
+        constructions = np.array(list(grammar.CONSTRUCTIONS))[self._validation[2]]
+        columns = {"construction": constructions, "tag": self.tags}
+        return super().tokens.assign(**{name: values[:, CONTEXT:].ravel() for name, values in columns.items()})
 
     @property
     def tags(self) -> np.ndarray:
@@ -136,35 +117,23 @@ class Grammar(Language):
         return np.array(grammar.TAGS)[self._validation[1]]
 
     @property
-    def sources(self) -> None:
-        """The grammar has none to name."""
-        return None
-
-    @property
-    def description(self) -> str:
-        """Where the text is from, in words."""
-        return "generated by polca_lib.tasks.grammar"
-
-    @property
     def identity(self) -> dict[str, str]:
-        """A checksum of the grammar by what it generates."""
+        """Checksum of 20 generated documents. It changes when the grammar generates other text."""
         rng = np.random.default_rng(0)
         return {"grammar": hashlib.sha256(b"".join(grammar.document(rng).ids.tobytes() for _ in range(20))).hexdigest()}
 
     def _windows(self, stream: int, n: int) -> list[Int[np.ndarray, "n width"]]:
-        """Ids, tags and constructions of ``n`` windows of stream ``stream`` of the seed, in an order drawn from it."""
+        """Ids, tags and constructions of ``n`` windows, drawn from stream ``stream`` of the seed."""
         rng = np.random.default_rng([self._settings.seed, stream])
-        width, documents, enough = self._settings.model.n_ctx, [], 0
-        # Of the small samples only some windows of a document are taken, so that they come from many.
-        wanted = n if stream == 2 else 4 * n
-        while enough < wanted:
+        width, documents, count = self._settings.model.n_ctx, [], 0
+        # Small samples take a quarter of the generated windows, so that they come from many documents.
+        while count < (n if stream == 2 else 4 * n):
             documents.append(grammar.document(rng))
-            enough += -(-len(documents[-1].ids) // width)
+            count += -(-len(documents[-1].ids) // width)
+        # Cut ids, tags and constructions into windows, each with its own code for padding.
         pads = (self.vocabulary.index(PAD), grammar.TAGS.index("PAD"), list(grammar.CONSTRUCTIONS).index("padding"))
-        parts = [
-            pack((getattr(one, name) for one in documents), width, pad)[0].astype(np.int64)
-            for name, pad in zip(("ids", "tags", "constructions"), pads, strict=True)
-        ]
+        codes = zip(*documents, strict=True)
+        parts = [pack(part, width, pad).windows for part, pad in zip(codes, pads, strict=True)]
         chosen = rng.permutation(len(parts[0]))[:n]
         return [part[chosen] for part in parts]
 
@@ -173,44 +142,38 @@ class Wikipedia(Language):
     """Articles of Wikipedia, cut into windows (see :mod:`polca_lib.tasks.prepared`)."""
 
     def __init__(self, settings: RunSettings, folder: Path):
-        super().__init__(settings)
+        super().__init__(settings, settings.model.d_vocab)
         self._folder = folder
 
     @cached_property
     def corpus(self) -> PreparedCorpus:
-        """The corpus, prepared when first asked for and kept beside the runs."""
-        settings, model = self._settings.corpus, self._settings.model
-        self._check_vocabulary(model.d_vocab, "model.d_vocab")
-        source = settings.source or os.environ.get("POLCA_WIKIPEDIA") or "hub"
-        settings = {**settings.model_dump(), "source": source, "vocabulary": model.d_vocab, "width": model.n_ctx}
+        """The corpus, in the folder of the runs. It is prepared at the first access."""
+        corpus, model = self._settings.corpus, self._settings.model
+        source = corpus.source or os.environ.get("POLCA_WIKIPEDIA") or "hub"
+        key = {**corpus.model_dump(), "source": source, "vocabulary": model.d_vocab, "width": model.n_ctx}
         return prepare_corpus(
-            self._folder / f"corpus-{hash_json(settings)[:12]}",
+            self._folder / f"corpus-{hash_json(key)[:12]}",
             source,
             vocabulary=model.d_vocab - 1,
             width=model.n_ctx,
-            articles=settings.articles,
-            tokenizer_articles=settings.tokenizer_articles,
-            skip_damaged=settings.skip_damaged,
+            **corpus.model_dump(exclude={"source"}),
         )
 
     @property
     def train(self) -> Int[np.ndarray, "window width"]:
-        """All windows of training articles; trained on in epochs if there are fewer than updates take."""
+        """Windows of all training articles."""
         return self.corpus.train
 
     @cached_property
     def texts(self) -> np.ndarray:
-        """Text of each token of each validation window, from its article, (window, width).
+        """Text of each token of each validation window, taken from its article, (window, width).
 
-        Of the pieces of a character that is split over several tokens the first has it whole, and the others are empty.
+        If a character is split over several tokens, the first has the character and the others are empty.
         """
         corpus, texts = self.corpus, np.empty(self.validation.shape, dtype=object)
         for row, window in enumerate(self.rows):
-            text, starts, ends = (
-                corpus.articles[corpus.article[window]].text,
-                corpus.starts[window],
-                corpus.ends[window],
-            )
+            text = corpus.articles[corpus.article[window]].text
+            starts, ends = corpus.starts[window], corpus.ends[window]
             texts[row] = [text[start:end] for start, end in zip(starts, ends, strict=True)]
             texts[row, 1:][(starts[1:] == starts[:-1]) & (ends[1:] == ends[:-1])] = ""
         texts[self.validation.numpy() == corpus.pad] = PAD
@@ -218,12 +181,12 @@ class Wikipedia(Language):
 
     @cached_property
     def rows(self) -> Int[np.ndarray, " window"]:
-        """Which windows of the validation articles are decomposed, drawn from the seed."""
+        """Indices of the validation windows that are decomposed, drawn from the seed."""
         return self._draw(0, len(self.corpus.validation), self._settings.data.validation_examples, "validation")
 
     @cached_property
     def validation(self) -> Int[Tensor, "window width"]:
-        """Windows of articles that are never trained on."""
+        """Windows of validation articles. The model is never trained on these articles."""
         return torch.from_numpy(self.corpus.validation[self.rows].astype(np.int64))
 
     @cached_property
@@ -234,13 +197,13 @@ class Wikipedia(Language):
 
     @property
     def sources(self) -> pd.DataFrame:
-        """``title`` and ``url`` of the article that each validation window is from."""
+        """``title`` and ``url`` of the article of each validation window."""
         articles = [self.corpus.articles[i] for i in self.corpus.article[self.rows]]
-        return pd.DataFrame({"title": [one.title for one in articles], "url": [one.url for one in articles]})
+        return pd.DataFrame(articles)[["title", "url"]]
 
     @property
     def description(self) -> str:
-        """The corpus in words, where it is from, how large, and its checksum."""
+        """Source, size and checksum of the corpus, in words."""
         corpus = self.corpus
         sizes = f"{corpus.counts.articles:,} training articles of {corpus.counts.tokens:,} tokens"
         return f"{corpus.source}, {sizes}, checksum {corpus.checksum[:12]}"
@@ -251,9 +214,10 @@ class Wikipedia(Language):
         return {"corpus": self.corpus.checksum}
 
     def _draw(self, stream: int, n: int, wanted: int, sample: str) -> Int[np.ndarray, " row"]:
+        """Sorted indices of ``wanted`` of ``n`` windows, drawn from stream ``stream`` of the seed."""
         if wanted > n:
             raise ValueError(
-                f"data.{sample}_examples = {wanted} is more than the {n} windows that the corpus has for it; "
-                "lower it, or raise corpus.articles"
+                f"data.{sample}_examples = {wanted} is more than the {n} windows of the corpus for this sample; "
+                f"allowed: at most {n}; lower it, or raise corpus.articles"
             )
         return np.sort(np.random.default_rng([self._settings.seed, stream]).permutation(n)[:wanted])

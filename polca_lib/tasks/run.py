@@ -1,9 +1,4 @@
-"""A run of the paper's tasks: an analysis that trains first.
-
-    data -> training -> basis -> projections -> ...
-
-Results that are there open without training, and without checkpoints.
-"""
+"""A run of the paper's tasks: an analysis that first trains the model. Stored results open without checkpoints."""
 
 from __future__ import annotations
 
@@ -31,8 +26,8 @@ class Run(Analysis):
     """One run of a task of the paper.
 
     Args:
-        settings: all of them, see :meth:`polca_lib.tasks.settings.RunSettings.from_preset`.
-        folder: where its stages lie; ``data/runs`` of the checkout, or ``POLCA_RUNS``, if not given.
+        settings: see :meth:`polca_lib.tasks.settings.RunSettings.from_preset`.
+        folder: folder of the stages; by default ``POLCA_RUNS``, or else ``data/runs`` in the checkout.
     """
 
     settings: RunSettings
@@ -46,26 +41,26 @@ class Run(Analysis):
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Run:
-        """A run by preset and single settings; see :meth:`polca_lib.tasks.settings.RunSettings.from_preset`."""
+        """A run with the settings of :meth:`polca_lib.tasks.settings.RunSettings.from_preset`."""
         return cls(RunSettings.from_preset(preset, **overrides))
 
     def with_settings(self, settings: RunSettings) -> Run:
         """The same training run with other settings of basis, projection and clustering."""
-        other = Run(settings, self.folder)
+        run = Run(settings, self.folder)
         shared = ("task", "checkpoints", "validation", "hessian", "tokens", "_training")
-        other.__dict__.update({name: self.__dict__[name] for name in shared if name in self.__dict__})
-        return other
+        run.__dict__.update({name: self.__dict__[name] for name in shared if name in self.__dict__})
+        return run
 
     @cached_property
     def task(self) -> Task:
-        """Its data; a corpus is prepared if need be."""
+        """Data of the run. The task ``wikipedia`` prepares its corpus at the first access."""
         if self.settings.task == "wikipedia":
             return Wikipedia(self.settings, self.folder)
         return {"addition": Addition, "grammar": Grammar}[self.settings.task](self.settings)
 
     @cached_property
     def checkpoints(self) -> TrainedCheckpoints:
-        """Checkpoints of the run, which is trained when weights are first asked for."""
+        """Checkpoints of the run. Reading the first one trains the model."""
         return TrainedCheckpoints(self._training, self.task, self.settings)
 
     @cached_property
@@ -75,12 +70,12 @@ class Run(Analysis):
 
     @cached_property
     def hessian(self) -> Batch:
-        """Sample of the training distribution, of whose mean loss the Hessian is."""
+        """Sample from the training distribution. The Hessian is that of its mean loss."""
         return self.task.hessian
 
     @property
     def hessian_loss(self) -> Loss:
-        """The loss of all tokens, also those that the model is not trained on."""
+        """Loss of all tokens, including those the model is not trained on."""
         return self.task.loss_of_all
 
     @cached_property
@@ -90,47 +85,41 @@ class Run(Analysis):
 
     @cached_property
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are projected, in training order."""
+        """Steps of the projected checkpoints, in training order."""
         return self.settings.chosen(self.settings.training.checkpoint_steps)
 
     @property
     def keys(self) -> dict[str, str]:
         """Name of the folder of each stage."""
-        stages = {"training": self._training, "basis": self._basis, "projection": self._projection}
-        return {stage: artefact.path.name for stage, artefact in stages.items()}
+        return {stage: getattr(self, f"_{stage}").path.name for stage in ("training", "basis", "projection")}
 
     def provenance(self) -> pd.DataFrame:
-        """What made the results: preset, seed, device, and commit, time and versions of each stage computed."""
+        """Task, preset, seed and device; commit and time of each opened stage; versions of the software."""
         rows = {name: getattr(self.settings, name) for name in ("task", "preset", "seed", "device")}
         rows["torch threads"] = torch.get_num_threads()
         return provenance(rows, self._opened("training", "basis", "projection", "clusters"))
 
-    # Settings stand for the checkpoints that they train: a stage is named before anything is trained.
+    # The key of a stage contains the settings of the training, not the checkpoints, so it is known before training.
 
     @cached_property
     def _training(self) -> Artefact:
-        settings = self.settings.model_dump(mode="json", include={"task", "seed", "device", "model"})
-        settings["training"] = self.settings.training.stated(exclude=["state_every"])
-        return Artefact.of_stage(self.folder, "training", {**settings, **self.task.identity}, {})
+        config = self.settings.model_dump(mode="json", include={"task", "seed", "device", "model"})
+        config["training"] = self.settings.training.stated(exclude=["state_every"])
+        return Artefact.of_stage(self.folder, "training", {**config, **self.task.identity}, {})
 
     @cached_property
     def _basis(self) -> Artefact:
-        basis = self.settings.basis.stated("steps", "solver")
-        settings = {
-            "basis": {**basis, "n_vectors": self.settings.n_vectors},
-            "hessian_examples": self.settings.data.hessian_examples,
-        }
-        return Artefact.of_stage(self.folder, "basis", settings, {"training": self._training.key})
+        basis = {**self.settings.basis.stated("steps", "solver"), "n_vectors": self.settings.n_vectors}
+        config = {"basis": basis, "hessian_examples": self.settings.data.hessian_examples}
+        return Artefact.of_stage(self.folder, "basis", config, {"training": self._training.key})
 
     @cached_property
     def _projection(self) -> Artefact:
-        settings: dict[str, object] = {
-            "projection": self.settings.projection.stated(),
-            "validation_examples": self.settings.data.validation_examples,
-        }
+        examples = self.settings.data.validation_examples
+        config: dict[str, Any] = {"projection": self.settings.projection.stated(), "validation_examples": examples}
         if self.settings.steps is not None:
-            settings["steps"] = self.steps
-        return Artefact.of_stage(self.folder, "projection", settings, {"basis": self._basis.key})
+            config["steps"] = self.steps
+        return Artefact.of_stage(self.folder, "projection", config, {"basis": self._basis.key})
 
     @property
     def _run_key(self) -> object:

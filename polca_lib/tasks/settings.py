@@ -1,7 +1,6 @@
-"""Settings of a run of the paper's tasks: those of any analysis, and its data, model and training.
+"""Settings of a run of the paper's tasks: the settings of an analysis, and those of data, model and training.
 
-The presets stand in ``presets.toml``. Settings are immutable, and each stage is keyed by those it depends
-on (see :mod:`polca_lib.tasks.run`).
+The presets are in ``presets.toml``. Settings are immutable, because the keys of stages contain them.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import difflib
 import itertools
 import tomllib
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.resources import files
 from typing import Any, Literal, Self
 
@@ -30,25 +30,23 @@ _LAYERS = {"addition": ("addition",), "grammar": ("english", "grammar"), "wikipe
 
 
 class DataSettings(Section):
-    """Sample sizes, in examples: sums with four answer tokens each, or windows of text."""
+    """Sample sizes in examples. An example is a sum with four answer tokens, or a window of text."""
 
     validation_examples: int = Field(gt=0, description="examples whose tokens are decomposed")
-    hessian_examples: int = Field(gt=0, description="examples of the loss whose Hessian gives the basis")
+    hessian_examples: int = Field(gt=0, description="examples whose mean loss gives the Hessian")
 
 
 class CorpusSettings(Section):
-    """Where the text of task ``wikipedia`` comes from; the other tasks make their own data."""
+    """Text of the task ``wikipedia``. The other tasks generate their data."""
 
-    source: str = Field(
-        "", description="file, folder or 'hub'; the environment variable POLCA_WIKIPEDIA, or else the hub, if empty"
-    )
-    articles: int | None = Field(None, gt=0, description="training articles to take; all if not given")
-    tokenizer_articles: int = Field(10_000, gt=0, description="of those the tokenizer is trained on the first so many")
-    skip_damaged: bool = Field(False, description="skip what can't be read of the corpus, with a warning")
+    source: str = Field("", description="file, folder or 'hub'; if empty, POLCA_WIKIPEDIA or else the hub")
+    articles: int | None = Field(None, gt=0, description="number of training articles; all if not given")
+    tokenizer_articles: int = Field(10_000, gt=0, description="training articles that the tokenizer is trained on")
+    skip_damaged: bool = Field(False, description="leave out damaged records of the corpus, with a warning")
 
 
 class ModelSettings(Section):
-    """Decoder-only transformer; the defaults are the paper's arithmetic model."""
+    """Decoder-only transformer. The defaults are the paper's arithmetic model."""
 
     n_layers: int = Field(3, gt=0)
     d_model: int = Field(512, gt=0)
@@ -61,16 +59,12 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}; "
-                f"allowed: {_divisors(self.d_model)}"
-            )
+        _check_divisor("model.n_heads", self.n_heads, "model.d_model", self.d_model)
         return self
 
 
 class TrainingSettings(Section):
-    """Optimiser and schedule of the paper's Table 1, and how often weights are kept."""
+    """Optimiser and schedule (PAPER Table 1), and how often weights are saved."""
 
     steps: int = Field(gt=0)
     batch_size: int = Field(64, gt=0)
@@ -78,31 +72,25 @@ class TrainingSettings(Section):
     warmup_steps: int = Field(100, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    precision: Precision = Field(
-        "float32", description="of matrix products in training (autocast); weights stay float32"
-    )
+    precision: Precision = Field("float32", description="of matrix products (autocast); weights stay float32")
     checkpoint_every: int = Field(20, gt=0, description="steps between checkpoints (the POLCA cadence)")
-    state_every: int = Field(500, gt=0, description="steps between full states to resume from")
+    state_every: int = Field(500, gt=0, description="steps between full states, from which training resumes")
 
     @model_validator(mode="after")
     def _cadence_divides_steps(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"training.betas = {self.betas}; allowed: two numbers from 0 up to, not including, 1")
-        if self.steps % self.checkpoint_every:
-            raise ValueError(
-                f"training.checkpoint_every = {self.checkpoint_every} does not divide "
-                f"training.steps = {self.steps}; allowed: {_divisors(self.steps)}"
-            )
+            raise ValueError(f"training.betas = {self.betas}; allowed: two numbers of at least 0 and less than 1")
+        _check_divisor("training.checkpoint_every", self.checkpoint_every, "training.steps", self.steps)
         return self
 
     @property
     def checkpoint_steps(self) -> list[int]:
-        """Steps with a checkpoint, step 0 included."""
+        """Steps that have a checkpoint, including step 0."""
         return list(range(0, self.steps + 1, self.checkpoint_every))
 
 
 class RunSettings(AnalysisSettings):
-    """A whole run. Build one with :meth:`from_preset`."""
+    """All settings of a run. :meth:`from_preset` builds them."""
 
     preset: str
     task: TaskName = "addition"
@@ -114,21 +102,20 @@ class RunSettings(AnalysisSettings):
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
-        """Settings of ``preset`` with single fields replaced.
+        """Settings of ``preset`` with some fields replaced.
 
         Args:
             preset: ``smoke``, ``laptop`` or ``paper``.
-            overrides: ``seed=1``, ``task="grammar"``, or a field of a section by its dotted name, as in
-                ``**{"basis.kind": "random"}``.
+            overrides: fields by name, such as ``seed=1`` or ``**{"basis.kind": "random"}``.
 
         Raises:
-            ValueError: an unknown preset, task or field, or a value that is not allowed
-                (pydantic's ``ValidationError``, which names the field and the value).
+            ValueError: a preset, task or field is unknown, or a value is not allowed (pydantic's ``ValidationError``).
         """
         task = overrides.get("task", "addition")
         for name, value, choices in (("task", task, _LAYERS), ("preset", preset, PRESET_NAMES)):
             if value not in choices:
                 raise ValueError(f"{name} = {value!r} is unknown; allowed: {', '.join(choices)}")
+        # Later layers replace single fields of earlier ones.
         settings: dict[str, Any] = {"preset": preset, "corpus": {}, "model": {}}
         for layer, level in itertools.product(_LAYERS[task], ("common", preset)):
             for section, values in _PRESETS[layer].get(level, {}).items():
@@ -147,84 +134,60 @@ class RunSettings(AnalysisSettings):
 
     @field_validator("device")
     @classmethod
-    def _device_is_there(cls, value: str) -> str:
-        available = ["cpu"]
-        available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        available += ["cuda"] if torch.cuda.is_available() else []
+    def _device_exists(cls, value: str) -> str:
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        available = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
         if value not in available:
             raise ValueError(f"device = {value!r} is not on this machine; allowed: {', '.join(available)}")
         return value
 
     @model_validator(mode="after")
     def _order_has_its_curvature(self) -> Self:
-        """Pages show every order that a run's projections allow: here ``clustering.order`` is where they begin."""
+        """Drop this check of an analysis. Pages show each order that the projections allow, whatever is set here."""
         return self
 
     @model_validator(mode="after")
-    def _basis_is_born_in_training(self) -> Self:
-        basis, steps = self.basis, self.training.steps
-        if basis.every is None:
-            return self
-        self._check_multiple("basis.every", basis.every)
-        if basis.every > steps:
-            raise ValueError(
-                f"basis.every = {basis.every} is past the end of training; allowed: at most training.steps = {steps}"
-            )
-        births = steps // basis.every
-        if basis.n_vectors is not None and basis.n_vectors > births * basis.k:
-            raise ValueError(
-                f"basis.n_vectors = {basis.n_vectors} is more than basis checkpoints x k = "
-                f"{births} x {basis.k} = {births * basis.k}; lower it, or raise basis.k, or lower basis.every"
-            )
-        if basis.kind == "trajectory" and self.n_vectors > births:
-            raise ValueError(
-                f"basis.kind = 'trajectory' finds at most {births} directions in {births + 1} checkpoints; "
-                f"{self.n_vectors} were asked for; lower basis.k, basis.every"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _cadences_fit(self) -> Self:
-        self._check_multiple("training.state_every", self.training.state_every)
-        window = self.clustering.breakthrough_window
-        if window is not None:
-            self._check_multiple("clustering.breakthrough_window", window)
-            if 2 * window > self.training.steps:
+    def _settings_fit_together(self) -> Self:
+        basis, training, examples = self.basis, self.training, self.data.validation_examples
+        window, size = self.clustering.breakthrough_window, self.clustering.min_cluster_size
+        # Steps of all kinds need checkpoints.
+        cadence = training.checkpoint_every
+        steps = {"basis.every": basis.every, "training.state_every": training.state_every}
+        for name, value in {**steps, "clustering.breakthrough_window": window}.items():
+            if value is not None and value % cadence:
                 raise ValueError(
-                    f"clustering.breakthrough_window = {window} needs as many steps on either side; "
-                    f"allowed: at most half of training.steps = {self.training.steps}"
+                    f"{name} = {value} is not a multiple of training.checkpoint_every = {cadence}; "
+                    f"allowed: {cadence}, {2 * cadence}, {3 * cadence}, ..."
                 )
-        self.chosen(self.training.checkpoint_steps)
-        return self
-
-    @model_validator(mode="after")
-    def _samples_suffice(self) -> Self:
-        sample, examples = self.projection.curvature_examples, self.data.validation_examples
-        if sample is not None and sample > examples:
-            raise ValueError(
-                f"projection.curvature_examples = {sample} is more than data.validation_examples = "
-                f"{examples}; allowed: at most that, or none for all"
-            )
-        tokens, size = self.targets_per_example * examples, self.clustering.min_cluster_size
+        self.chosen(training.checkpoint_steps)
+        # The window has two halves of breakthrough_window steps (v3 Eq. 9).
+        for name, value, limit_name, limit in (
+            ("basis.every", basis.every, "training.steps", training.steps),
+            ("clustering.breakthrough_window", window, "training.steps / 2", training.steps // 2),
+            ("projection.curvature_examples", self.projection.curvature_examples, "data.validation_examples", examples),
+        ):
+            if value is not None and value > limit:
+                raise ValueError(f"{name} = {value} is too large; allowed: at most {limit_name} = {limit}")
+        if basis.every is not None:
+            # basis_steps refuses more vectors than k per basis checkpoint. A trajectory gives one per checkpoint.
+            births = len(self.basis_steps)
+            if basis.kind == "trajectory" and self.n_vectors > births:
+                raise ValueError(
+                    f"basis.kind = 'trajectory' finds at most {births} directions in {births + 1} checkpoints; "
+                    f"{self.n_vectors} were asked for; lower basis.k or basis.every"
+                )
+        # HDBSCAN needs enough tokens for two clusters.
+        tokens = self.targets_per_example * examples
         if size is not None and tokens < 2 * size:
             raise ValueError(
-                f"data.validation_examples = {examples} gives {tokens} tokens, too few "
-                f"for HDBSCAN with clustering.min_cluster_size = {size}; "
-                f"allowed: at least {-(-2 * size // self.targets_per_example)} examples"
+                f"data.validation_examples = {examples} gives {tokens} tokens, too few for clustering.min_cluster_size "
+                f"= {size}; allowed: at least {-(-2 * size // self.targets_per_example)} examples"
             )
         return self
-
-    def _check_multiple(self, name: str, value: int) -> None:
-        cadence = self.training.checkpoint_every
-        if value % cadence:
-            raise ValueError(
-                f"{name} = {value} is not a multiple of training.checkpoint_every = {cadence}; "
-                f"allowed: {cadence}, {2 * cadence}, {3 * cadence}, ..."
-            )
 
     @property
     def targets_per_example(self) -> int:
-        """Tokens of an example that carry loss, four digits, or all of a window but its first two."""
+        """Target tokens per example: four digits of a sum, or all but two tokens of a window."""
         return 4 if self.task == "addition" else self.model.n_ctx - 2
 
     @property
@@ -239,27 +202,27 @@ class RunSettings(AnalysisSettings):
 
 
 def field_names() -> list[str]:
-    """All parameters of a run by dotted name, as :meth:`RunSettings.from_preset` takes them."""
+    """Names of all parameters that :meth:`RunSettings.from_preset` takes, with dots for fields of sections."""
     names: list[str] = []
     for name, field in RunSettings.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            names += [f"{name}.{inner}" for inner in field.annotation.model_fields]
-        elif name != "preset":
-            names.append(name)
-    return names
+        section = getattr(field.annotation, "model_fields", None)
+        names += [f"{name}.{inner}" for inner in section] if section else [name]
+    return [name for name in names if name != "preset"]
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` from a command line: values are Python literals, or else text."""
-    found = {}
+    """``NAME=VALUE`` pairs of a command line. A value that is no Python literal is text."""
+    values: dict[str, Any] = {}
     for assignment in assignments:
         name, _, value = assignment.partition("=")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            found[name] = value
-    return found
+        values[name] = value
+        with suppress(SyntaxError, ValueError):
+            values[name] = ast.literal_eval(value)
+    return values
 
 
-def _divisors(n: int) -> str:
-    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
+def _check_divisor(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    """Refuse a divisor that does not divide the value."""
+    if value % divisor:
+        allowed = ", ".join(str(i) for i in range(1, value + 1) if value % i == 0)
+        raise ValueError(f"{divisor_name} = {divisor} does not divide {name} = {value}; allowed: {allowed}")

@@ -1,8 +1,9 @@
-"""AdamW with linear warm-up (the paper's Table 1), with checkpoints and bitwise resumption."""
+"""Training with AdamW and linear warm-up (PAPER Table 1), with checkpoints and bitwise resumption."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polca_lib.derivatives.token_loss import Batch, TokenLoss
+from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss
 from polca_lib.storage.artefacts import Artefact, DamagedFile
 from polca_lib.storage.checkpoints import CheckpointFolder, load_tensors, save_tensors
 from polca_lib.storage.progress import progress
@@ -21,134 +22,119 @@ from polca_lib.tasks.task import Task
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training diverged."""
+    """The training loss is NaN or infinite."""
 
 
 class TrainedCheckpoints(CheckpointFolder):
-    """Checkpoints that are trained when weights are first asked for.
+    """Checkpoints of a run. The first call of :meth:`theta` trains the model.
 
     Args:
-        artefact: of the training stage; its folder holds the checkpoints.
-        task: data and loss.
-        settings: of the run.
+        artefact: training stage; its folder holds the checkpoints.
+        task: training data and loss.
     """
 
     def __init__(self, artefact: Artefact, task: Task, settings: RunSettings):
         self.path, self.device = artefact.path, settings.device
-        self._artefact, self._task, self._settings, self._trained = artefact, task, settings, False
+        self._artefact, self._task, self._settings = artefact, task, settings
 
     @cached_property
     def token_loss(self) -> TokenLoss:
-        """Of the model, whose weights are initialised from the seed."""
-        settings = self._settings
-        return TokenLoss(build_model(settings.model, settings.seed, settings.device), self._task.loss)
+        """Loss of the model, whose weights are initialised from the seed."""
+        return TokenLoss(build_model(self._settings.model, self._settings.seed, self.device), self._task.loss)
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, or will have one."""
+        """Steps of all checkpoints, including those not yet trained."""
         return self._settings.training.checkpoint_steps
 
     def identity(self, step: int) -> str:
-        """What the weights at ``step`` depend on."""
+        """Key of the training stage, and the step."""
         return f"{self._artefact.key}: {step}"
 
     def theta(self, step: int) -> Float[Tensor, " d"]:
-        """Flat parameter vector at ``step``; trains, or finishes training, first.
+        """Flat parameter vector at ``step``, see ``CheckpointFolder.theta``. Trains the model first, if necessary."""
+        return self._trained.theta(step)
 
-        Raises:
-            FileNotFoundError, DamagedFile: the checkpoint is not what was written.
-        """
-        self.train()
-        return super().theta(step)
-
-    def train(self) -> None:
-        """Train, or go on with it, until all checkpoints are there."""
-        if self._trained:
-            return
+    @cached_property
+    def _trained(self) -> CheckpointFolder:
+        """The folder, after training was started or resumed until all checkpoints exist."""
+        folder = CheckpointFolder(self.path, self.token_loss, self.device)
         with self._artefact.at_work():
             train(
                 self.token_loss.model,
                 self._task.loss,
                 lambda step: self._task.batch(step).to(self.device),
                 self._settings.training,
-                self._plain(),
+                folder,
                 groups=self._task.groups,
             )
-        self._trained = True
+        return folder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Workers get the folder alone: what they are to read has been trained."""
+        """Send workers a plain folder: they only read checkpoints that exist."""
         return CheckpointFolder, (self.path, self.token_loss, self.device)
-
-    def _plain(self) -> CheckpointFolder:
-        return CheckpointFolder(self.path, self.token_loss, self.device)
 
 
 def train(
     model: nn.Module,
-    loss: Callable[[nn.Module, Batch], Tensor],
+    loss: Loss,
     batch_of: Callable[[int], Batch],
     settings: TrainingSettings,
     checkpoints: CheckpointFolder,
     *,
     groups: Sequence[str] = (),
 ) -> None:
-    """Train ``model`` in place, keeping a checkpoint every ``settings.checkpoint_every`` steps, step 0 included.
+    """AdamW with learning rate ``learning_rate * min(i / warmup_steps, 1)`` at update i = 1, 2, ... (PAPER Table 1).
 
-    A killed run resumes from its last full state (parameters, optimiser, step) and gives the same bytes as
-    one that was not killed: the batch of a step depends on the step alone.
+    Trains ``model`` in place. Saves a checkpoint at step 0 and every ``settings.checkpoint_every`` steps. A killed run
+    resumes from its last full state (parameters, optimiser, step) and writes the same bytes as an uninterrupted run.
 
     Args:
-        model: initialised; its parameters are overwritten when a state is found.
+        model: initialised model. A stored state overwrites its parameters.
         loss: ``(model, batch) -> (n_tokens,)``.
-        batch_of: the batch of update ``i``, counted from 0.
-        settings: optimiser, schedule and cadence. The learning rate of update i (from 1) is
-            ``learning_rate * min(i / warmup_steps, 1)``.
-        checkpoints: where checkpoints go; states lie beside them in ``states/``.
-        groups: names of the tokens of one example, in order; the progress bar shows their mean losses, or that of all.
+        batch_of: gives the batch of update ``step``, counted from 0. It must depend on ``step`` alone.
+        settings: optimiser, schedule and cadence.
+        checkpoints: folder of the checkpoints; states go to its folder ``states``.
+        groups: names of the target tokens of an example. The progress bar shows the mean loss of each.
 
     Raises:
-        NonFiniteLoss: the loss is NaN or infinite; names the step. Checkpoints up to then stay.
+        NonFiniteLoss: the loss is NaN or infinite. Earlier checkpoints stay.
     """
     optimiser = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
+        model.parameters(), betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     states = checkpoints.path / "states"
     states.mkdir(exist_ok=True)
-    start = _resume(model, optimiser, states, checkpoints, settings)
+    start = _resume(model, optimiser, states, checkpoints, settings.checkpoint_every)
     if start == settings.steps:
         return
     if start == 0:
         checkpoints.save(0, dict(model.named_parameters()))
         _save_state(model, optimiser, states, 0)
     was_training, device = model.training, next(model.parameters()).device.type
+    names = groups or ("loss",)
     model.train()
     with progress(desc="training", unit="step", total=settings.steps, done=start) as bar:
-        for step in range(start, settings.steps):
+        for done in range(start + 1, settings.steps + 1):
+            # Linear warm-up of the learning rate (Table 1).
             for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * min((step + 1) / settings.warmup_steps, 1.0)
+                group["lr"] = settings.learning_rate * min(done / settings.warmup_steps, 1.0)
             with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                losses = loss(model, batch_of(step))
+                losses = loss(model, batch_of(done - 1))
             mean = losses.mean()
             if not torch.isfinite(mean):
                 raise NonFiniteLoss(
-                    f"the training loss is {mean.item()} at step {step}; checkpoints before it are kept. "
-                    f"Lower training.learning_rate = {settings.learning_rate} or lengthen "
+                    f"the training loss is {mean.item()} at step {done - 1}; checkpoints before it are kept. "
+                    f"Lower training.learning_rate = {settings.learning_rate} or raise "
                     f"training.warmup_steps = {settings.warmup_steps}"
                 )
             optimiser.zero_grad()
             mean.backward()
             optimiser.step()
-            done = step + 1
             if done % settings.checkpoint_every == 0:
                 checkpoints.save(done, dict(model.named_parameters()))
-                names = groups or ("loss",)
-                by_group = losses.detach().view(-1, len(names)).mean(0).tolist()
-                bar.set_postfix({name: f"{value:.3f}" for name, value in zip(names, by_group, strict=True)})
+                means = losses.detach().view(-1, len(names)).mean(0).tolist()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in zip(names, means, strict=True)})
             if done % settings.state_every == 0 or done == settings.steps:
                 _save_state(model, optimiser, states, done)
             bar.update()
@@ -156,42 +142,32 @@ def train(
 
 
 def _save_state(model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, step: int) -> None:
-    tensors = {f"parameters/{name}": p for name, p in model.named_parameters()}
+    """Save parameters and optimiser state at ``step``, and delete all but the last two states."""
+    tensors = {}
     for name, p in model.named_parameters():
-        tensors |= {f"{key}/{name}": value for key, value in optimiser.state[p].items()}
+        tensors |= {f"{key}/{name}": value for key, value in {"parameters": p, **optimiser.state[p]}.items()}
     save_tensors(states / f"step-{step:08d}.safetensors", tensors)
     for old in sorted(states.glob("step-*.safetensors"))[:-2]:
         old.unlink()
 
 
+@torch.no_grad()
 def _resume(
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    states: Path,
-    checkpoints: CheckpointFolder,
-    settings: TrainingSettings,
+    model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, checkpoints: CheckpointFolder, every: int
 ) -> int:
-    """Load the newest state whose checkpoints are all there, and return its step (0: none); later ones go."""
-    kept = set(checkpoints.steps)
+    """Load the newest intact state whose checkpoints all exist, and return its step, or 0 if there is none."""
+    existing = set(checkpoints.steps)
     for file in sorted(states.glob("step-*.safetensors"), reverse=True):
         step = int(file.stem.removeprefix("step-"))
-        try:
-            tensors = load_tensors(file) if kept.issuperset(range(0, step + 1, settings.checkpoint_every)) else None
-        except DamagedFile:
-            tensors = None
-        if tensors is None:
-            # The state before it, or a fresh start, gives the same run.
-            file.unlink()
-            continue
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(tensors[f"parameters/{name}"])
-                state = {
-                    key: tensors[f"{key}/{name}"].to(p.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key}/{name}" in tensors
-                }
-                if state:
-                    optimiser.state[p] = state
-        return step
+        with suppress(DamagedFile):
+            if existing.issuperset(range(0, step + 1, every)):
+                tensors = load_tensors(file)
+                for name, p in model.named_parameters():
+                    p.copy_(tensors[f"parameters/{name}"])
+                    # The state of step 0 has parameters only.
+                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
+                    optimiser.state[p] = {key: tensors[f"{key}/{name}"].to(p.device) for key in keys}
+                return step
+        # An earlier state, or a fresh start, gives the same run.
+        file.unlink()
     return 0
