@@ -1,4 +1,4 @@
-"""The command ``polca``: plan, run, look at and report an analysis that a TOML file describes."""
+"""The command ``polca``: plan, run, check and report an analysis that a TOML file describes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import typer
 
 app = typer.Typer(
     help="POLCA on your own training run: loss change per token and per direction of weight space.\n\n"
-    "A TOML file says where the checkpoints are and which function makes model, loss and data; `polca init` writes one "
-    "to begin with. Work that is stopped goes on where it was: run the same command again.\n\n"
-    "Exit codes: 0 done, 1 the work failed, 2 a setting or a file is wrong, 3 something is still missing (status), "
+    "A TOML file names the checkpoints and the function that returns model, loss and data. `polca init` writes an "
+    "example. To resume stopped work, run the same command again.\n\n"
+    "Exit codes: 0 done, 1 the work failed, 2 a setting or a file is wrong, 3 something is missing (status), "
     "130 stopped by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
@@ -29,75 +29,48 @@ app = typer.Typer(
 File = Annotated[Path, typer.Argument(help="the TOML file", show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
-
-class Stage(StrEnum):
-    """Stages of an analysis; each needs those before it."""
-
-    basis = "basis"
-    projections = "projections"
-    clusters = "clusters"
-    report = "report"
-
-
-class Engine(StrEnum):
-    """Who carries out the tasks."""
-
-    in_process = "in-process"
-    processes = "processes"
-    dask = "dask"
-    ray = "ray"
+# Stages of an analysis, in order, and where tasks run.
+Stage = StrEnum("Stage", ["basis", "projections", "clusters", "report"])
+Engine = StrEnum("Engine", [(name.replace("-", "_"), name) for name in ("in-process", "processes", "dask", "ray")])
 
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Errors as one message and an exit code."""
+    """Print expected errors as one message and exit with a code."""
     from polca_lib.analysis.engine import EngineFailure
     from polca_lib.analysis.projections import NonFiniteProjection
-    from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
+    from polca_lib.storage.artefacts import DamagedFile
 
+    wrong_input = ValueError, TypeError, ImportError, FileNotFoundError
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("stopped; run the same command again to go on", err=True)
+        typer.echo("stopped; run the same command again to resume", err=True)
         raise typer.Exit(130) from None
-    except (DamagedFile, EngineFailure, NonFiniteProjection, MemoryError) as error:
-        _fail(error, 1)
-    except (ArtefactMismatch, ValueError, TypeError, ImportError, FileNotFoundError) as error:
-        _fail(error, 2)
-    except OSError as error:
-        _fail(error, 1)
-
-
-def _fail(error: BaseException, code: int) -> None:
-    typer.echo(f"error: {error}", err=True)
-    for note in getattr(error, "__notes__", ()):
-        typer.echo(note, err=True)
-    raise typer.Exit(code)
+    except (*wrong_input, EngineFailure, NonFiniteProjection, MemoryError, OSError) as error:
+        typer.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
+        # A damaged file is a ValueError, but no wrong input.
+        raise typer.Exit(2 if isinstance(error, wrong_input) and not isinstance(error, DamagedFile) else 1) from error
 
 
 def write_starter(folder: Path) -> list[Path]:
-    """Write ``polca.toml`` and ``my_run.py`` to ``folder``, which is made if missing; returns their paths.
+    """Write ``polca.toml`` and ``my_run.py`` to ``folder`` and return their paths.
 
     Raises:
-        ValueError: one of them is there already.
+        ValueError: one of them exists.
     """
     paths = [folder / name for name in ("polca.toml", "my_run.py")]
-    if there := [path for path in paths if path.exists()]:
-        raise ValueError(f"{there[0]} is there already; give another folder, or move it away")
+    if existing := [path for path in paths if path.exists()]:
+        raise ValueError(f"{existing[0]} is there already; use another folder, or move the file away")
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        path.write_text(
-            (files("polca_lib.analysis") / "example" / path.name).read_text(encoding="utf-8"), encoding="utf-8"
-        )
+        path.write_bytes((files("polca_lib.analysis") / "example" / path.name).read_bytes())
     return paths
 
 
 @app.command()
-def init(
-    folder: Annotated[Path, typer.Argument(help="where to put the files")] = Path("."),
-) -> None:
-    """Write `polca.toml` and `my_run.py` to begin with: a small example that runs as it is."""
-
+def init(folder: Annotated[Path, typer.Argument(help="folder for the files")] = Path(".")) -> None:
+    """Write `polca.toml` and `my_run.py`: a small example that runs without changes."""
     with reported_errors():
         for file in write_starter(folder):
             typer.echo(f"wrote {file}")
@@ -108,21 +81,20 @@ def init(
 def plan(
     file: File = Path("polca.toml"),
     as_json: Json = False,
-    checkpoints: Annotated[int | None, typer.Option(min=2, help="count so many, not those that are there")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="count with so many, not those of the file")] = None,
+    checkpoints: Annotated[int | None, typer.Option(min=2, help="number to plan for; existing ones by default")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="number to plan for; from the file by default")] = None,
     operations_per_second: Annotated[
-        float | None,
-        typer.Option(min=1, help="of a worker, such as 4e14; measured on this device if not given"),
+        float | None, typer.Option(min=1, help="speed of a worker, such as 4e14; measured here by default")
     ] = None,
 ) -> None:
-    """Say what a run will take, before any of it is done: memory, disk, time, and how it will go about it."""
+    """Estimate memory, disk and time of a run before it starts."""
     with reported_errors():
         from polca_lib.analysis.runfile import RunFile, open_analysis
 
-        about = RunFile.read(file)
-        planned = open_analysis(about).plan(
+        run_file = RunFile.read(file)
+        planned = open_analysis(run_file).plan(
             checkpoints=checkpoints,
-            workers=workers or about.engine.workers or 1,
+            workers=workers or run_file.engine.workers or 1,
             operations_per_second=operations_per_second,
         )
         typer.echo(json.dumps(planned.as_dict(), indent=1) if as_json else str(planned))
@@ -131,50 +103,47 @@ def plan(
 @app.command()
 def run(
     file: File = Path("polca.toml"),
-    stage: Annotated[Stage, typer.Option(help="the last one to do")] = Stage.report,
-    engine: Annotated[Engine | None, typer.Option(help="who carries out the tasks; the file's if not given")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; all there are if not given")] = None,
-    address: Annotated[str | None, typer.Option(help="of a running cluster, such as tcp://10.0.0.1:8786")] = None,
+    stage: Annotated[Stage, typer.Option(help="last stage to compute")] = Stage.report,
+    engine: Annotated[Engine | None, typer.Option(help="where tasks run; from the file by default")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; from the file, or all")] = None,
+    address: Annotated[str | None, typer.Option(help="running cluster, such as tcp://10.0.0.1:8786")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute what is still missing, or damaged, stage by stage, and write the report."""
+    """Compute missing or damaged results, stage by stage, and write the report."""
     with reported_errors():
         from polca_lib.analysis.engine import parallel_backend
         from polca_lib.analysis.runfile import RunFile, open_analysis
         from polca_lib.analysis.stages import project_together
 
-        about = RunFile.read(file)
-        backend = {
-            "name": about.engine.name if engine is None else engine.value,
-            "workers": workers or about.engine.workers,
-            "address": address or (about.engine.address if engine is None else None),
-        }
-        analysis = open_analysis(about, verify=True)
-        controls = [analysis.on_basis(kind) for kind in about.beside]
+        run_file = RunFile.read(file)
+        # The address of the file belongs to the engine of the file.
+        name = run_file.engine.name if engine is None else engine.value
+        address = address or (run_file.engine.address if engine is None else None)
+        analysis = open_analysis(run_file, verify=True)
+        controls = [analysis.on_basis(kind) for kind in run_file.beside]
+        analyses, stages = [analysis, *controls], list(Stage)[: list(Stage).index(stage) + 1]
         done: dict[str, Any] = {"folder": str(analysis.folder)}
-        with parallel_backend(**backend):
-            for name in list(Stage)[: list(Stage).index(stage) + 1]:
-                if name is Stage.basis:
-                    _ = [one.basis for one in (analysis, *controls)]
-                elif name is Stage.projections:
-                    project_together([analysis, *controls])
-                elif name is Stage.clusters:
-                    _ = [one.labels for one in (analysis, *controls)]
-                else:
-                    done["report"] = str(analysis.report(analysis.folder / "report.html", about.title))
+        with parallel_backend(name, workers=workers or run_file.engine.workers, address=address):
+            _ = [each.basis for each in analyses]
+            if Stage.projections in stages:
+                project_together(analyses)
+            if Stage.clusters in stages:
+                _ = [each.labels for each in analyses]
+            if Stage.report in stages:
+                done["report"] = str(analysis.report(analysis.folder / "report.html", run_file.title))
         if stage is Stage.report:
             done["summary"] = analysis.findings.summary()
-            done["beside"] = {one.settings.basis.kind: one.findings.summary() for one in controls}
+            done["beside"] = {each.settings.basis.kind: each.findings.summary() for each in controls}
         _print(done, as_json)
 
 
 @app.command()
 def status(
     place: Annotated[Path, typer.Argument(help="the TOML file, or the folder of results")] = Path("polca.toml"),
-    verify: Annotated[bool, typer.Option("--verify", help="read all pieces and check them")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read and check all pieces")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is done and what is missing, from the files alone."""
+    """Show what is done and what is missing, from the files alone."""
     with reported_errors():
         from polca_lib.analysis.settings import RunFile
         from polca_lib.analysis.status import as_table, status
@@ -190,41 +159,40 @@ def status(
 def report(
     file: File = Path("polca.toml"),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="report.html of the run's folder if not given")
+        Path | None, typer.Option("--output", "-o", help="path of the page; report.html in the folder of results")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the page that shows it all: one HTML file, which needs nothing else. What is missing is computed first."""
+    """Write the report, one HTML file, and compute missing results first."""
     with reported_errors():
         from polca_lib.analysis.runfile import RunFile, open_analysis
 
-        about = RunFile.read(file)
-        analysis = open_analysis(about)
-        written = analysis.report(output or analysis.folder / "report.html", about.title)
-        found = analysis.findings.summary()
-        _print({"folder": str(analysis.folder), "report": str(written), "summary": found}, as_json)
+        run_file = RunFile.read(file)
+        analysis = open_analysis(run_file)
+        page = analysis.report(output or analysis.folder / "report.html", run_file.title)
+        done = {"folder": str(analysis.folder), "report": str(page), "summary": analysis.findings.summary()}
+        _print(done, as_json)
 
 
 def _print(done: dict[str, Any], as_json: bool) -> None:
+    """Print results as JSON or as lines of text."""
     if as_json:
         typer.echo(json.dumps(done, indent=1))
         return
-    for name in ("folder", "report"):
-        if name in done:
-            typer.echo(f"{name}: {done[name]}")
-    for name, value in done.get("summary", {}).items():
+    values = {name: done[name] for name in ("folder", "report") if name in done} | done.get("summary", {})
+    for name, value in values.items():
         if not isinstance(value, (list, dict)):
             typer.echo(f"{name}: {value}")
     for kind, summary in done.get("beside", {}).items():
-        told = (f"{name} {summary[name]}" for name in ("claimed", "inside", "vectors_with_clusters", "clusters"))
-        typer.echo(f"beside, basis {kind}: {', '.join(told)}")
+        counts = (f"{name} {summary[name]}" for name in ("claimed", "inside", "vectors_with_clusters", "clusters"))
+        typer.echo(f"beside, basis {kind}: {', '.join(counts)}")
 
 
 def main() -> None:
-    """Run the command, with those that other packages add to it."""
+    """Run the command, with the commands that other packages add."""
     sys.stdout.reconfigure(errors="backslashreplace")
     for extension in entry_points(group="polca.commands"):
-        # The package of the book is installed with a checkout alone.
+        # The package of the book is only installed with a checkout.
         with suppress(ModuleNotFoundError):
             app.add_typer(extension.load(), name=extension.name)
     app()

@@ -1,7 +1,7 @@
-"""One loop for all work: tasks that read from and write to storage, in process or by an engine of joblib.
+"""Carry out tasks in this process or with an engine of joblib.
 
-Tasks return nothing: what they made is in storage, and what is missing there is what is still to be done. So it does
-not matter who did a task, or how often, and a worker that dies costs no more than what it was about to do.
+Tasks return nothing: they write to storage, and what storage lacks is still to do. So any worker may carry out any
+task, even twice, and a worker that dies only loses its current task.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from polca_lib.storage.progress import progress
 
 EngineName = Literal["in-process", "processes", "dask", "ray"]
 
-# Dask has workers give memory back to the system at once. Tensors are then mapped and zeroed anew for each operation,
-# and two workers that do so side by side take nearly twice the time.
+# Dask makes workers return memory to the system at once. Each operation then maps and clears memory again, which nearly
+# doubles the time of two workers on one machine.
 _DASK = {"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}
 
-_ANSWER = 20  # seconds in which a scheduler must answer
-_PATIENCE = 3  # times that an engine may break down with no task done in between
+_ANSWER = 20  # seconds to wait for a scheduler
+_PATIENCE = 3  # failures of an engine in a row, with no task done in between, before giving up
 
 
 class EngineFailure(RuntimeError):
-    """An engine could not be had, or broke down time and again."""
+    """An engine could not start, or failed repeatedly."""
 
 
 class Portable:
     """A callable that travels to workers, with code that is not installed there.
 
     Args:
-        function: of one task.
-        folders: that hold modules it needs; they are put on the path of workers, which must see them, too.
+        function: carries out one task.
+        folders: folders with modules that it needs, added to ``sys.path`` of workers; workers must see them, too.
     """
 
     def __init__(self, function: Callable[[Any], None], folders: Sequence[str] = ()):
@@ -50,7 +50,7 @@ class Portable:
         """Carry out one task.
 
         Raises:
-            TaskFailure: it raised; holds the exception, so that it is not taken for one of the engine.
+            TaskFailure: the task raised an exception; wrapped to tell it from exceptions of the engine.
         """
         try:
             self.function(task)
@@ -66,25 +66,26 @@ class Portable:
 
 
 def _unpack(folders: tuple[str, ...], content: bytes) -> Portable:
+    """Load a :class:`Portable` in a worker."""
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
     return Portable(pickle.loads(content), folders)
 
 
 class TaskFailure(Exception):
-    """What a task raised, on its way from a worker."""
+    """Carries the exception of a task from a worker to the caller."""
 
     def __init__(self, error: Exception):
         super().__init__(error)
         self.error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Tracebacks do not travel.
-        told = "in a worker:\n" + "".join(traceback.format_exception(self.error))
+        # Tracebacks can't be pickled: send the text as a note. Some exceptions can't be pickled: send their message.
+        note = "in a worker:\n" + "".join(traceback.format_exception(self.error))
         try:
             error = pickle.loads(pickle.dumps(self.error))
         except Exception:
             error = RuntimeError(f"{type(self.error).__name__}: {self.error}")
-        error.add_note(told)
+        error.add_note(note)
         return TaskFailure, (error,)
 
 
@@ -97,21 +98,19 @@ def carry_out(
     unit: str,
     folders: Sequence[str] = (),
 ) -> None:
-    """Carry out tasks until none is missing, by the engine that ``joblib.parallel_config`` has set; else in process.
+    """Carry out tasks until none is missing, with the engine of ``joblib.parallel_config`` or in this process.
 
-    Tasks that are lost because a worker died are given to others. If the engine itself breaks down it is asked anew, as
-    long as something gets done in between.
+    Tasks of dead workers are assigned again. An engine that fails is tried again as long as it finishes tasks.
 
     Args:
-        function: of one task, which stores what it makes; picklable, for engines other than the process itself.
-        missing: tasks that storage still lacks, in order.
-        total: tasks there are in all.
-        description, unit: for the progress bar.
+        function: carries out one task and stores the result; other engines than ``in-process`` pickle it.
+        missing: returns the tasks that storage lacks, in order.
+        total: number of all tasks, done or not.
         folders: see :class:`Portable`.
 
     Raises:
-        EngineFailure: the engine broke down several times in a row without a task done.
-        Exception: what a task raised; what others finished stays.
+        EngineFailure: the engine failed several times in a row without finishing a task.
+        Exception: a task raised it; finished tasks stay.
     """
     failures, tasks, portable = 0, missing(), Portable(function, folders)
     with progress(desc=description, unit=unit, total=total, done=total - len(tasks)) as bar:
@@ -121,20 +120,23 @@ def carry_out(
             except TaskFailure as failure:
                 raise failure.error from None
             except Exception as error:
-                left = missing()
-                failures = 0 if len(left) < len(tasks) else failures + 1
+                # The engine failed: try again, but give up after several failures without progress.
+                remaining = missing()
+                failures = 0 if len(remaining) < len(tasks) else failures + 1
                 if failures == _PATIENCE:
                     raise EngineFailure(
                         f"{description}: the engine broke down {failures} times in a row ({type(error).__name__}: "
-                        f"{error}); what was finished is kept. Workers may lack memory, or a module they can't import"
+                        f"{error}); what was finished is kept. Check that workers have enough memory and can import "
+                        "all modules"
                     ) from error
-                tqdm.write(f"{description}: {type(error).__name__}, {len(left)} tasks are given out again")
+                tqdm.write(f"{description}: {type(error).__name__}, {len(remaining)} tasks are assigned again")
                 time.sleep(failures)
             else:
+                # Stop if nothing arrived in storage, instead of repeating the tasks forever.
                 if len(missing()) >= len(tasks):
                     raise EngineFailure(
                         f"{description}: {len(tasks)} tasks were carried out, but nothing of them is stored; do workers"
-                        " see the same folder? It must be on a disk that all share, or in an object store"
+                        " see the same folder? Use a shared disk or an object store"
                     )
             tasks = missing()
             bar.n = total - len(tasks)
@@ -142,14 +144,14 @@ def carry_out(
 
 
 class _Parallel(joblib.Parallel):
-    """Joblib's loop, which tells a progress bar of finished tasks whatever the engine."""
+    """Parallel loop of joblib that updates a progress bar with any engine."""
 
     def __init__(self, bar: tqdm):
         super().__init__(batch_size=1, pre_dispatch="2*n_jobs")
-        self._bar, self._before = bar, bar.n
+        self._bar, self._done_before = bar, bar.n
 
     def print_progress(self) -> None:
-        self._bar.n = self._before + self.n_completed_tasks
+        self._bar.n = self._done_before + self.n_completed_tasks
         self._bar.update(0)
 
 
@@ -157,67 +159,66 @@ class _Parallel(joblib.Parallel):
 def parallel_backend(
     name: EngineName = "in-process", *, workers: int | None = None, address: str | None = None
 ) -> Iterator[None]:
-    """Have :func:`carry_out` use an engine within the block.
+    """Let :func:`carry_out` use an engine within the block.
 
     Args:
-        name: ``in-process``, also within a block of another engine; ``processes`` of this machine (joblib's loky);
-            ``dask`` or ``ray``, a cluster.
-        workers: processes to use; of a cluster all it has, if not given.
-        address: of a running cluster, such as ``tcp://10.0.0.1:8786`` for Dask or ``auto`` for Ray. Without one, a
-            cluster of ``workers`` processes is started on this machine and shut down afterwards.
+        name: ``in-process``, also inside a block of another engine; ``processes`` on this machine (joblib's loky);
+            ``dask`` or ``ray`` for a cluster.
+        workers: number of processes; all of the machine or cluster if not given.
+        address: address of a running cluster, such as ``tcp://10.0.0.1:8786`` for Dask or ``auto`` for Ray. Without
+            one, a cluster of ``workers`` processes runs on this machine until the block ends.
 
     Raises:
-        ValueError: an unknown name, or an address where there is none.
+        ValueError: the name is unknown, or the engine takes no address.
         EngineFailure: the library is not installed, or no cluster answers at the address.
     """
     if name not in get_args(EngineName):
         raise ValueError(f"engine = {name!r} is unknown; allowed: {', '.join(get_args(EngineName))}")
     if address and name not in ("dask", "ray"):
-        raise ValueError(f"address = {address!r} is of no use to engine = {name!r}; allowed with: dask, ray")
+        raise ValueError(f"address = {address!r} can't be used with engine = {name!r}; allowed with: dask, ray")
     if workers is not None and workers < 1:
         raise ValueError(f"workers = {workers}; allowed: 1 or more")
     with contextlib.ExitStack() as stack:
-        if name == "in-process":
-            stack.enter_context(joblib.parallel_config("sequential"))
-        elif name == "processes":
-            stack.enter_context(joblib.parallel_config("loky", n_jobs=workers or -1))
-        elif name == "dask":
-            _dask(stack, workers, address)
-        elif name == "ray":
-            _ray(stack, workers, address)
-        yield
+        try:
+            if name == "in-process":
+                config = joblib.parallel_config("sequential")
+            elif name == "processes":
+                config = joblib.parallel_config("loky", n_jobs=workers or -1)
+            else:
+                config = {"dask": _dask, "ray": _ray}[name](stack, workers, address)
+        except ImportError as error:
+            raise EngineFailure(f"engine = {name!r} needs {error.name}; install polca-lib[cluster]") from None
+        with config:
+            yield
 
 
-def _dask(stack: contextlib.ExitStack, workers: int | None, address: str | None) -> None:
-    try:
-        import dask
-        from distributed import Client, LocalCluster
-    except ImportError as error:
-        raise EngineFailure(f"engine = 'dask' needs {error.name}; install polca-lib[cluster]") from None
+def _dask(stack: contextlib.ExitStack, workers: int | None, address: str | None) -> joblib.parallel_config:
+    """Connect to a Dask cluster, or start one that ends with the stack."""
+    import dask
+    from distributed import Client, LocalCluster
+
     if not address:
         stack.enter_context(dask.config.set(_DASK))
-        local = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
-        address = stack.enter_context(local)
+        cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+        address = stack.enter_context(cluster)
     try:
         client = stack.enter_context(Client(address, timeout=_ANSWER))
     except OSError as error:
         raise EngineFailure(f"no Dask scheduler answers at address = {address!r}: {error}") from None
-    stack.enter_context(joblib.parallel_config("dask", client=client, wait_for_workers_timeout=60))
+    return joblib.parallel_config("dask", client=client, wait_for_workers_timeout=60)
 
 
-def _ray(stack: contextlib.ExitStack, workers: int | None, address: str | None) -> None:
-    try:
-        import ray
-        from ray.util.joblib import register_ray
-    except ImportError as error:
-        raise EngineFailure(f"engine = 'ray' needs {error.name}; install polca-lib[cluster]") from None
+def _ray(stack: contextlib.ExitStack, workers: int | None, address: str | None) -> joblib.parallel_config:
+    """Connect to a Ray cluster, or start one that ends with the stack."""
+    import ray
+    from ray.util.joblib import register_ray
+
     if not ray.is_initialized():
+        processes = None if address else workers
         try:
-            ray.init(
-                address=address, num_cpus=None if address else workers, include_dashboard=False, log_to_driver=False
-            )
+            ray.init(address=address, num_cpus=processes, include_dashboard=False, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise EngineFailure(f"no Ray cluster answers at address = {address!r}: {error}") from None
         stack.callback(ray.shutdown)
     register_ray()
-    stack.enter_context(joblib.parallel_config("ray", n_jobs=workers or -1))
+    return joblib.parallel_config("ray", n_jobs=workers or -1)

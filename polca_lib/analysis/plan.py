@@ -1,4 +1,4 @@
-"""What an analysis will take, before any of it is done: memory, disk, operations, time, and how it will go about it."""
+"""Estimate what an analysis costs before it runs: memory, disk, operations and time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from textwrap import dedent
 from typing import Any
 
 import cloudpickle
@@ -19,25 +20,17 @@ from polca_lib.derivatives.strategy import choose, differentiate
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples, to_device
 from polca_lib.method.settings import HESSIAN_KINDS, BasisSettings
 
-_HVP = 4  # operations of a product with a Hessian whose graph is kept, in those of a pass forward
-_GRAPH = 3  # of building that graph
-
-_GROWTH = (
-    "Projections take time in proportion to tokens, checkpoints and parameters, in forward mode also to vectors;",
-    "the basis of a Hessian to its examples, products and parameters. On disk the basis grows with vectors and",
-    "parameters, projections with tokens, vectors and checkpoints. Workers share projections, not the basis.",
-)
-
-_SHORT = 0.3  # seconds that a pass may take for the ways of differentiating to be tried, and timed
-_LONG = 30.0  # seconds that a pass may be expected to take for it to be timed at all
-_PROBE = 8.0  # seconds that those tried are meant to take
-_SQUARE = 1024  # of the matrices by which a device's rate is measured
+_GRAPH, _HVP = 3, 4  # cost of building the graph of a Hessian and of a product with it, in forward passes
+_COMPARE_SECONDS = 0.3  # compare the ways to differentiate only if a forward pass is faster than this
+_RUN_SECONDS = 30.0  # run the model at all only if a forward pass is expected to be faster than this
+_PROBE_SECONDS = 8.0  # approximate length of the probe
+_MATRIX_SIZE = 1024  # of the products that measure the speed of a device
 _WAYS = {"jvp": "forward mode", "taylor": "forward mode by Taylor arithmetic", "reverse": "reverse mode"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an analysis will take. Bytes are bytes, times are seconds, operations are multiplications and additions."""
+    """Expected cost of an analysis, in bytes, seconds and operations (additions and multiplications)."""
 
     parameters: int
     examples: int
@@ -47,64 +40,58 @@ class Plan:
     workers: int
     device: str
     basis: str
-    way: str  # of differentiating
+    way: str  # to differentiate
     why: str
     block: int  # vectors in memory at once
-    tasks: int  # that may be done side by side
+    tasks: int  # that can run in parallel
     vector_bytes: int
     basis_bytes: int
     projection_bytes: int
-    worker_bytes: int  # that a worker holds besides what a pass takes
-    budget_bytes: int  # that it may take
+    worker_bytes: int  # weights and vectors of one worker, without activations
+    budget_bytes: int  # memory of one worker
     read_bytes: int  # checkpoints and vectors, over all tasks
-    pass_operations: int  # of an example, forward
+    pass_operations: int  # forward pass on one example
     basis_operations: float
     projection_operations: float
     products: int  # with the Hessian, at most
     operations_per_second: float
     basis_seconds: float
     projection_seconds: float
-    measured: str  # what times come from
+    measured: str  # source of the times
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The fields as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [
-            ("model", f"{self.parameters:,} trainable parameters, {_size(self.vector_bytes)} a vector or checkpoint"),
-            ("data", f"{self.examples:,} examples, {self.tokens:,} tokens"),
-            ("run", f"{self.checkpoints:,} checkpoints, {self.vectors:,} vectors"),
-            ("way", f"{self.way}: {self.why}"),
-            ("tasks", f"{self.tasks:,} of (checkpoint, block of {self.block} vectors)"),
-            ("", ""),
-            ("disk", f"basis {_size(self.basis_bytes)}, projections {_size(self.projection_bytes)}"),
-            ("memory", f"{_size(self.worker_bytes)} a worker for vectors and weights, of {_size(self.budget_bytes)}"),
-            ("reading", f"{_size(self.read_bytes)} of checkpoints and vectors"),
-            ("operations", f"basis {self.basis_operations:.2g}, projections {self.projection_operations:.2g}"),
-            ("", ""),
-            ("basis", self._products()),
-            (
-                "projections",
-                f"{_time(self.projection_seconds)}, shared by {self.workers} worker{'s'[: self.workers > 1]}",
-            ),
-            ("from", self.measured),
-        ]
-        told = [f"{name:<12}{text}".rstrip() for name, text in rows]
-        if self.worker_bytes > self.budget_bytes:
-            told.append("\nThis does not fit: take a device with more memory, or say how much there is (memory).")
-        if self.block < self.vectors:
-            told.append(
-                "\nVectors do not all fit into memory: for the loss inside the basis they are read at each checkpoint; "
-                "\nprojection.inside_loss = false saves that."
-            )
-        told += ["", *_GROWTH]
-        return "\n".join(told)
+        """The plan as a table, with advice where memory is short."""
+        basis = "no product with a Hessian, only reads and sums of checkpoints"
+        if self.products:
+            basis = f"{_time(self.basis_seconds)} at most, for {self.products:,} products with the Hessian, on 1 worker"
+        text = dedent(f"""\
+            model       {self.parameters:,} trainable parameters, {_size(self.vector_bytes)} a vector or checkpoint
+            data        {self.examples:,} examples, {self.tokens:,} tokens
+            run         {self.checkpoints:,} checkpoints, {self.vectors:,} vectors
+            way         {self.way}: {self.why}
+            tasks       {self.tasks:,} of (checkpoint, block of {self.block} vectors)
 
-    def _products(self) -> str:
-        if not self.products:
-            return "no product with a Hessian: reading checkpoints, and sums of them"
-        return f"{_time(self.basis_seconds)} at most, for {self.products:,} products with the Hessian, on one worker"
+            disk        basis {_size(self.basis_bytes)}, projections {_size(self.projection_bytes)}
+            memory      {_size(self.worker_bytes)} a worker for vectors and weights, of {_size(self.budget_bytes)}
+            reading     {_size(self.read_bytes)} of checkpoints and vectors
+            operations  basis {self.basis_operations:.2g}, projections {self.projection_operations:.2g}
+
+            basis       {basis}
+            projections {_time(self.projection_seconds)}, shared by {self.workers} worker{"s"[: self.workers > 1]}
+            timing      {self.measured}
+            """)
+        if self.worker_bytes > self.budget_bytes:
+            text += "\nThis does not fit: use a device with more memory, or raise the setting memory.\n"
+        if self.block < self.vectors:
+            text += dedent("""
+                The vectors do not fit into memory at once. The loss inside the basis reads them at each checkpoint.
+                Set projection.inside_loss = false to avoid that.
+                """)
+        return text.rstrip()
 
 
 def plan(
@@ -120,63 +107,60 @@ def plan(
     workers: int = 1,
     operations_per_second: float | None = None,
 ) -> Plan:
-    """Count what an analysis will take, and estimate its time from a short probe of model and device.
-
-    If a pass forward on one example takes little time, the ways of differentiating are tried as they will be, and the
-    chosen one is timed on a few examples and vectors. If it takes long, a pass along one vector is timed; and of a
-    model that does not fit, or with ``operations_per_second`` given, nothing is run: operations are counted without
-    data.
+    """Estimate the cost of an analysis: count operations, and time a short :func:`probe` of the model.
 
     Args:
-        token_loss: of the model.
         validation: examples whose tokens are decomposed.
-        checkpoints: how many.
-        basis: its settings, with the number of vectors.
-        projection: its settings.
-        hessian_batch: sample for the Hessian.
-        device: of the workers.
-        memory: bytes a worker may take; half of what the device has free now if not given.
-        workers: that share the projections.
-        operations_per_second: of a worker; measured if not given.
+        checkpoints: number of checkpoints, 2 or more.
+        hessian_batch: sample for the Hessian; ``validation`` if not given.
+        memory: bytes for each worker; half of the free memory of the device if not given.
+        workers: number of workers that share the projections.
+        operations_per_second: speed of a worker; measured if not given. If given, nothing is run.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range, or the operations can't be counted without data.
     """
     basis = basis if basis.every else basis.resolved([])
-    n_vectors = basis.n_vectors
+    n_vectors, n_parameters = basis.n_vectors, token_loss.n_parameters
     for name, value, least in (("checkpoints", checkpoints, 2), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"{name} = {value}; allowed: {least} or more")
-    if n_vectors is None or n_vectors > token_loss.n_parameters:
-        raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {token_loss.n_parameters}, the parameters")
-    d, one = token_loss.n_parameters, token_loss.n_parameters * token_loss.dtype.itemsize
+    if n_vectors is None or n_vectors > n_parameters:
+        raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {n_parameters}, the number of parameters")
     budget = rounded_budget(device) if memory is None else memory
-    first = next(split_examples(validation, 1))
-    examples, per_example, forward = n_examples(validation), *on_paper(token_loss, first)
-    tokens, of_some = examples * per_example, projection.curvature and not projection.curvature_of_all
-    found = probe(token_loss, validation, forward, n_vectors, projection, device, budget, operations_per_second)
-    operations = examples * found.cost * checkpoints
-    if of_some:
+    examples, (per_example, forward) = n_examples(validation), on_paper(token_loss, next(split_examples(validation, 1)))
+    tokens, sampled = examples * per_example, projection.curvature and not projection.curvature_of_all
+    probed = probe(token_loss, validation, forward, n_vectors, projection, device, budget, operations_per_second)
+
+    # Operations of the projections: derivatives of all examples, curvature of a sample, loss inside the basis.
+    operations = examples * probed.cost * checkpoints
+    if sampled:
         operations += projection.curvature_examples * (1 + 4 * n_vectors) * forward * checkpoints
     if projection.inside_loss:
         operations += examples * forward * checkpoints
-    block = rows_that_fit(n_vectors, one, budget // 2)
-    blocks = math.ceil(n_vectors / block)
+
+    # Operations of the basis: the Hessian products, and two passes that orthogonalize each product against the
+    # Lanczos vectors and the basis so far, half of each on average.
     products, hessian = 0, 0.0
     if basis.kind in HESSIAN_KINDS:
+        births, most = math.ceil(n_vectors / basis.k), basis.max_products
+        products = births * most
         sample = n_examples(validation if hessian_batch is None else hessian_batch)
-        births = math.ceil(n_vectors / basis.k)
-        products = births * basis.max_products
-        hessian = float(sample * forward * births * (_GRAPH + _HVP * basis.max_products))
-        # Lanczos and what is taken out of each product: two passes, over the vectors there are.
-        hessian += products * 4.0 * d * (basis.max_products / 2 + n_vectors / 2)
-    stored = {"random": 8 * n_vectors**2, "parameters": 8 * n_vectors}.get(basis.kind, n_vectors * one)
-    curved = projection.curvature_examples * per_example if of_some else tokens * projection.curvature
+        hessian = float(sample * forward * births * (_GRAPH + _HVP * most))
+        hessian += products * 4.0 * n_parameters * (most / 2 + n_vectors / 2)
+
+    # Bytes: a random basis stores a mixing matrix and an axis basis stores indices; the others store vectors.
+    vector = n_parameters * token_loss.dtype.itemsize
+    stored = {"random": 8 * n_vectors**2, "parameters": 8 * n_vectors}.get(basis.kind, n_vectors * vector)
+    curved = projection.curvature_examples * per_example if sampled else tokens * projection.curvature
     numbers = (tokens + curved) * n_vectors + (1 + projection.inside_loss) * tokens + 2 * n_vectors + 1
-    vectors_read = n_vectors * one * (1 if blocks == 1 else checkpoints * (1 + projection.inside_loss))
-    thetas_read = one * checkpoints * (1 if workers == 1 else 2)
+
+    # Blocks: each worker keeps a single block in memory, but reads several blocks again at each checkpoint.
+    block = rows_that_fit(n_vectors, vector, budget // 2)
+    blocks = math.ceil(n_vectors / block)
+    reads = workers if blocks == 1 else checkpoints * (1 + projection.inside_loss)
     return Plan(
-        parameters=d,
+        parameters=n_parameters,
         examples=examples,
         tokens=tokens,
         vectors=n_vectors,
@@ -184,51 +168,36 @@ def plan(
         workers=workers,
         device=device,
         basis=basis.kind,
-        way=found.way,
-        why=found.why,
+        way=probed.way,
+        why=probed.why,
         block=block,
         tasks=checkpoints * (blocks + 1 if blocks > 1 else 1),
-        vector_bytes=one,
+        vector_bytes=vector,
         basis_bytes=stored + 24 * n_vectors,
         projection_bytes=4 * numbers * checkpoints,
-        worker_bytes=one * (block + 3),  # two checkpoints, and the point inside the basis
+        worker_bytes=vector * (block + 3),  # two checkpoints, and the point inside the basis
         budget_bytes=budget,
-        read_bytes=vectors_read * (workers if blocks == 1 else 1) + thetas_read,
+        read_bytes=vector * (n_vectors * reads + checkpoints * min(workers, 2)),
         pass_operations=forward,
         basis_operations=hessian,
         projection_operations=float(operations),
         products=products,
-        operations_per_second=found.rate,
-        basis_seconds=hessian / found.rate,
-        projection_seconds=operations / found.rate / min(workers, checkpoints * blocks),
-        measured=found.measured,
+        operations_per_second=probed.rate,
+        basis_seconds=hessian / probed.rate,
+        projection_seconds=operations / probed.rate / min(workers, checkpoints * blocks),
+        measured=probed.measured,
     )
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.3g} {unit}"
-        n /= 1024
-    return f"{n:.3g} TiB"
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds > 2 * size:
-            return f"about {seconds / size:.2g} {unit}"
-    return f"about {seconds:.2g} seconds"
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe found."""
+    """Result of :func:`probe`."""
 
-    way: str  # of differentiating
+    way: str  # to differentiate
     why: str
-    cost: float  # operations of an example, for all vectors
-    rate: float  # operations a second
-    measured: str  # what it was that took time
+    cost: float  # operations per example, along all vectors
+    rate: float  # operations per second
+    measured: str  # source of the rate
 
 
 def probe(
@@ -241,78 +210,94 @@ def probe(
     memory: int,
     rate: float | None = None,
 ) -> Probe:
-    """How a pass will be differentiated, what that costs and how fast it goes.
+    """Find how the analysis will differentiate, and time it on random weights and vectors.
+
+    Models that do not fit or are too slow are not run: products of matrices are timed instead.
 
     Args:
-        token_loss: of the model.
-        validation: examples whose tokens are decomposed.
-        forward: operations of a pass on an example, see :func:`on_paper`.
-        n_vectors: of the basis.
-        settings: of the projection.
-        device: that does it.
-        memory: bytes there are.
-        rate: operations a second; measured if not given. With it, nothing is run.
+        token_loss, validation, device, memory: see :func:`plan`.
+        forward: operations of a forward pass on one example, see :func:`on_paper`.
+        rate: operations per second; measured if not given. If given, nothing is run.
     """
+    # With F operations in a forward pass, forward mode takes (1 + 2K) F, or (1 + 4K) F with second derivatives.
     order = 2 if settings.curvature_of_all else 1
-    plain = "forward mode", "a pass along each vector", float(forward * (1 + 2 * order * n_vectors))
+    default = _WAYS["jvp"], "a pass along each vector", float(forward * (1 + 2 * order * n_vectors))
     if rate is not None:
-        return Probe(*plain, rate, "the operations per second that were given, and operations counted without data")
-    matrices = _matrix_rate(device, token_loss.dtype)
-    one = token_loss.n_parameters * token_loss.dtype.itemsize
-    if 4 * one > memory or forward / matrices > _LONG:
-        return Probe(
-            *plain, matrices, f"products of matrices alone, {matrices:.2g} operations a second; nothing was run"
-        )
-    first = to_device(next(split_examples(validation, 1)), device)
+        return Probe(*default, rate, "the operations per second that were given; operations counted without data")
+
+    # Do not run a model that takes too much memory or time.
+    matrix = torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, device=device, dtype=token_loss.dtype)
+    rate = 2 * _MATRIX_SIZE**3 / min([_timed(lambda: matrix @ matrix) for _ in range(6)][1:])
+    vector = token_loss.n_parameters * token_loss.dtype.itemsize
+    if 4 * vector > memory or forward / rate > _RUN_SECONDS:
+        return Probe(*default, rate, f"products of matrices, {rate:.2g} operations per second; nothing was run")
+
+    # Time one pass along one vector if a forward pass is slow. Take the fastest of three: the first is slower.
+    example = to_device(next(split_examples(validation, 1)), device)
     theta = 0.02 * torch.randn(token_loss.n_parameters, dtype=token_loss.dtype, device=device)
     with torch.no_grad():
-        seconds = min(_timed(lambda: token_loss(theta, first)) for _ in range(3))  # the first takes longer
-    if seconds > _SHORT:
+        seconds = min(_timed(lambda: token_loss(theta, example)) for _ in range(3))
+    if seconds > _COMPARE_SECONDS:
         tangent = torch.randn_like(theta)
-        took = _timed(lambda: torch.func.jvp(lambda at: token_loss(at, first), (theta,), (tangent,)))
-        return Probe(*plain, 3 * forward / took, f"a pass along one vector on one example, {took:.1f} s")
-    few = rows_that_fit(n_vectors, one, memory // 4)
-    vectors = torch.randn(few, token_loss.n_parameters, dtype=token_loss.dtype, device=device)
+        seconds = _timed(lambda: torch.func.jvp(lambda at: token_loss(at, example), (theta,), (tangent,)))
+        return Probe(*default, 3 * forward / seconds, f"a pass along one vector on one example, {seconds:.1f} s")
+
+    # Otherwise choose as the analysis does, with the vectors that fit and enough examples to keep the device busy.
+    n_tried = rows_that_fit(n_vectors, vector, memory // 4)
+    vectors = torch.randn(n_tried, token_loss.n_parameters, dtype=token_loss.dtype, device=device)
     vectors /= vectors.norm(dim=1, keepdim=True)
-    size = _several(token_loss, theta, validation, _PROBE / 2 / (1 + 2 * order * few))
-    part = to_device(next(split_examples(validation, size)), device)
-    strategy = choose(
-        token_loss,
-        theta,
-        part,
-        vectors,
-        order=order,
-        mode=settings.mode if order == 1 else "forward",
-        precision=settings.precision if order == 1 else "float32",
-        memory=memory // 2,
-    )
+    size = 1
+    with torch.no_grad():
+        while size < n_examples(validation):
+            batch = to_device(next(split_examples(validation, size)), device)
+            if _timed(lambda batch=batch: token_loss(theta, batch)) > _PROBE_SECONDS / 2 / (1 + 2 * order * n_tried):
+                break
+            size = min(2 * size, n_examples(validation))
+    batch = to_device(next(split_examples(validation, size)), device)
+    strategy = choose(token_loss, theta, batch, vectors, **settings.differentiation(order), memory=memory // 2)
     way = "reverse" if strategy.mode == "reverse" else "taylor" if strategy.taylor else "jvp"
     cost = strategy.cost.get(way, strategy.cost["jvp"])
-    more = n_vectors / few if way == "reverse" else (1 + 2 * order * n_vectors) / (1 + 2 * order * few)
-    took = min(_timed(lambda: differentiate(strategy, token_loss, theta, part, vectors)) for _ in range(2))
-    why = ", ".join(f"{_WAYS[name]} {strategy.cost[name]:.2g}" for name in _WAYS if name in strategy.cost)
+    seconds = min(_timed(lambda: differentiate(strategy, token_loss, theta, batch, vectors)) for _ in range(2))
+
+    # Scale the cost from the vectors that were tried to all vectors.
+    scale = n_vectors / n_tried if way == "reverse" else (1 + 2 * order * n_vectors) / (1 + 2 * order * n_tried)
+    costs = ", ".join(f"{_WAYS[name]} {strategy.cost[name]:.2g}" for name in _WAYS if name in strategy.cost)
     return Probe(
-        _WAYS[way],
-        f"operations of an example along {few} vectors: {why}",
-        float(cost * more),
-        n_examples(part) * cost / took,
-        f"{n_examples(part)} examples along {few} vectors, done as they will be, {took:.1f} s",
+        way=_WAYS[way],
+        why=f"operations per example along {n_tried} vectors: {costs}",
+        cost=float(cost * scale),
+        rate=n_examples(batch) * cost / seconds,
+        measured=f"{n_examples(batch)} examples along {n_tried} vectors, computed as in the analysis, {seconds:.1f} s",
     )
 
 
-def _several(token_loss: TokenLoss, theta: Tensor, batch: Batch, seconds: float) -> int:
-    """How many examples take so long in a pass: of few, much of the time is none of theirs."""
-    n, every = 1, n_examples(batch)
-    with torch.no_grad():
-        while n < every:
-            part = to_device(next(split_examples(batch, n)), theta.device)
-            if _timed(lambda part=part: token_loss(theta, part)) > seconds:
-                return n
-            n = min(2 * n, every)
-    return every
+def on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
+    """Count the losses of one example, and the operations of a forward pass on it, without data if possible.
+
+    Raises:
+        ValueError: the model has neither data nor a loss that works without data.
+    """
+
+    def count(loss: TokenLoss, theta: Tensor, batch: Batch) -> tuple[int, int]:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            losses = loss(theta, batch)
+        return losses.numel(), counter.get_total_flops()
+
+    try:
+        copy = cloudpickle.loads(cloudpickle.dumps(token_loss))
+        empty = TokenLoss(copy.model.to("meta"), copy.loss)
+        return count(empty, torch.empty(empty.n_parameters, dtype=empty.dtype, device="meta"), to_device(one, "meta"))
+    except Exception as error:  # some models can't be copied, and some losses read their data
+        if any(buffer.is_meta for buffer in token_loss.model.buffers()):
+            raise ValueError(
+                f"operations can't be counted without data ({error}), but the model has buffers on device meta; "
+                "fill the buffers, or build a model of transformers with attn_implementation='eager'"
+            ) from error
+        return count(token_loss, torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype), one)
 
 
 def _timed(function: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -320,33 +305,15 @@ def _timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _matrix_rate(device: str, dtype: torch.dtype) -> float:
-    one = torch.randn(_SQUARE, _SQUARE, device=device, dtype=dtype)
-    _timed(lambda: one @ one)
-    return 2 * _SQUARE**3 / min(_timed(lambda: one @ one) for _ in range(5))
+def _size(n: float) -> str:
+    """Bytes in readable units."""
+    power = min(4, int(math.log2(max(1, n)) / 10))
+    return f"{n / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
-    """Losses of an example, and operations of a pass on it: counted on tensors without data, if the model allows.
-
-    Raises:
-        ValueError: it does not, and has no data of its own to do without.
-    """
-    try:
-        copy = cloudpickle.loads(cloudpickle.dumps(token_loss))
-        paper = TokenLoss(copy.model.to("meta"), copy.loss)
-        theta = torch.empty(paper.n_parameters, dtype=paper.dtype, device="meta")
-        return _count(paper, theta, to_device(one, "meta"))
-    except Exception as error:  # not every model can be copied, and what a loss does may hang on its data
-        if any(buffer.is_meta for buffer in token_loss.model.buffers()):
-            raise ValueError(
-                f"operations can't be counted without data ({error}), but the model has buffers on device meta; give "
-                "it those, or, of transformers, build it with attn_implementation='eager'"
-            ) from error
-        return _count(token_loss, torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype), one)
-
-
-def _count(loss: TokenLoss, theta: Tensor, batch: Batch) -> tuple[int, int]:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        losses = loss(theta, batch)
-    return losses.numel(), counter.get_total_flops()
+def _time(seconds: float) -> str:
+    """Seconds in readable units."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds > 2 * size:
+            return f"about {seconds / size:.2g} {unit}"
+    return f"about {seconds:.2g} seconds"

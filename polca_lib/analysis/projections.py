@@ -1,13 +1,13 @@
-"""Projections of a whole run: a grid of (checkpoint, block of vectors) tasks, which workers share."""
+"""Project a whole run: a grid of (checkpoint, block of vectors) tasks that workers share."""
 
 from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from polca_lib.method.vectors import inner_products, read_vectors
 from polca_lib.storage.checkpoints import Checkpoints
 from polca_lib.storage.pieces import PieceStore
 
-_LONGEST = 1000  # characters of a text in the token table: all of a column take as much room as its longest
+_MAX_TEXT = 1000  # characters of a text in the token table; the longest text sets the size of the whole column
 
 
 def project_runs(
@@ -40,67 +40,65 @@ def project_runs(
     memory: int | None = None,
     folders: Sequence[str] = (),
 ) -> list[xr.Dataset]:
-    """Project every checkpoint of a run on one or several bases; computes what is not yet stored.
+    """<grad L(x; theta_t), b> and b^T H(x; theta_t) b for all checkpoints t, tokens x and vectors b.
 
-    The work is a grid of (checkpoint, block of vectors) tasks, see :func:`polca_lib.analysis.engine.carry_out`. Its
-    bytes do not depend on who carries out a task, on one kind of processor. A pass through the model serves the vectors
-    of all bases at once, if all fit into memory.
+    Computes what is not stored yet, with :func:`polca_lib.analysis.engine.carry_out`. One pass through the model serves
+    the vectors of all bases if they fit into memory. Workers on one kind of processor write the same bytes.
 
     Args:
-        paths: Zarr folder of each basis.
-        checkpoints: of the run.
-        steps: those to project, in training order.
-        batch: the examples whose tokens are decomposed.
+        paths: Zarr folder of the projections on each basis.
+        steps: steps to project, in training order.
+        batch: examples whose tokens are decomposed.
         tokens: one row per token of ``batch``; each column becomes a coordinate.
-        bases: as :func:`polca_lib.method.basis.compute_basis` returns them.
-        settings: of the projections on each basis. ``mode`` and ``precision`` must be the same for all, and none may
-            ask for the curvature of all tokens, if there are several.
-        memory: bytes each worker may take, vectors included; half of what the device has free now if not given. If not
-            all vectors fit into half of it, they are worked on in blocks. A run that resumes keeps what it began with.
-        folders: that hold modules which the model or the loss need, see :class:`polca_lib.analysis.engine.Portable`.
+        bases: results of :func:`polca_lib.method.basis.compute_basis`.
+        settings: settings for each basis. Several bases need one ``mode``, one ``precision`` and no curvature of all
+            tokens.
+        memory: bytes for each worker; half of the free memory of the device if not given. Vectors that need more than
+            half of it are processed in blocks. A resumed run keeps its first value.
+        folders: folders with modules that the model or the loss need, see :class:`polca_lib.analysis.engine.Portable`.
 
     Returns:
-        For each basis a dataset with ``loss`` (step, token) in nats; ``gradient`` and ``curvature``
-        (step, token, vector): first and second derivative of the token's loss along the vector; ``movement``
-        (step, vector): <theta_{t+1} - theta_t, b>; ``distance`` (step): its length; ``inside_loss`` (step, token): loss
-        at theta_t + B^T B (theta_{t+1} - theta_t), if ``settings.inside_loss`` asks for it. The last three are NaN at
-        the last step. ``product_error`` (step, vector): see :class:`polca_lib.derivatives.projection.Projected`. With
-        ``settings.curvature_examples``, ``curvature`` is (step, sample, vector), of the tokens of the first examples.
-        Attributes ``memory`` (bytes) and ``threads`` (of torch) that each worker had.
+        For each basis a dataset with attributes ``memory`` (bytes) and ``threads`` of each worker, and variables:
+
+        - ``loss`` (step, token), in nats;
+        - ``gradient`` and ``curvature`` (step, token, vector): first and second derivatives of the loss along b. With
+          ``settings.curvature_examples``, ``curvature`` is (step, sample, vector): tokens of the first examples;
+        - ``movement`` (step, vector): <theta_{t+1} - theta_t, b>; NaN at the last step, like the next two;
+        - ``distance`` (step): |theta_{t+1} - theta_t|;
+        - ``inside_loss`` (step, token): loss at theta_t + B^T B (theta_{t+1} - theta_t), with ``settings.inside_loss``;
+        - ``product_error`` (step, vector): see :class:`polca_lib.derivatives.projection.Projected`.
 
     Raises:
-        ValueError: the settings do not go together.
-        NonFiniteProjection: names the checkpoint; what was stored before stays.
+        ValueError: these settings can't be used together.
+        NonFiniteProjection: a checkpoint gives NaN or infinity; finished pieces stay.
     """
-    together = {(each.mode, each.precision) for each in settings}
-    whole = any(each.curvature_of_all for each in settings)
-    if len(together) > 1 or (whole and len(bases) > 1):
+    modes = {(each.mode, each.precision) for each in settings}
+    curvature_of_all = any(each.curvature_of_all for each in settings)
+    if len(modes) > 1 or (curvature_of_all and len(bases) > 1):
         raise ValueError(
             f"{len(bases)} bases can't be projected together with (projection.mode, projection.precision) = "
-            f"{sorted(together)}{' and the curvature of all tokens' if whole else ''}; allowed: one mode and one "
-            "precision, and curvature on a sample (projection.curvature_examples) or none"
+            f"{sorted(modes)}{' and the curvature of all tokens' if curvature_of_all else ''}; allowed: one mode and "
+            "one precision, and curvature on a sample (projection.curvature_examples) or none"
         )
+    # Cut the vectors into blocks if they do not all fit into half of the memory.
     budget = rounded_budget(checkpoints.device) if memory is None else memory
-    one = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
+    vector_bytes = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
     total = sum(basis.sizes["vector"] for basis in bases)
-    fitting = rows_that_fit(total, one, budget // 2)
-    about = {"memory": budget, "threads": torch.get_num_threads()}
-    stores = [
-        _store(path, checkpoints, steps, batch, tokens, basis, own, about, None if fitting == total else fitting)
-        for path, basis, own in zip(paths, bases, settings, strict=True)
-    ]
+    block = rows_that_fit(total, vector_bytes, budget // 2)
+    cut = None if block == total else ("vector", block)
+    job = ProjectionJob(paths, checkpoints, steps, batch, bases, settings, budget, torch.get_num_threads())
+    stores = [job.open_store(index, tokens, cut) for index, _ in enumerate(zip(paths, bases, settings, strict=True))]
     for store in stores:
         store.repair_pieces()
-    work = ProjectionJob(
-        paths, checkpoints, steps, batch, bases, settings, stores[0].attrs["memory"], stores[0].attrs["threads"]
-    )
+    # Resume with the memory and threads that the stores began with, so that all pieces round alike.
+    job, together = replace(job, **{name: stores[0].attrs[name] for name in ("memory", "threads")}), _together(stores)
     try:
         carry_out(
-            work,
+            job,
             lambda: _missing(stores),
-            total=len(steps) * (1 if _side_by_side(stores) else sum(store.parts for store in stores)),
+            total=len(steps) * (1 if together else sum(store.parts for store in stores)),
             description="projections",
-            unit="checkpoint" if _side_by_side(stores) else "piece",
+            unit="checkpoint" if together else "piece",
             folders=folders,
         )
     finally:
@@ -108,66 +106,22 @@ def project_runs(
     return [store.dataset() for store in stores]
 
 
-def _store(
-    path: Path,
-    checkpoints: Checkpoints,
-    steps: list[int],
-    batch: Batch,
-    tokens: pd.DataFrame,
-    basis: xr.Dataset,
-    settings: ProjectionSettings,
-    about: Mapping[str, int],
-    block: int | None,
-) -> PieceStore:
-    variables = {
-        "loss": (("step", "token"), "float32"),
-        "gradient": (("step", "token", "vector"), "float32"),
-        "movement": (("step", "vector"), "float32"),
-        "distance": (("step",), "float32"),
-        "product_error": (("step", "vector"), "float32"),
-    }
-    if settings.inside_loss:
-        variables["inside_loss"] = (("step", "token"), "float32")
-    sizes = {}
-    if settings.curvature:
-        of = "token" if settings.curvature_examples is None else "sample"
-        variables["curvature"] = (("step", of, "vector"), "float32")
-    if settings.curvature and settings.curvature_examples is not None:
-        sample = to_device(next(split_examples(batch, settings.curvature_examples)), checkpoints.device)
-        with torch.no_grad():
-            sizes["sample"] = len(checkpoints.token_loss(checkpoints.theta(steps[0]), sample))
-    template = xr.Dataset(
-        coords={
-            "step": steps,
-            "token": np.arange(len(tokens)),
-            **{name: ("token", _storable(column)) for name, column in tokens.items()},
-            **{name: values for name, values in basis.coords.items() if values.dims == ("vector",)},
-        },
-        attrs=dict(about),
-    )
-    return PieceStore(path, template, variables, "step", sizes, None if block is None else ("vector", block))
-
-
-def _side_by_side(stores: Sequence[PieceStore]) -> bool:
-    """Whether the vectors of all bases go through the model at once: none is cut into blocks."""
+def _together(stores: Sequence[PieceStore]) -> bool:
+    """Whether one pass through the model serves all bases, because none is cut into blocks."""
     return all(store.parts == 1 for store in stores)
 
 
 def _missing(stores: Sequence[PieceStore]) -> list[ProjectionTask]:
-    """Tasks that the stores lack, by checkpoint."""
-    lacking = [[divmod(piece, store.parts) for piece in store.missing()] for store in stores]
-    if _side_by_side(stores):
-        indices = sorted({index for pieces in lacking for index, _ in pieces})
-        return [ProjectionTask(index, tuple(range(len(stores))), 0) for index in indices]
-    return sorted(
-        ProjectionTask(index, (which,), part) for which, pieces in enumerate(lacking) for index, part in pieces
-    )
-
-
-def _storable(column: pd.Series) -> np.ndarray:
-    """Values with a dtype that Zarr knows: numbers and booleans as they are, all else as text, which is cut."""
-    numeric = pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
-    return column.to_numpy() if numeric else np.array([str(value)[:_LONGEST] for value in column])
+    """Tasks whose pieces the stores lack, by checkpoint."""
+    tasks = [
+        ProjectionTask(piece // store.parts, (basis_index,), piece % store.parts)
+        for basis_index, store in enumerate(stores)
+        for piece in store.missing()
+    ]
+    if _together(stores):
+        all_bases = tuple(range(len(stores)))
+        tasks = {ProjectionTask(task.index, all_bases, 0) for task in tasks}
+    return sorted(tasks)
 
 
 class NonFiniteProjection(RuntimeError):
@@ -175,16 +129,16 @@ class NonFiniteProjection(RuntimeError):
 
 
 class ProjectionTask(NamedTuple):
-    """What is done in one go: a part of the pieces of one checkpoint, of one basis or of several side by side."""
+    """One unit of work: one part of one checkpoint, for one basis or for several bases together."""
 
-    index: int  # along the steps
-    bases: tuple[int, ...]
+    index: int  # of the step
+    bases: tuple[int, ...]  # indices
     part: int
 
 
 @dataclass(frozen=True)
 class ProjectionJob:
-    """All that is needed to carry out any task of a projection, also in another process."""
+    """Carries out any task of a projection, also in another process."""
 
     paths: Sequence[Path]
     checkpoints: Checkpoints
@@ -196,12 +150,37 @@ class ProjectionJob:
     threads: int
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    def open_store(self, index: int, tokens: pd.DataFrame, cut: tuple[str, int] | None) -> PieceStore:
+        """The store of one basis, started if missing."""
+        settings, sizes = self.settings[index], {}
+        dims = {"loss": ("step", "token"), "gradient": ("step", "token", "vector")}
+        dims |= {"movement": ("step", "vector"), "distance": ("step",), "product_error": ("step", "vector")}
+        if settings.inside_loss:
+            dims["inside_loss"] = ("step", "token")
+        if settings.curvature_of_all:
+            dims["curvature"] = ("step", "token", "vector")
+        elif settings.curvature:
+            dims["curvature"] = ("step", "sample", "vector")
+            sample = to_device(next(split_examples(self.batch, settings.curvature_examples)), self.checkpoints.device)
+            with torch.no_grad():
+                sizes["sample"] = len(self.checkpoints.token_loss(self.checkpoints.theta(self.steps[0]), sample))
+        coords: dict[str, Any] = {"step": self.steps, "token": np.arange(len(tokens))}
+        for name, column in tokens.items():
+            # Zarr stores numbers and booleans as they are, and all other values as text.
+            plain = pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
+            values = column.to_numpy() if plain else np.array([str(value)[:_MAX_TEXT] for value in column])
+            coords[name] = "token", values
+        coords |= {name: values for name, values in self.bases[index].coords.items() if values.dims == ("vector",)}
+        template = xr.Dataset(coords=coords, attrs={"memory": self.memory, "threads": self.threads})
+        variables = {name: (names, "float32") for name, names in dims.items()}
+        return PieceStore(self.paths[index], template, variables, "step", sizes, cut)
+
     def __call__(self, task: ProjectionTask) -> None:
         if self.key not in _SESSIONS:
-            forget()  # what is kept of another work only takes room
+            forget()  # the session of another job only takes memory
             _SESSIONS[self.key] = _Session(self)
         threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads)  # or sums would round in another order
+        torch.set_num_threads(self.threads)  # the number of threads changes the order of sums, and so their rounding
         try:
             _SESSIONS[self.key].carry_out(task)
         finally:
@@ -209,140 +188,132 @@ class ProjectionJob:
 
 
 class _Session:
-    """A process at work on tasks, one after another: it keeps what the next will need again."""
+    """The state of a process between tasks: the last checkpoints, the last vectors and the strategies."""
 
-    def __init__(self, work: ProjectionJob):
-        self._work = work
-        self._stores = [PieceStore.open(path) for path in work.paths]
-        self._batch = to_device(work.batch, work.checkpoints.device)
+    def __init__(self, job: ProjectionJob):
+        self._job = job
+        self._stores = [PieceStore.open(path) for path in job.paths]
+        self._batch = to_device(job.batch, job.checkpoints.device)
         self._thetas: dict[int, Tensor] = {}
         self._vectors: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
         self._strategies: dict[tuple[int, int], Strategy] = {}
 
     def carry_out(self, task: ProjectionTask) -> None:
-        work, step = self._work, self._work.steps[task.index]
+        """Compute, check and write the pieces of a task."""
+        job, step = self._job, self._job.steps[task.index]
         theta, change = self._theta(step), None
-        if task.index + 1 < len(work.steps):
-            change = self._theta(work.steps[task.index + 1]) - theta
+        if task.index + 1 < len(job.steps):
+            change = self._theta(job.steps[task.index + 1]) - theta
+        # A cut store has one part for each block of vectors, and a last part for what has no vector.
         parts = self._stores[task.bases[0]].parts
         pieces: list[dict[str, Tensor]] = [{} for _ in task.bases]
         if parts == 1 or task.part < parts - 1:
             self._differentiate(task, theta, change, pieces)
         if parts == 1 or task.part == parts - 1:
             self._move(task, theta, change, pieces)
-        for which, piece in zip(task.bases, pieces, strict=True):
+        for basis_index, piece in zip(task.bases, pieces, strict=True):
             if not all(torch.isfinite(value).all() for value in piece.values()):
                 raise NonFiniteProjection(
-                    f"{work.checkpoints.name(step)} gives a loss or derivative that is not finite; projections of "
-                    "other steps are kept. Look at the checkpoint, or end the run before it"
+                    f"{job.checkpoints.name(step)} gives a loss or derivative that is not finite; finished projections "
+                    "are kept. Check the checkpoint, or leave it out (setting steps)"
                 )
-            store = self._stores[which]
+            # A task for several bases may include pieces that are already done.
+            store = self._stores[basis_index]
             number = task.index * store.parts + task.part
-            if not store.is_done(number):  # side by side with one that is not
+            if not store.is_done(number):
                 store.write(number, **{name: value.detach().cpu().numpy() for name, value in piece.items()})
 
     def _differentiate(
         self, task: ProjectionTask, theta: Tensor, change: Tensor | None, pieces: list[dict[str, Tensor]]
     ) -> None:
-        """Derivatives and movement along the vectors of the task."""
-        work, token_loss = self._work, self._work.checkpoints.token_loss
-        vectors, settings = self._read(task), [work.settings[which] for which in task.bases]
-        whole = settings[0].curvature_of_all
-        strategy = self._strategy(self._batch, vectors, settings[0], 2 if whole else 1)
-        found = project(token_loss, theta, self._batch, vectors, curvature=whole, strategy=strategy)
-        moved = None if change is None else inner_products(vectors, change[None])[:, 0].to(theta)
-        for own, rows, piece in zip(settings, self._rows(task), pieces, strict=True):
-            piece["loss"] = found.loss
-            piece["gradient"] = found.gradient[:, rows]
-            piece["product_error"] = torch.full((rows.stop - rows.start,), found.error)
-            if moved is not None:
-                piece["movement"] = moved[rows]
-            if whole:
-                piece["curvature"] = found.curvature
-            elif own.curvature:
-                sample = next(split_examples(self._batch, own.curvature_examples))
-                second = self._strategy(sample, vectors[rows], own, 2)
-                some = project(token_loss, theta, sample, vectors[rows], curvature=True, strategy=second)
-                piece["curvature"] = some.curvature
-        if self._stores[task.bases[0]].parts > 1:
-            del pieces[0]["loss"]  # it is of another piece
+        """Add derivatives and movement along the vectors of the task."""
+        token_loss, settings = self._job.checkpoints.token_loss, [self._job.settings[index] for index in task.bases]
+        vectors, is_cut = self._read(task), self._stores[task.bases[0]].parts > 1
+        # Differentiate along the vectors of all bases in one pass. Curvature of all tokens comes from the same pass.
+        curvature_of_all = settings[0].curvature_of_all
+        strategy = self._strategy(self._batch, vectors, settings[0], 2 if curvature_of_all else 1)
+        result = project(token_loss, theta, self._batch, vectors, curvature=curvature_of_all, strategy=strategy)
+        movement = None if change is None else inner_products(vectors, change[None])[:, 0].to(theta)
+        for each, rows, piece in zip(settings, self._rows(task), pieces, strict=True):
+            piece["gradient"] = result.gradient[:, rows]
+            piece["product_error"] = torch.full((rows.stop - rows.start,), result.error)
+            if not is_cut:
+                piece["loss"] = result.loss
+            if movement is not None:
+                piece["movement"] = movement[rows]
+            if curvature_of_all:
+                piece["curvature"] = result.curvature
+            elif each.curvature:
+                sample = next(split_examples(self._batch, each.curvature_examples))
+                strategy = self._strategy(sample, vectors[rows], each, 2)
+                second = project(token_loss, theta, sample, vectors[rows], curvature=True, strategy=strategy)
+                piece["curvature"] = second.curvature
 
     def _move(
         self, task: ProjectionTask, theta: Tensor, change: Tensor | None, pieces: list[dict[str, Tensor]]
     ) -> None:
-        """Losses where the checkpoint is, and after the part of the movement that lies in each basis."""
-        work = self._work
-        for which, piece in zip(task.bases, pieces, strict=True):
-            store = self._stores[which]
+        """Add the loss at theta_t, and the loss at theta_t + B^T B (theta_{t+1} - theta_t)."""
+        for position, (basis_index, piece) in enumerate(zip(task.bases, pieces, strict=True)):
             if "loss" not in piece:
                 piece["loss"] = self._losses(task, theta)
             if change is None:
                 continue
             piece["distance"] = change.double().norm()
-            if not work.settings[which].inside_loss:
+            if not self._job.settings[basis_index].inside_loss:
                 continue
+            # Sum the projections of the movement block by block.
             point = theta.clone()
-            for part in range(len(store.blocks)):
+            for part in range(len(self._stores[basis_index].blocks)):
                 block = task._replace(part=part)
-                vectors = self._read(block)[self._rows(block)[task.bases.index(which)]]
+                vectors = self._read(block)[self._rows(block)[position]]
                 point += vectors.T @ inner_products(vectors, change[None])[:, 0].to(theta)
             piece["inside_loss"] = self._losses(task, point)
 
     @torch.no_grad()
     def _losses(self, task: ProjectionTask, theta: Tensor) -> Float[Tensor, " token"]:
-        """Losses of all tokens, as many examples at a time as where they are differentiated."""
-        settings, loss = self._work.settings[task.bases[0]], self._work.checkpoints.token_loss
-        first = task._replace(part=0)
-        place = self._rows(first)[-1].stop, 2 if settings.curvature_of_all else 1
-        if place not in self._strategies:
-            self._strategy(self._batch, self._read(first), settings, place[1])
-        size = self._strategies[place].pass_examples
-        return torch.cat([loss(theta, part) for part in split_examples(self._batch, size)])
+        """Losses of all tokens, in batches of the same size as the derivatives."""
+        settings, first = self._job.settings[task.bases[0]], task._replace(part=0)
+        order = 2 if settings.curvature_of_all else 1
+        strategy = self._strategies.get((self._rows(first)[-1].stop, order))
+        strategy = strategy or self._strategy(self._batch, self._read(first), settings, order)
+        batches = split_examples(self._batch, strategy.pass_examples)
+        return torch.cat([self._job.checkpoints.token_loss(theta, batch) for batch in batches])
 
     def _strategy(self, batch: Batch, vectors: Tensor, settings: ProjectionSettings, order: int) -> Strategy:
-        """How to differentiate: chosen at the first checkpoint, so that it is the same whatever is done first."""
-        if (len(vectors), order) not in self._strategies:
-            checkpoints = self._work.checkpoints
-            held = len(vectors) * checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
-            self._strategies[len(vectors), order] = choose(
-                checkpoints.token_loss,
-                self._theta(self._work.steps[0], keep=False),
-                batch,
-                vectors,
-                order=order,
-                mode=settings.mode if order == 1 else "forward",
-                precision=settings.precision if order == 1 else "float32",
-                memory=max(1, self._work.memory - held),
-            )
-        return self._strategies[len(vectors), order]
+        """The way to differentiate; chosen at the first checkpoint, whatever the order of tasks."""
+        key, token_loss = (len(vectors), order), self._job.checkpoints.token_loss
+        if key not in self._strategies:
+            theta = self._theta(self._job.steps[0], keep=False)
+            memory = max(1, self._job.memory - len(vectors) * token_loss.n_parameters * token_loss.dtype.itemsize)
+            keywords = settings.differentiation(order)
+            self._strategies[key] = choose(token_loss, theta, batch, vectors, **keywords, memory=memory)
+        return self._strategies[key]
 
     def _read(self, task: ProjectionTask) -> Float[Tensor, "vector d"]:
-        """The vectors of a task, of all its bases."""
-        if self._vectors is None or self._vectors[0] != (task.bases, task.part):
-            self._vectors = None
-            checkpoints = self._work.checkpoints
-            place = {"device": checkpoints.device, "dtype": checkpoints.token_loss.dtype}
-            bases = [self._work.bases[which] for which in task.bases]
-            ranges = [range(basis.sizes["vector"])[self._stores[task.bases[0]].blocks[task.part]] for basis in bases]
-            read = [read_vectors(b, r.start, r.stop, **place) for b, r in zip(bases, ranges, strict=True)]
-            self._vectors = (task.bases, task.part), torch.cat(read) if len(read) > 1 else read[0]
+        """The vectors of a task, for all its bases one after another."""
+        key, checkpoints = (task.bases, task.part), self._job.checkpoints
+        if self._vectors is None or self._vectors[0] != key:
+            self._vectors, parts = None, []  # free the memory before reading
+            for basis in [self._job.bases[index] for index in task.bases]:
+                start, stop, _ = self._stores[task.bases[0]].blocks[task.part].indices(basis.sizes["vector"])
+                dtype = checkpoints.token_loss.dtype
+                parts.append(read_vectors(basis, start, stop, device=checkpoints.device, dtype=dtype))
+            self._vectors = key, torch.cat(parts) if len(parts) > 1 else parts[0]
         return self._vectors[1]
 
     def _rows(self, task: ProjectionTask) -> list[slice]:
-        """Which of the vectors of a task are of each of its bases."""
+        """Rows of the vectors of a task that belong to each of its bases."""
         block = self._stores[task.bases[0]].blocks[task.part]
-        sizes = [len(range(self._work.bases[which].sizes["vector"])[block]) for which in task.bases]
-        return [slice(a, b) for a, b in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+        sizes = [len(range(self._job.bases[index].sizes["vector"])[block]) for index in task.bases]
+        return [slice(start, stop) for start, stop in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
     def _theta(self, step: int, *, keep: bool = True) -> Float[Tensor, " d"]:
-        """The weights at ``step``, checked here because they also enter the movement of the step before."""
+        """The weights at ``step``, if they are finite; keeps the last two."""
         if (theta := self._thetas.get(step)) is None:
-            checkpoints = self._work.checkpoints
-            theta = checkpoints.theta(step)
+            theta = self._job.checkpoints.theta(step)
             if not torch.isfinite(theta).all():
-                raise NonFiniteProjection(
-                    f"{checkpoints.name(step)} holds weights that are not finite; end the run before it"
-                )
+                name = self._job.checkpoints.name(step)
+                raise NonFiniteProjection(f"{name} holds weights that are not finite; leave it out (setting steps)")
         if keep:
             self._thetas.pop(step, None)
             self._thetas[step] = theta
@@ -352,9 +323,9 @@ class _Session:
 
 
 _SESSIONS: dict[str, _Session] = {}
-"""What this process is at work on; one at a time."""
+"""The session of this process, by the key of its job; one at a time."""
 
 
 def forget() -> None:
-    """Let go of what this process keeps for the next task."""
+    """Free what this process keeps for its next task."""
     _SESSIONS.clear()

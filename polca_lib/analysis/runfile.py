@@ -1,4 +1,4 @@
-"""An analysis that a TOML file describes: its code and its checkpoints."""
+"""Open an analysis that a TOML file describes: import its code and find its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from polca_lib.storage.huggingface import HuggingFaceRevisions
 
 
 def open_analysis(file: str | Path | RunFile, *, verify: bool = False) -> Analysis:
-    """The analysis that a file describes; nothing is computed yet.
+    """Open the analysis that a file describes; computes nothing yet.
 
     Args:
-        file: path of a TOML file, or what was read of it, see :class:`polca_lib.analysis.settings.RunFile`.
+        file: path of a TOML file, or its content, see :class:`polca_lib.analysis.settings.RunFile`.
         verify: see :class:`polca_lib.analysis.stages.Analysis`.
 
     Raises:
-        FileNotFoundError, ValueError: of the file.
-        ImportError: the module that it names can't be imported.
-        TypeError: its function returns something else than a subject.
+        FileNotFoundError, ValueError: the file is missing or wrong.
+        ImportError: its module can't be imported.
+        TypeError: its function does not return a subject.
     """
-    about = file if isinstance(file, RunFile) else RunFile.read(Path(file))
-    subject = _subject(about.code, about.file.parent)
+    run_file = file if isinstance(file, RunFile) else RunFile.read(Path(file))
+    subject = _subject(run_file.code, run_file.file.parent)
     return Analysis(
-        about.results,
-        _checkpoints(about, TokenLoss(subject.model, subject.loss)),
+        run_file.results,
+        _checkpoints(run_file, TokenLoss(subject.model, subject.loss)),
         subject.validation,
         hessian=subject.hessian,
         tokens=subject.tokens,
         hessian_loss=subject.hessian_loss,
-        settings=about.settings,
-        code=[str(about.file.parent)],
+        settings=run_file.settings,
+        code=[str(run_file.file.parent)],
         verify=verify,
     )
 
@@ -44,36 +44,36 @@ def open_analysis(file: str | Path | RunFile, *, verify: bool = False) -> Analys
 def _subject(code: Code, folder: Path) -> Subject:
     """Call the function that a file names."""
     module, _, name = code.setup.partition(":")
+    # Import the module beside the file, even if one of the same name was imported from another folder.
+    path, loaded = folder / f"{module.replace('.', '/')}.py", sys.modules.get(module)
+    if loaded is not None and path.exists() and Path(loaded.__file__ or "") != path:
+        del sys.modules[module]
+        sys.path[:] = [entry for entry in sys.path if entry != str(folder)]
     if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    beside, loaded = folder / f"{module.replace('.', '/')}.py", sys.modules.get(module)
-    if beside.exists() and loaded is not None and Path(loaded.__file__ or "") != beside:
-        del sys.modules[module]  # of another run, with a module of the same name
-        sys.path.remove(str(folder))
         sys.path.insert(0, str(folder))
     try:
         function = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        if (error.name or "").startswith("polca_lib."):  # an address of version 0.1
+        if (error.name or "").startswith("polca_lib."):  # code for version 0.1
             error.msg += "; since version 0.2 names such as Subject and TokenLoss come from polca_lib itself"
         raise ImportError(
-            f"code.setup = {code.setup!r}: {error}; allowed: a module beside {folder} or installed, and its function"
+            f"code.setup = {code.setup!r}: {error}; allowed: a function of an installed module or a module in {folder}"
         ) from error
     except AttributeError:
-        raise ValueError(f"code.setup = {code.setup!r}, but module {module!r} has no {name!r}") from None
+        raise ValueError(f"code.setup = {code.setup!r}, but module {module!r} has no {name!r}; correct it") from None
     subject = function(**code.arguments)
     if not isinstance(subject, Subject):
         raise TypeError(f"code.setup = {code.setup!r} returns {type(subject).__name__}; allowed: polca_lib.Subject")
     return subject
 
 
-def _checkpoints(about: RunFile, loss: TokenLoss) -> Checkpoints:
-    """The checkpoints that a file tells of."""
-    source, device = about.checkpoints, about.device
-    local = about.file.parent / source.path
+def _checkpoints(run_file: RunFile, loss: TokenLoss) -> Checkpoints:
+    """The checkpoints that a file names."""
+    source, device = run_file.checkpoints, run_file.device
+    path = run_file.file.parent / source.path
     if source.kind == "safetensors":
-        return SafetensorsFolder(local, loss, device, pattern=source.pattern)
+        return SafetensorsFolder(path, loss, device, pattern=source.pattern)
     if source.kind == "state_dict":
-        return StateDictFolder(local, loss, device, pattern=source.pattern, key=source.key)
-    repo = str(local) if local.is_dir() else source.path
+        return StateDictFolder(path, loss, device, pattern=source.pattern, key=source.key)
+    repo = str(path) if path.is_dir() else source.path
     return HuggingFaceRevisions(repo, loss, device, revisions=source.revisions, keep=source.keep, stage=source.stage)

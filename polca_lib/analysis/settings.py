@@ -1,6 +1,6 @@
-"""Settings of an analysis of somebody's own training run, in Python or in a TOML file.
+"""Settings of an analysis of any training run, in Python or in a TOML file.
 
-A file can't run code, except by naming a module and a function of it, under ``code.setup``.
+A file can only run code by naming a function under ``code.setup``.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 
 class ProjectionSettings(Section):
-    """What is measured at every checkpoint."""
+    """Quantities to measure at each checkpoint."""
 
-    curvature: bool = Field(False, description="also b^T H(x) b, which orders 'second' and 'exact' need")
+    curvature: bool = Field(False, description="measure b^T H(x) b, which orders 'second' and 'exact' need")
     curvature_examples: int | None = Field(
-        None, ge=1, description="examples it is measured on; all if not given. A sample is enough for 'second'"
+        None, ge=1, description="examples to measure curvature on; all if not given; a sample is enough for 'second'"
     )
-    mode: Mode = Field("auto", description="of differentiation; 'auto' takes the one with fewer operations")
-    precision: Precision = Field("float32", description="of the operands of products with the basis")
+    mode: Mode = Field("auto", description="mode of differentiation; 'auto' picks the one with fewer operations")
+    precision: Precision = Field("float32", description="precision of the operands in products with the basis")
     inside_loss: bool = Field(
-        True, description="also the loss after the movement inside the basis; takes all vectors at each checkpoint"
+        True, description="measure the loss after the movement inside the basis; reads all vectors at each checkpoint"
     )
 
     @property
     def curvature_of_all(self) -> bool:
-        """Whether curvature is measured on all tokens; gradients are then by-products of the same forward mode."""
+        """Whether to measure curvature on all tokens; the same pass in forward mode then gives the gradients."""
         return self.curvature and self.curvature_examples is None
+
+    def differentiation(self, order: int) -> dict[str, Any]:
+        """Keywords of :func:`polca_lib.derivatives.strategy.choose`; second derivatives need forward mode."""
+        return {"order": order, "mode": self.mode if order == 1 else "forward", "precision": self.precision}
 
     @model_validator(mode="after")
     def _mode_gives_curvature(self) -> Self:
@@ -50,13 +54,13 @@ class ProjectionSettings(Section):
 
 
 class AnalysisSettings(Section):
-    """All that an analysis can be told; the defaults need nothing."""
+    """Settings of an analysis; the defaults work for any run."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     memory: int | None = Field(
-        None, gt=0, description="bytes each worker may take; half of what the device has free if not given"
+        None, gt=0, description="bytes for each worker; half of the free memory of the device if not given"
     )
-    threads: int | None = Field(None, gt=0, description="of torch, for each worker; torch's own number if not given")
+    threads: int | None = Field(None, gt=0, description="torch threads of each worker; torch's default if not given")
     steps: tuple[int, ...] | None = Field(None, description="checkpoints to use; all if not given")
     basis: BasisSettings = BasisSettings()
     projection: ProjectionSettings = ProjectionSettings()
@@ -81,31 +85,32 @@ class AnalysisSettings(Section):
             )
         if order == "exact" and not projection.curvature_of_all:
             raise ValueError(
-                "clustering.order = 'exact' needs the curvature of all tokens; leave projection.curvature_examples out"
+                "clustering.order = 'exact' needs the curvature of all tokens; remove projection.curvature_examples"
             )
         return self
 
     def chosen(self, available: Sequence[int]) -> list[int]:
         """Steps of the checkpoints to use, in training order.
 
+        Args:
+            available: steps that have a checkpoint, in training order.
+
         Raises:
-            ValueError: a step without a checkpoint, or fewer than two.
+            ValueError: a step has no checkpoint, or there are fewer than two steps.
         """
         steps = list(available) if self.steps is None else sorted(set(self.steps))
         if missing := [step for step in steps if step not in set(available)]:
             raise ValueError(f"steps names {missing[0]}, which has no checkpoint; allowed: {few(available)}")
         if len(steps) < 2:
-            raise ValueError(f"steps gives {len(steps)} checkpoints; allowed: 2 or more, for there must be a change")
+            raise ValueError(f"steps gives {len(steps)} checkpoints; allowed: 2 or more, to measure a change")
         return steps
 
 
 class Code(Section):
-    """The one place where a file names code."""
+    """The function that returns model, loss and data."""
 
-    setup: str = Field(
-        description="module:function, which returns a polca_lib.Subject; looked for beside the file first"
-    )
-    arguments: dict[str, Any] = Field({}, description="keywords for the function")
+    setup: str = Field(description="module:function that returns a polca_lib.Subject; modules beside the file go first")
+    arguments: dict[str, Any] = Field({}, description="keyword arguments of the function")
 
     @field_validator("setup")
     @classmethod
@@ -116,19 +121,19 @@ class Code(Section):
 
 
 class Source(Section):
-    """Where the checkpoints are; paths are relative to the file."""
+    """Location of the checkpoints; paths are relative to the file."""
 
     kind: Literal["safetensors", "state_dict", "huggingface"]
-    path: str = Field(description="a folder; or a repository of the Hugging Face hub, such as EleutherAI/pythia-70m")
-    pattern: str | None = Field(None, description="regular expression whose one group is the step, in file names")
-    key: str | None = Field(None, description="under which a state_dict lies in its file; found if usual")
-    revisions: tuple[str, ...] | None = Field(None, description="of the hub; all that name a step if not given")
-    stage: str | None = Field(None, description="of training, where revisions name several")
-    keep: bool = Field(True, description="what was downloaded; else it is dropped after use")
+    path: str = Field(description="a folder, or a repository on the Hugging Face hub such as EleutherAI/pythia-70m")
+    pattern: str | None = Field(None, description="regular expression for file names, with one group: the step")
+    key: str | None = Field(None, description="key of the state_dict in its file; common keys are found without it")
+    revisions: tuple[str, ...] | None = Field(None, description="revisions to use; all that name a step if not given")
+    stage: str | None = Field(None, description="training stage, if revisions name several")
+    keep: bool = Field(True, description="keep downloaded files after use")
 
 
 class EngineSettings(Section):
-    """Who carries out the tasks."""
+    """Where tasks run."""
 
     name: EngineName = "in-process"
     workers: int | None = Field(None, gt=0)
@@ -138,14 +143,12 @@ class EngineSettings(Section):
 class RunFile(AnalysisSettings):
     """A TOML file for the command ``polca``."""
 
-    folder: str = Field(description="of results: a path, relative to the file, or a URL that fsspec knows")
+    folder: str = Field(description="folder of results: a path relative to the file, or a URL that fsspec supports")
     title: str = "POLCA"
     device: str = "cpu"
     code: Code
     checkpoints: Source
-    beside: tuple[BasisKind, ...] = Field(
-        (), description="other bases, such as random, that are projected in the same pass and clustered, as controls"
-    )
+    beside: tuple[BasisKind, ...] = Field((), description="control bases, such as random, to project in the same pass")
     engine: EngineSettings = EngineSettings()
     _file: Path = PrivateAttr(default=Path("polca.toml"))
 
@@ -154,26 +157,30 @@ class RunFile(AnalysisSettings):
         """Read and check a file.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is no TOML, or a setting is missing, unknown or not allowed; all of them are named.
+            FileNotFoundError: the file is missing.
+            ValueError: it is not TOML, or settings are missing, unknown or not allowed; the message names all of them.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; polca init writes one to begin with")
+            raise FileNotFoundError(f"{path} is missing; polca init writes an example")
         try:
             settings = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no TOML: {error}") from None
+            raise ValueError(f"{path} is not valid TOML: {error}; correct the syntax") from None
         try:
-            about = cls.model_validate(settings)
+            run_file = cls.model_validate(settings)
         except ValidationError as error:
-            told = [f"{'.'.join(map(str, one['loc'])) or 'settings'}: {_told(one)}" for one in error.errors()]
-            raise ValueError(f"{path} has settings that are not allowed:\n  " + "\n  ".join(told)) from None
-        about._file = path.resolve()
-        return about
+            lines = [f"{path} has settings that are not allowed:"]
+            for problem in error.errors():
+                name, given = ".".join(map(str, problem["loc"])) or "settings", problem["input"]
+                shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+                lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+            raise ValueError("\n".join(lines)) from None
+        run_file._file = path.resolve()
+        return run_file
 
     @property
     def file(self) -> Path:
-        """Where it was read."""
+        """Path of the file."""
         return self._file
 
     @property
@@ -183,11 +190,5 @@ class RunFile(AnalysisSettings):
 
     @property
     def settings(self) -> AnalysisSettings:
-        """Those that :class:`polca_lib.analysis.stages.Analysis` takes."""
+        """The settings of :class:`polca_lib.analysis.stages.Analysis`."""
         return AnalysisSettings.model_validate({name: getattr(self, name) for name in AnalysisSettings.model_fields})
-
-
-def _told(error: Any) -> str:
-    given = error["input"]
-    shown = "" if isinstance(given, dict) else f" (given: {given!r})"
-    return error["msg"].removeprefix("Value error, ") + shown

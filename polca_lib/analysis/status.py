@@ -1,4 +1,4 @@
-"""What is done and what is missing in a folder of results, from its files alone."""
+"""Show what is done and what is missing in a folder of results, from its files alone."""
 
 from __future__ import annotations
 
@@ -13,43 +13,40 @@ from polca_lib.storage.artefacts import FORMAT_VERSION, Artefact
 from polca_lib.storage.pieces import PieceStore, is_begun
 
 FILES = {"basis": "basis.zarr", "projection": "projections.zarr", "clusters": "clusters.zarr"}
-"""Where the pieces of each stage of an analysis are."""
+"""Name of the store of each stage."""
 
-_SHOWN = 5  # missing pieces that are named
+_SHOWN = 5  # missing pieces to name
 
 
 def status(folder: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
-    """What is done and what is missing; nothing is changed.
+    """State of each stage in a folder of results; changes nothing.
 
     Args:
-        folder: of results.
-        verify: read all pieces that are done, and check them.
+        folder: folder of results.
+        verify: read and check all pieces that are done.
 
     Returns:
-        For each stage kept: ``stage``, ``folder``, ``problem`` (none if it can be read) and, if known,
-        ``format_version``, ``commit``, ``seconds`` of work, ``done`` and ``pieces`` (how many), ``missing`` (the first
-        few of them, as text), ``damaged`` (files, if they were checked).
+        For each stage ``stage``, ``folder``, ``problem`` (None if it can be read) and, if known, ``format_version``,
+        ``commit``, ``seconds`` of work, ``done`` and ``pieces`` (counts), ``missing`` (the first few as text) and
+        ``damaged`` (files, with ``verify``).
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder is missing.
     """
     folder = UPath(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"{folder} is missing; polca run makes it")
-    order = list(FILES)
-    rows = [_status(file.parent, verify) for file in folder.glob("*/manifest.json")]
-    return sorted(rows, key=lambda row: (order.index(row["stage"]) if row["stage"] in order else -1, row["folder"]))
+        raise FileNotFoundError(f"{folder} is missing; start it with polca run")
+    order = {stage: index for index, stage in enumerate(FILES)}
+    rows = [_status(manifest.parent, verify) for manifest in folder.glob("*/manifest.json")]
+    return sorted(rows, key=lambda row: (order.get(row["stage"], -1), row["folder"]))
 
 
 def as_table(folder: str | Path, rows: Sequence[dict[str, Any]]) -> str:
-    """The same as text."""
+    """The rows of :func:`status` as text."""
     lines = [f"{folder}: {len(rows)} stages begun"]
     for row in rows:
-        if row["pieces"] is None:
-            state = "not begun"
-        else:
-            state = f"{row['done']} of {row['pieces']} pieces, {row['seconds']:.0f} s of work"
-        lines.append(f"  {row['stage']:<11}{row['folder']:<26}{state}")
+        state = f"{row['done']} of {row['pieces']} pieces, {row['seconds']:.0f} s of work"
+        lines.append(f"  {row['stage']:<11}{row['folder']:<26}{'not begun' if row['pieces'] is None else state}")
         if row["missing"]:
             more = row["pieces"] - row["done"] - len(row["missing"])
             lines.append(f"  {'':<11}missing: {'; '.join(row['missing'])}" + (f"; and {more} more" if more else ""))
@@ -60,25 +57,26 @@ def as_table(folder: str | Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _status(path: Path, verify: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"stage": path.name.rpartition("-")[0], "folder": path.name, "problem": None}
-    found |= {"format_version": None, "commit": None, "seconds": 0.0, "done": 0, "pieces": None}
-    found |= {"missing": [], "damaged": []}
+    """State of one stage; an unreadable stage has a problem."""
+    row: dict[str, Any] = {"stage": path.name.rpartition("-")[0], "folder": path.name, "problem": None}
+    row |= {"format_version": None, "commit": None, "seconds": 0.0, "done": 0, "pieces": None}
+    row |= {"missing": [], "damaged": []}
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        found |= {"format_version": manifest["format_version"], "commit": manifest["software"]["commit"]}
-        if manifest["format_version"] != FORMAT_VERSION:
-            older = f"format {manifest['format_version']}, not {FORMAT_VERSION}; this version leaves it as it is"
-            return found | {"problem": older}
-        store = path / FILES[manifest["stage"]]
-        found |= {"seconds": Artefact(path, "").seconds}
-        if is_begun(store):
-            opened = PieceStore.open(store)
-            missing = opened.missing()
-            found |= {"done": opened.pieces - len(missing), "pieces": opened.pieces}
-            found["missing"] = [opened.describe(piece) for piece in missing[:_SHOWN]]
-            if verify:
-                found["damaged"] = [str(file) for files in opened.damaged().values() for file in files]
-                found["problem"] = "damaged pieces; polca run makes them anew" if found["damaged"] else None
+        version = manifest["format_version"]
+        row |= {"format_version": version, "commit": manifest["software"]["commit"]}
+        if version != FORMAT_VERSION:
+            return row | {"problem": f"format {version}, not {FORMAT_VERSION}; this version does not change it"}
+        file = path / FILES[manifest["stage"]]
+        row["seconds"] = Artefact(path, "").seconds
+        if is_begun(file):
+            store = PieceStore.open(file)
+            missing = store.missing()
+            row |= {"done": store.pieces - len(missing), "pieces": store.pieces}
+            row["missing"] = [store.describe(piece) for piece in missing[:_SHOWN]]
+            if verify and (damaged := store.damaged()):
+                row["damaged"] = [str(file) for files in damaged.values() for file in files]
+                row["problem"] = "damaged pieces; recompute them with polca run"
     except (ValueError, KeyError, TypeError, OSError) as error:
-        found["problem"] = f"{type(error).__name__}: {error}"
-    return found
+        row["problem"] = f"{type(error).__name__}: {error}"
+    return row

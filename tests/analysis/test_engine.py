@@ -159,7 +159,7 @@ def test_function_travels_with_the_folder_its_module_is_in(tmp_path):
     ("settings", "told"),
     [
         ({"name": "slurm"}, r"engine = 'slurm' is unknown; allowed: in-process, processes, dask, ray"),
-        ({"name": "processes", "address": "tcp://x:1"}, r"address = 'tcp://x:1' is of no use to engine = 'processes'"),
+        ({"name": "processes", "address": "tcp://x:1"}, r"'tcp://x:1' can't be used with engine = 'processes'"),
         ({"name": "dask", "workers": 0}, r"workers = 0; allowed: 1 or more"),
     ],
 )

@@ -44,7 +44,7 @@ def test_folder_of_results_may_be_a_url(tmp_path):
         (FILE.replace("[code]", "[kode]"), r"(?s)code: Field required.*kode: Extra inputs"),
         ('memory = "lots"\n' + FILE, r"memory = 'lots'; allowed: a number of bytes, or text such as '8 GiB'"),
         (FILE + "[clustering]\norder = 'second'\n", r"clustering\.order = 'second' needs projection\.curvature = true"),
-        (FILE + "x = = 1", r"polca\.toml is no TOML: "),
+        (FILE + "x = = 1", r"polca\.toml is not valid TOML: "),
     ],
 )
 def test_file_that_is_wrong_is_refused_with_every_field_named(tmp_path, text, told):

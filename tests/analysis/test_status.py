@@ -50,7 +50,7 @@ def test_status_finds_damage_if_asked(folder):
     assert status(folder)[1]["damaged"] == []
     damaged = status(folder, verify=True)[1]
     assert damaged["damaged"] == [str(file)]
-    assert "polca run makes them anew" in damaged["problem"]
+    assert "recompute them with polca run" in damaged["problem"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A small GPT on generated English.
 
-`python my_run.py` trains it, in about a minute, and keeps its weights in checkpoints/. `polca run` then asks
-`setup` for the model, its loss and the data. Put your own in their place.
+`python my_run.py` trains it in about a minute and saves checkpoints in checkpoints/. `polca run` then calls `setup` for
+model, loss and data. Replace them with your own.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ CONTEXT, WIDTH, STEPS, EVERY = 32, 64, 600, 20
 
 
 class Block(nn.Module):
-    """Attention and a small network, each added to what comes in."""
+    """Residual attention and a residual MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Two blocks over embedded tokens and positions."""
+    """A transformer with two blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class GPT(nn.Module):
 
 
 def loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """The loss of every token but the first of its window, one after another, in nats."""
+    """Loss of each token except the first of its window, in nats: (window * token,)."""
     logits = model(windows[:, :-1])
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
 
 
 def text(seed: int, n: int) -> Tensor:
-    """``n`` windows of text, the documents one after another."""
+    """``n`` windows of concatenated documents: (window, token)."""
     rng, words = np.random.default_rng(seed), []
     while len(words) < n * CONTEXT:
         words += list(document(rng).ids)
@@ -62,20 +62,16 @@ def text(seed: int, n: int) -> Tensor:
 
 
 def setup() -> Subject:
-    """What `polca` needs to know; the weights come from the checkpoints."""
+    """Model, loss and data for `polca`; it reads the weights from the checkpoints."""
     validation = text(seed=1, n=100)
-    tokens = pd.DataFrame(
-        {
-            "text": [VOCABULARY[word] for word in validation[:, 1:].flatten()],
-            "example": np.repeat(np.arange(100), CONTEXT - 1),
-            "position": np.tile(np.arange(1, CONTEXT), 100),
-        }
-    )
+    tokens = pd.DataFrame({"text": [VOCABULARY[word] for word in validation[:, 1:].flatten()]})
+    tokens["example"] = np.repeat(np.arange(100), CONTEXT - 1)
+    tokens["position"] = np.tile(np.arange(1, CONTEXT), 100)
     return Subject(GPT().eval(), loss, validation, hessian=text(seed=2, n=50), tokens=tokens)
 
 
 def train() -> None:
-    """Train, and keep the weights every few steps."""
+    """Train, and save a checkpoint every ``EVERY`` steps."""
     torch.manual_seed(0)
     model, windows = GPT(), text(seed=3, n=64 * STEPS // 10)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
