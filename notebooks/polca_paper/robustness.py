@@ -196,7 +196,7 @@ def _place_share(labels: xr.DataArray, vector: int, cluster: int) -> float:
 def hessian_sample(study: Study) -> pd.DataFrame:
     """The top eigenvector at a few checkpoints from samples of several sizes, against the largest of them."""
     run = study.run
-    checkpoints, settings = run.checkpoints, run.settings.basis
+    checkpoints, basis = run.checkpoints, run.settings.basis
     largest = max(run.settings.data.hessian_examples, RunSettings.from_preset("paper").data.hessian_examples // 2)
     settings = run.settings.model_copy(
         update={"data": run.settings.data.model_copy(update={"hessian_examples": 2 * largest})}
@@ -219,9 +219,9 @@ def hessian_sample(study: Study) -> pd.DataFrame:
                 operator,
                 start,
                 1,
-                which=settings.which,
-                tolerance=settings.tolerance,
-                max_products=settings.max_products,
+                which=basis.which,
+                tolerance=basis.tolerance,
+                max_products=basis.max_products,
             )
         reference = found.pop("reference")
         for n, pairs in found.items():
