@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from polca_lib.tasks.models import build_model
 from polca_lib.tasks.settings import RunSettings
 from polca_paper.homogeneity import CARRY_PLACES
 from polca_paper.saved_study import SavedStudy
@@ -57,11 +58,11 @@ class Claim:
     tolerance: float = TOLERANCE
     larger_is_stronger: bool | None = None  # None: neither direction is
 
-    def judge(self, kept: SavedStudy) -> str:
+    def judge(self, study: SavedStudy) -> str:
         """The verdict on one study."""
         try:
-            ours = self.measure(kept)
-            holds = self.sentence.holds and self.sentence.holds(kept)
+            ours = self.measure(study)
+            holds = self.sentence.holds and self.sentence.holds(study)
         except DoesNotApply:
             return "does not apply"
         except NotRun:
@@ -90,29 +91,29 @@ def verdict(
     return "partly" if holds or matches else "not reproduced"
 
 
-def _table(kept: SavedStudy, name: str, **where: object) -> pd.DataFrame:
+def _table(study: SavedStudy, name: str, **where: object) -> pd.DataFrame:
     """Rows of a table, of the scaling that the study is judged at if there are several.
 
     Raises:
         NotRun: there are none.
     """
-    if not kept.has(name):
-        raise NotRun(f"study {kept.name} has no table {name}")
-    rows = kept.table(name)
+    if not study.has(name):
+        raise NotRun(f"study {study.name} has no table {name}")
+    rows = study.table(name)
     if "scaling" in rows:
-        rows = rows[rows["scaling"] == kept.scaling]
+        rows = rows[rows["scaling"] == study.scaling]
     for column, value in where.items():
         rows = rows[rows[column] == value]
     if rows.empty:
-        raise NotRun(f"study {kept.name} has no {where} in table {name}")
+        raise NotRun(f"study {study.name} has no {where} in table {name}")
     return rows
 
 
 def _strategy(name: str, column: str = "homogeneity_v3_1") -> Measure:
-    def measure(kept: SavedStudy) -> float:
-        if kept.scaling == "unit" and name in ("Fisher", "change in loss"):
+    def measure(study: SavedStudy) -> float:
+        if study.scaling == "unit" and name in ("Fisher", "change in loss"):
             raise DoesNotApply(f"{name} is a rate, and has no final value to be scaled by")
-        return float(_table(kept, "strategies", trajectory=name)[column].iloc[0])
+        return float(_table(study, "strategies", trajectory=name)[column].iloc[0])
 
     return measure
 
@@ -120,67 +121,65 @@ def _strategy(name: str, column: str = "homogeneity_v3_1") -> Measure:
 def _basis(kind: str, column: str, beside: str = "hessian") -> Measure:
     """On curves of the paper's order, or else of the first order, whichever the basis ``beside`` it has, too."""
 
-    def measure(kept: SavedStudy) -> float:
-        ours, theirs = (_table(kept, "bases", basis=name).set_index("order")[column] for name in (kind, beside))
+    def measure(study: SavedStudy) -> float:
+        ours, theirs = (_table(study, "bases", basis=name).set_index("order")[column] for name in (kind, beside))
         for order in ("second", "first"):
             if order in ours and order in theirs:
                 return float(ours[order])
-        raise NotRun(f"study {kept.name} has no order on both {kind} and {beside}")
+        raise NotRun(f"study {study.name} has no order on both {kind} and {beside}")
 
     return measure
 
 
 def _finest(name: str, column: str, **where: object) -> Measure:
     """A value of a table at the finest cadence."""
-    return lambda kept: float(_table(kept, name, **where).sort_values("cadence")[column].iloc[0])
+    return lambda study: float(_table(study, name, **where).sort_values("cadence")[column].iloc[0])
 
 
 def _term(column: str) -> Measure:
-    return lambda kept: float(_table(kept, "second_order_term", term="second")[column].iloc[0])
+    return lambda study: float(_table(study, "second_order_term", term="second")[column].iloc[0])
 
 
-def _dropped(kept: SavedStudy) -> float:
-    return float(_strategy("POLCA second", "dropped")(kept) / kept.settings.data.validation_examples / 4)
+def _dropped(study: SavedStudy) -> float:
+    return float(_strategy("POLCA second", "dropped")(study) / study.settings.data.validation_examples / 4)
 
 
-def _parameters(kept: SavedStudy) -> float:
-    model = kept.settings.model
+def _parameters(study: SavedStudy) -> float:
+    model = study.settings.model
     if model != RunSettings.from_preset("paper").model:
-        raise NotRun(f"study {kept.name} has another model than the paper's")
-    layers, d, mlp = model.n_layers, model.d_model, model.d_mlp
-    block = 4 * d * d + 4 * d + 2 * d * mlp + mlp + d + 4 * d
-    return float(layers * block + model.d_vocab * d + model.n_ctx * d + 2 * d + (d + 1) * model.d_vocab_out)
+        raise NotRun(f"study {study.name} has another model than the paper's")
+    return float(sum(p.numel() for p in build_model(model, 0).parameters()))
 
 
-def _tokens(kept: SavedStudy, vector: int | None) -> pd.DataFrame:
+def _tokens(study: SavedStudy, vector: int | None) -> pd.DataFrame:
     """Number of tokens by cluster and skill, of a vector by second order or, with None, of the exact loss."""
-    if vector is None and kept.scaling != "raw":
-        raise DoesNotApply(f"clusters of the exact loss are kept of raw curves, not with scaling {kept.scaling}")
-    if not kept.has_clusters:
-        raise NotRun(f"study {kept.name} keeps no clusters")
+    if vector is None and study.scaling != "raw":
+        raise DoesNotApply(f"clusters of the exact loss are kept of raw curves, not with scaling {study.scaling}")
+    if not study.has_clusters:
+        raise NotRun(f"study {study.name} keeps no clusters")
     if vector is None:
-        return kept.clusters["exact_tokens"].to_pandas()
-    counts, kind = kept.clusters["tokens"], f"second, {kept.scaling}"
+        return study.clusters["exact_tokens"].to_pandas()
+    counts, kind = study.clusters["tokens"], f"second, {study.scaling}"
     if kind not in counts["kind"] or vector not in counts["vector"]:
-        raise NotRun(f"study {kept.name} has no clusters of vector {vector} by order and scaling {kind}")
+        raise NotRun(f"study {study.name} has no clusters of vector {vector} by order and scaling {kind}")
     tokens = counts.sel(kind=kind, vector=vector).to_pandas()
     return tokens[tokens.sum(axis=1) > 0]
 
 
-def _places(kept: SavedStudy, vector: int | None) -> pd.DataFrame:
+def _places(study: SavedStudy, vector: int | None) -> pd.DataFrame:
     """Number of tokens by cluster and place."""
-    return _tokens(kept, vector).T.groupby(lambda skill: skill.split(",")[0]).sum().T
+    return _tokens(study, vector).T.groupby(lambda skill: skill.split(",")[0]).sum().T
 
 
-def _purity_of_place(kept: SavedStudy, vector: int | None) -> float:
+def _purity_of_place(study: SavedStudy, vector: int | None) -> float:
     """Share of clustered tokens that are of the most frequent place of their cluster; NaN if none is clustered."""
-    places = _places(kept, vector)
+    places = _places(study, vector)
     return float(places.max(axis=1).sum() / places.to_numpy().sum()) if len(places) else float("nan")
 
 
-def _carry_share(kept: SavedStudy, vector: int, place: str | None = None) -> float:
+def _carry_share(study: SavedStudy, vector: int, place: str | None = None) -> float:
     """Largest share of carry tokens in a cluster that counts by v3's rule; or of those of a place, in any cluster."""
-    tokens = _tokens(kept, vector)
+    tokens = _tokens(study, vector)
     carries = tokens[[skill for skill in tokens if skill.endswith(", carry")]]
     if place is None:
         counts = carries[[f"{name}, carry" for name in CARRY_PLACES]].sum(axis=1) > 0.85 * carries.sum(axis=1)
@@ -195,25 +194,25 @@ _NUMBER_ALONE = Sentence(None, "nothing beyond the number")
 
 def _more(measure: Measure, than: Measure, means: str) -> Sentence:
     """One measure is over another. What is not there, such as a cluster that v3's rule counts, stands as zero."""
-    return Sentence(lambda kept: bool(np.nan_to_num(measure(kept)) > np.nan_to_num(than(kept))), means)
+    return Sentence(lambda study: bool(np.nan_to_num(measure(study)) > np.nan_to_num(than(study))), means)
 
 
 def _over(measure: Measure, least: float, means: str) -> Sentence:
-    return Sentence(lambda kept: measure(kept) > least, means)
+    return Sentence(lambda study: measure(study) > least, means)
 
 
 def _finds_digits(vector: int | None) -> Sentence:
     means = "over 60% of clustered tokens are of the most frequent place of their cluster, of two places at least"
 
-    def holds(kept: SavedStudy) -> bool:
-        return bool(_purity_of_place(kept, vector) > 0.6 and _places(kept, vector).idxmax(axis=1).nunique() >= 2)
+    def holds(study: SavedStudy) -> bool:
+        return bool(_purity_of_place(study, vector) > 0.6 and _places(study, vector).idxmax(axis=1).nunique() >= 2)
 
     return Sentence(holds, means)
 
 
 def _no_carry_in_loss() -> Sentence:
-    def holds(kept: SavedStudy) -> bool:
-        row = _table(kept, "strategies", trajectory="exact loss").iloc[0]
+    def holds(study: SavedStudy) -> bool:
+        row = _table(study, "strategies", trajectory="exact loss").iloc[0]
         return bool(row["clusters"] > 0 and not row["homogeneity_v3_1"] > CARRY)
 
     return Sentence(holds, "there are clusters, but none, by v3's rule, of which over 80% take a carry")
@@ -222,9 +221,9 @@ def _no_carry_in_loss() -> Sentence:
 def _carry_cluster(order: str, rule: str = "v3") -> Sentence:
     """There is a cluster, by a rule, purer than the base rate, and than 95% of shuffles, in place and in digit."""
 
-    def holds(kept: SavedStudy) -> bool:
-        row = _table(kept, "strategies", trajectory=f"POLCA {order}").iloc[0]
-        tests = _table(kept, "null", order=order, rule=rule)
+    def holds(study: SavedStudy) -> bool:
+        row = _table(study, "strategies", trajectory=f"POLCA {order}").iloc[0]
+        tests = _table(study, "null", order=order, rule=rule)
         return bool(row[f"homogeneity_{rule}_1"] > row["base_rate"] and tests["p"].max() <= 0.05)
 
     return Sentence(holds, "over the base rate, and beyond chance (p <= 0.05)")
@@ -305,7 +304,7 @@ _MOVEMENT = _finest("completeness", "movement_share", basis="hessian", order="fi
 _COSINE, _L2 = (_finest("agreement", column, order="second") for column in ("cosine", "l2"))
 _SIMILAR = _over(_COSINE, 0.95, "mean cosine over 0.95")
 _SMALL = _more(_term("rms_true"), _term("rmse"), "smaller than the term itself (root mean square)")
-_SOME_DROPPED = Sentence(lambda kept: 0.25 < _dropped(kept) < 0.75, "between a quarter and three quarters")
+_SOME_DROPPED = Sentence(lambda study: 0.25 < _dropped(study) < 0.75, "between a quarter and three quarters")
 
 # fmt: off
 CLAIMS: tuple[Claim, ...] = (

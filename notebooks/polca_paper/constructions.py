@@ -13,6 +13,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
 from polca_lib.method.clustering import DROPPED, by_vector
+from polca_paper.labeling import check_length
 from polca_paper.significance import rand_indices
 
 FOLDS = 5
@@ -43,7 +44,7 @@ def construction_table(labels: xr.DataArray, construction: Sequence[str]) -> pd.
     Raises:
         ValueError: constructions that are not one per token.
     """
-    _check(labels, construction)
+    check_length(labels, construction, "construction")
     names, codes, every = np.unique(np.asarray(construction, str), return_inverse=True, return_counts=True)
     parts = []
     for vector in by_vector(labels):
@@ -110,7 +111,7 @@ def adjusted_rand(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataF
     Raises:
         ValueError: constructions that are not one per token.
     """
-    _check(labels, construction)
+    check_length(labels, construction, "construction")
     each = by_vector(labels).assign_coords(construction=("token", np.asarray(construction, str)))
     rand, rows = rand_indices(each, ["construction"])["construction"], []
     for vector in each:
@@ -197,10 +198,3 @@ def _folds(group: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
 def _recall(told: np.ndarray, construction: np.ndarray) -> pd.Series:
     right = pd.Series(told == construction).groupby(construction).mean()
     return pd.concat([right, pd.Series({"mean": right.mean()})])
-
-
-def _check(labels: xr.DataArray, construction: Sequence[str]) -> None:
-    if len(construction) != labels.sizes["token"]:
-        raise ValueError(
-            f"construction has {len(construction)} rows; allowed: {labels.sizes['token']}, one for each token of labels"
-        )

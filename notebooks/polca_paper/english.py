@@ -22,7 +22,7 @@ from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, cluster_tok
 from polca_lib.method.settings import Scaling
 from polca_lib.report.contexts import NEAREST, nearest
 from polca_lib.report.explorer import Explorer
-from polca_lib.tasks.language import CONTEXT, Language, Wikipedia
+from polca_lib.tasks.language import CONTEXT, Wikipedia
 from polca_lib.tasks.run import Run
 from polca_paper import labeling, tables
 from polca_paper.constructions import (
@@ -106,11 +106,6 @@ class LanguageStudy(Study):
         return settings
 
     @property
-    def task(self) -> Language:
-        """Of the run."""
-        return self.run.task
-
-    @property
     def by(self) -> str:
         """The coordinate that says best what a token is: its construction if that is known, else its tag."""
         return "construction" if self.run.settings.task == "grammar" else "tag"
@@ -128,16 +123,16 @@ class LanguageStudy(Study):
     @cached_property
     def notes(self) -> dict[str, str]:
         """Corpus and tagger."""
-        if not isinstance(self.task, Wikipedia):
-            return {"corpus": self.task.description, "tags": "of the grammar"}
+        if not isinstance(self.run.task, Wikipedia):
+            return {"corpus": self.run.task.description, "tags": "of the grammar"}
         meta = self.pipeline.meta
         tagger = f"spaCy pipeline {meta['lang']}_{meta['name']} {meta['version']}"
-        return {"corpus": self.task.description, "tags": tagger}
+        return {"corpus": self.run.task.description, "tags": tagger}
 
     @cached_property
     def tags(self) -> pd.DataFrame:
         """Part of speech of each token and of the three before it, ``tag``, ``tag_1``, ``tag_2``, ``tag_3``."""
-        task = self.task
+        task = self.run.task
         windows = tag_windows(task, self.pipeline) if isinstance(task, Wikipedia) else task.tags
         return preceding_tags(windows, range(CONTEXT, windows.shape[1]))
 
@@ -242,10 +237,10 @@ def contexts(study: LanguageStudy) -> pd.DataFrame:
 
     def table(kind: Kind) -> pd.DataFrame:
         near = nearest(kind.curves, kind.labels, kind.scaling)
-        near = labeling.contexts(near, study.task.texts, study.run.tokens)
-        if study.task.sources is None:
+        near = labeling.contexts(near, study.run.task.texts, study.run.tokens)
+        if study.run.task.sources is None:
             return near
-        articles = study.task.sources.iloc[study.run.tokens["example"].to_numpy()[near["token"]]]
+        articles = study.run.task.sources.iloc[study.run.tokens["example"].to_numpy()[near["token"]]]
         return near.assign(**articles.to_dict("list"))
 
     return _of_each_kind({name: study.kinds[name] for name in SHOWN}, table)
@@ -306,10 +301,10 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
     """
     what, tokens = study.what, study.run.tokens
     group = tokens["example"].to_numpy()
-    if study.task.sources is not None:
-        group = pd.factorize(study.task.sources["title"])[0][group]
+    if study.run.task.sources is not None:
+        group = pd.factorize(study.run.task.sources["title"])[0][group]
     text = tokens["text"].to_numpy()
-    pair = study.task.texts[:, CONTEXT - 1 : -1].ravel() + "|" + text
+    pair = study.run.task.texts[:, CONTEXT - 1 : -1].ravel() + "|" + text
     asked = ambiguous(text, what, group)
     told = {
         name: (majority_recall(key, what, group), majority_recall(key[asked], what[asked], group[asked]))

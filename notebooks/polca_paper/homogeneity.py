@@ -31,19 +31,20 @@ def homogeneity_table(labels: xr.DataArray) -> pd.DataFrame:
     tokens = pd.DataFrame({"tokens": 1, "hits": carry, "inside": carry & np.isin(labels["place"].values, CARRY_PLACES)})
     parts = []
     for label in labels:
-        numbers = pd.RangeIndex(1, label.values.max(initial=0) + 1, name="cluster")
+        numbers = pd.RangeIndex(1, label.values.max(initial=0) + 1)
         counts = tokens.groupby(label.values).sum().reindex(numbers, fill_value=0)
         hits, carries = counts["hits"], counts["hits"].sum()
-        table = counts[["tokens"]].assign(
-            homogeneity=hits / counts["tokens"],
-            recall=hits / max(carries, 1),
-            f1=2 * hits / (counts["tokens"] + carries).clip(lower=1),
-            in_places=counts["inside"] / hits.clip(lower=1),
-        )
-        table.insert(0, "vector", int(label["vector"]))
-        parts.append(table.reset_index())
+        table = {
+            "vector": int(label["vector"]),
+            "cluster": numbers,
+            "tokens": counts["tokens"],
+            "homogeneity": hits / counts["tokens"],
+            "recall": hits / max(carries, 1),
+            "f1": 2 * hits / (counts["tokens"] + carries).clip(lower=1),
+            "in_places": counts["inside"] / hits.clip(lower=1),
+        }
+        parts.append(pd.DataFrame(table, numbers))
     table = pd.concat(parts, ignore_index=True)
-    table.insert(0, "vector", table.pop("vector"))
     return table.assign(counts_v3=table["in_places"] > 0.85)
 
 

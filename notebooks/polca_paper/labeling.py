@@ -65,7 +65,7 @@ def label_clusters(
         ValueError: tags or texts that are not one per token, or a setting out of range.
     """
     names, codes = _encode(labels, tags, coverage, at_most)
-    _check_length(labels, texts, "texts")
+    check_length(labels, texts, "texts")
     words, word = np.unique(np.array([repr(str(text)) for text in texts], object), return_inverse=True)
     rows = []
     for vector in by_vector(labels):
@@ -167,7 +167,8 @@ def contexts(near: pd.DataFrame, texts: np.ndarray, tokens: pd.DataFrame) -> pd.
     )
 
 
-def _check_length(labels: xr.DataArray, values: Sequence[object] | pd.DataFrame, name: str) -> None:
+def check_length(labels: xr.DataArray, values: Sequence[object] | pd.DataFrame, name: str) -> None:
+    """Refuse values that are not one per token of labels."""
     n = labels.sizes["token"]
     if len(values) != n:
         raise ValueError(f"{name} has {len(values)} rows; allowed: {n}, one for each token of labels")
@@ -177,7 +178,7 @@ def _encode(
     labels: xr.DataArray, tags: pd.DataFrame, coverage: float, at_most: int
 ) -> tuple[np.ndarray, Int[np.ndarray, "position token"]]:
     """Tags in alphabetical order, and the index of the tag of each token at each position."""
-    _check_length(labels, tags, "tags")
+    check_length(labels, tags, "tags")
     if missing := [name for name in _TAGS if name not in tags]:
         raise ValueError(f"tags have no column {', '.join(missing)}; allowed: a table of tagging.preceding_tags")
     if not 0 < coverage <= 1:

@@ -146,15 +146,8 @@ def preceding_tags(tags: np.ndarray, positions: Sequence[int]) -> pd.DataFrame:
     Returns:
         A row per target, window by window: ``tag``, ``tag_1`` (of the token before), ``tag_2``, ``tag_3``; PAD before
         the start of the window.
-
-    Raises:
-        ValueError: tags of other than two dimensions, or a position outside the window.
     """
-    tags, positions = np.asarray(tags), np.asarray(positions, np.int64)
-    if tags.ndim != 2:
-        raise ValueError(f"tags have shape {tags.shape}; allowed: (window, width)")
-    if outside := [int(p) for p in positions if not 0 <= p < tags.shape[1]]:
-        raise ValueError(f"positions = {outside} are outside the window; allowed: 0 to {tags.shape[1] - 1}")
+    positions = np.asarray(positions, np.int64)
     padded = np.concatenate([np.full((len(tags), BACK), PAD), tags], axis=1)
     columns = ["tag", *(f"tag_{back}" for back in range(1, BACK + 1))]
     return pd.DataFrame({name: padded[:, positions + BACK - back].ravel() for back, name in enumerate(columns)})

@@ -39,16 +39,16 @@ PAPER_ENGLISH = {"vectors": 30, "kept": 26, "simple_label": 22, "tokens": 12_600
 _VERDICTS = ["does not apply", "not run", "reproduced", "stronger here", "partly", "not reproduced"]
 
 
-def _measured(claim: Claim, kept: SavedStudy) -> float:
+def _measured(claim: Claim, study: SavedStudy) -> float:
     try:
-        return claim.measure(kept)
+        return claim.measure(study)
     except NotRun:
         return float("nan")
 
 
-def scale_of(kept: SavedStudy) -> str:
+def scale_of(study: SavedStudy) -> str:
     """The preset, and what of the run differs from it, seed and device apart."""
-    settings = kept.settings
+    settings = study.settings
     preset = RunSettings.from_preset(settings.preset, task=settings.task)
     changes = differences(preset.model_dump(mode="json"), settings.model_dump(mode="json"))
     parts = [f"{name} = {ours}" for name, _, ours in changes if name not in ("seed", "device", "memory")]
@@ -65,22 +65,22 @@ def judge(studies: Iterable[SavedStudy], claims: Iterable[Claim] = CLAIMS) -> pd
         theirs), ``cited_for``, ``page`` and ``studies``, their names.
     """
     by_scale: dict[str, list[SavedStudy]] = {}
-    for kept in studies:
-        by_scale.setdefault(scale_of(kept), []).append(kept)
+    for study in studies:
+        by_scale.setdefault(scale_of(study), []).append(study)
     rows = []
     for claim in claims:
         for scale, group in by_scale.items():
-            values = np.array([_measured(claim, kept) for kept in group], float)
-            verdicts = [claim.judge(kept) for kept in group]
+            values = np.array([_measured(claim, study) for study in group], float)
+            verdicts = [claim.judge(study) for study in group]
             finite = values[np.isfinite(values)]
             low, ours, high = np.quantile(finite, [0, 0.5, 1]) if len(finite) else (np.nan,) * 3
             row = {"claim": claim.name, "section": claim.section, "text": claim.text, "paper": claim.paper}
             row |= {"ours": ours, "low": low, "high": high, "seeds": len(group), "preset": scale}
-            row["device"] = ", ".join(dict.fromkeys(kept.device for kept in group))
+            row["device"] = ", ".join(dict.fromkeys(study.device for study in group))
             row["verdict"] = max(_VERDICTS, key=lambda v: (verdicts.count(v), _VERDICTS.index(v)))
             row["each"] = ", ".join(f"{verdicts.count(v)} {v}" for v in _VERDICTS if v in verdicts)
             row |= {"measured": len(finite), "cited_for": claim.sentence.means, "page": claim.page}
-            rows.append({**row, "studies": ", ".join(kept.name for kept in group)})
+            rows.append({**row, "studies": ", ".join(study.name for study in group)})
     return pd.DataFrame(rows)
 
 
@@ -97,37 +97,37 @@ def first_run(*scales: pd.DataFrame) -> pd.DataFrame:
     return first
 
 
-def english_counts(kept: SavedStudy, kind: str = "POLCA second, raw") -> dict[str, object]:
+def english_counts(study: SavedStudy, kind: str = "POLCA second, raw") -> dict[str, object]:
     """Our numbers beside ``PAPER_ENGLISH``: what ``data/paper/english_counts.json`` holds.
 
     Args:
-        kept: a study of Wikipedia.
+        study: of Wikipedia.
         kind: of trajectory; the default is the paper's.
     """
-    row = kept.table("counts").set_index("kind").loc[kind]
+    row = study.table("counts").set_index("kind").loc[kind]
     names = [*PAPER_ENGLISH, "simple_by_chance", "clustered", "clusters", "outliers_mean"]
-    about = {"kind": kind, "preset": scale_of(kept), "seed": kept.settings.seed, "device": kept.device}
-    about |= {name: kept.provenance["stages"][name] for name in ("corpus", "tags")}
-    about["commit"] = kept.provenance["tables"]["counts"]["commit"]
-    return {**{name: row[name].item() for name in names}, **about, "study": kept.name, "paper": PAPER_ENGLISH}
+    about = {"kind": kind, "preset": scale_of(study), "seed": study.settings.seed, "device": study.device}
+    about |= {name: study.provenance["stages"][name] for name in ("corpus", "tags")}
+    about["commit"] = study.provenance["tables"]["counts"]["commit"]
+    return {**{name: row[name].item() for name in names}, **about, "study": study.name, "paper": PAPER_ENGLISH}
 
 
-def judge_english(kept: SavedStudy, kind: str = "POLCA second, raw") -> pd.DataFrame:
+def judge_english(study: SavedStudy, kind: str = "POLCA second, raw") -> pd.DataFrame:
     """Verdict on each claim of section 5 by one study of Wikipedia.
 
     Numbers are shares, of the vectors of the basis, of the kept ones, or of all tokens, so that a study with fewer can
     be judged; the rules are the same as for addition.
 
     Args:
-        kept: a study of Wikipedia.
+        study: of Wikipedia.
         kind: of trajectory; the default is the paper's.
 
     Returns:
         Rows ``claim``, ``paper`` and ``ours`` (NaN where the paper has no number), ``holds`` (what it is cited for, or
         the claim itself) and ``verdict``.
     """
-    row, exact = (kept.table("counts").set_index("kind").loc[name] for name in (kind, "exact loss, raw"))
-    labels, pairs = (table[table["kind"] == kind] for table in (kept.table("labels"), kept.table("mirrored")))
+    row, exact = (study.table("counts").set_index("kind").loc[name] for name in (kind, "exact loss, raw"))
+    labels, pairs = (table[table["kind"] == kind] for table in (study.table("labels"), study.table("mirrored")))
     simple = labels[labels["simple"]]
     contrast = float((simple["inside"] / simple["outside"]).median())
     newline = ((labels["label_0"] == "SPACE") & (labels["inside"] > labels["outside"])).sum()

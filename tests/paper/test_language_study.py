@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 import spacy
 import torch
@@ -185,7 +184,7 @@ def test_study_of_text_is_kept_with_every_table_and_no_path(study, tmp_path):
     assert {path.stem for path in kept.path.glob("*.csv")} == set(TABLES)
     record = (kept.path / "provenance.json").read_text()
     assert str(tmp_path.parent) not in record
-    assert kept.provenance["stages"]["corpus"] == study.task.description
+    assert kept.provenance["stages"]["corpus"] == study.run.task.description
     counts = kept.table("counts").set_index("kind")
     labels = kept.table("labels")
     for kind, row in counts.iterrows():
