@@ -181,11 +181,11 @@ def _carry_share(study: SavedStudy, vector: int, place: str | None = None) -> fl
     """Largest share of carry tokens in a cluster that counts by v3's rule; or of those of a place, in any cluster."""
     tokens = _tokens(study, vector)
     carries = tokens[[skill for skill in tokens if skill.endswith(", carry")]]
+    wanted = carries if place is None else carries[[f"{place}, carry"]]
+    shares = wanted.sum(axis=1) / tokens.sum(axis=1)
     if place is None:
-        counts = carries[[f"{name}, carry" for name in CARRY_PLACES]].sum(axis=1) > 0.85 * carries.sum(axis=1)
-        shares = (carries.sum(axis=1) / tokens.sum(axis=1))[counts]
-    else:
-        shares = carries[f"{place}, carry"] / tokens.sum(axis=1)
+        inside = carries[[skill for skill in carries if skill.split(",")[0] in CARRY_PLACES]]
+        shares = shares[inside.sum(axis=1) > 0.85 * carries.sum(axis=1)]
     return float(shares.max()) if len(shares) else float("nan")
 
 
