@@ -40,14 +40,15 @@ def run(
     with reported_errors():
         from polca_lib.analysis.stages import project_together
 
-        chosen = _run(task, preset, seed, device, overrides)
-        own = chosen.settings.projection
-        measured = own.curvature and not own.curvature_of_all  # curvature of all tokens costs a pass of its own
-        sample = own.curvature_examples if measured else None
+        first = _run(task, preset, seed, device, overrides)
+        projection = first.settings.projection
+        # Curvature of all tokens costs a pass of its own.
+        measured = projection.curvature and not projection.curvature_of_all
+        sample = projection.curvature_examples if measured else None
         kinds = [kind for kind in beside.split(",") if kind]
-        others = [chosen.on_basis(kind, curvature=measured, curvature_examples=sample) for kind in kinds]
-        project_together([chosen, *others])
-        typer.echo(chosen.provenance().to_string(header=False))
+        others = [first.on_basis(kind, curvature=measured, curvature_examples=sample) for kind in kinds]
+        project_together([first, *others])
+        typer.echo(first.provenance().to_string(header=False))
 
 
 @app.command()
@@ -73,19 +74,19 @@ def study(
 ) -> None:
     """Run a study: projections on all bases, then every table; or finish one that was stopped."""
     with reported_errors():
-        from polca_paper.language_study import LanguageStudy
+        from polca_paper.english import LanguageStudy
         from polca_paper.studies import complete
         from polca_paper.study import BASES, Study
 
-        chosen = _run(task, preset, seed, device, overrides)
-        folder = name or f"{preset.value}-{seed}"
+        first = _run(task, preset, seed, device, overrides)
+        folder = f"{preset.value}-{seed}"
         if task is Task.addition:
             sample = 16 if ablation_curvature is None else ablation_curvature
-            made = Study(chosen, tuple(bases.split(",")) if bases else BASES, sample, variants)
+            made = Study(first, tuple(bases.split(",")) if bases else BASES, sample, variants)
         else:
-            made = LanguageStudy(chosen, tuple((bases or "hessian,random").split(",")), ablation_curvature, spacy)
-            folder = name or f"{task.value}-{folder}"
-        complete(made, folder, [table for table in tables.split(",") if table])
+            made = LanguageStudy(first, tuple((bases or "hessian,random").split(",")), ablation_curvature, spacy)
+            folder = f"{task.value}-{folder}"
+        complete(made, name or folder, [table for table in tables.split(",") if table])
 
 
 @app.command()
@@ -98,10 +99,10 @@ def verdicts(
         from polca_paper.saved_study import PAPER, SavedStudy
         from polca_paper.verdicts import COLUMNS, ENGLISH, JUDGED, english_counts, judge
 
-        found = judge([SavedStudy(name) for name in studies or JUDGED])
+        table = judge([SavedStudy(name) for name in studies or JUDGED])
         counts = english_counts(SavedStudy(ENGLISH, setting="english"))
         output = output or PAPER / "verdicts.csv"
-        output.write_text(found[COLUMNS].to_csv(index=False, float_format="%.6g"))
+        output.write_text(table[COLUMNS].to_csv(index=False, float_format="%.6g"))
         output.with_name("english_counts.json").write_text(json.dumps(counts, indent=1) + "\n")
 
 

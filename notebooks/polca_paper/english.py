@@ -1,23 +1,29 @@
-"""The tables that the pages on English say their say with: labels of clusters, simple ones, known constructions.
+"""One run on text with its ablations: parts of speech, every kind of trajectory, clusters, and tables of them.
 
-Each is a function of a :class:`polca_paper.language_study.LanguageStudy`, for a run of task ``grammar`` or
-``wikipedia``.
+Runs are of task ``grammar`` or ``wikipedia``. Tables compare clusters with what the tokens are: with constructions
+where these are known, else with parts of speech.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import joblib
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from polca_lib.method import breakthroughs
+from polca_lib.method import breakthroughs, decomposition
 from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, is_decreasing, summarise_clusters
+from polca_lib.method.settings import Scaling
 from polca_lib.report.contexts import NEAREST, nearest
 from polca_lib.report.explorer import Explorer
-from polca_lib.tasks.language import CONTEXT
+from polca_lib.tasks.language import CONTEXT, Wikipedia
+from polca_lib.tasks.run import Run
 from polca_paper import labeling, tables
 from polca_paper.constructions import (
     adjusted_rand,
@@ -27,34 +33,157 @@ from polca_paper.constructions import (
     knn_recall,
     majority_recall,
 )
-from polca_paper.evidence import agreement, completeness, completeness_curves
-from polca_paper.language_study import LanguageStudy
+from polca_paper.evidence import agreement, completeness, completeness_curves, join_kinds, kept_summary
+from polca_paper.study import Study
+from polca_paper.tagging import load_pipeline, preceding_tags, tag_windows
+
+if TYPE_CHECKING:
+    import spacy
 
 SHOWN = ("POLCA second, raw", "POLCA first, unit", "exact loss, raw")
-"""Kinds of trajectory whose clusters are kept with curves and contexts."""
-
-GRID_KINDS = ("exact loss, raw", "POLCA second, raw", "POLCA first, unit")
-"""Kinds for which other settings of HDBSCAN are tried."""
+"""Kinds of trajectory whose clusters are kept with curves and contexts, and for which ``min_samples`` is varied."""
 
 COMPARED = (
-    "exact loss, raw",
-    "exact loss, unit",
-    "change in loss, raw",
-    "change in loss, zscore",
+    *("exact loss, raw", "exact loss, unit", "change in loss, raw", "change in loss, zscore"),
     *(f"POLCA {order}, {scaling}" for order in ("first", "second") for scaling in ("raw", "unit")),
     *(f"POLCA {order} on random, {scaling}" for order in ("first", "second") for scaling in ("raw", "unit")),
 )
 """Kinds that pages set side by side."""
 
 
-def losses(study: LanguageStudy) -> pd.DataFrame:
-    """Quartiles and means of the exact loss by part of speech and, where it is known, by construction."""
-    return tables.loss_quantiles(study.main["loss"], list(dict.fromkeys(["tag", study.by])))
+class Kind(NamedTuple):
+    """Trajectories of one kind, and their clusters."""
+
+    basis: str  # empty for those of the loss
+    trajectory: str
+    scaling: Scaling
+    curves: xr.DataArray  # (step, token) or (step, token, vector)
+    only_falling: bool
+    labels: xr.DataArray  # (token,) or (vector, token)
+
+    @property
+    def name(self) -> str:
+        """Trajectory and scaling, and the basis if it is not the run's own."""
+        basis = f" on {self.basis}" if self.basis not in ("", "hessian") else ""
+        return f"{self.trajectory}{basis}, {self.scaling}"
 
 
-def labels(study: LanguageStudy) -> pd.DataFrame:
-    """One row per cluster of every kind of trajectory: its label, whether that is simple, and how much it says."""
-    return study.labelled
+class LanguageStudy(Study):
+    """A run on text and its ablations, with the part of speech of every token.
+
+    Args:
+        run: of task ``grammar`` or ``wikipedia``.
+        bases: that are compared.
+        ablation_curvature: see :class:`polca_paper.study.Study`; as many examples as on the run's own basis if not
+            given.
+        pipeline: name or path of the spaCy pipeline that tags the words of Wikipedia; the environment variable
+            ``POLCA_SPACY``, or else ``en_core_web_sm``, if not given. The grammar knows its own tags.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        bases: Sequence[str] = ("hessian", "random"),
+        ablation_curvature: int | None = None,
+        pipeline: str = "",
+    ):
+        settings = run.settings
+        if settings.basis.kind != "hessian" or not settings.projection.curvature:
+            raise ValueError(
+                f"basis.kind = {settings.basis.kind!r} and projection.curvature = {settings.projection.curvature}; "
+                "allowed for the run of a study of text: 'hessian' and True; name other bases in bases"
+            )
+        measured = settings.projection.curvature_examples or settings.data.validation_examples
+        super().__init__(run, bases, measured if ablation_curvature is None else ablation_curvature, variants=False)
+        self._pipeline = pipeline or os.environ.get("POLCA_SPACY") or "en_core_web_sm"
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Everything that tables depend on; the corpus by its name, without the folder that it lies in."""
+        settings = super().settings
+        corpus = settings["run"]["corpus"]
+        corpus["source"] = Path(corpus["source"]).name
+        return settings
+
+    @property
+    def by(self) -> str:
+        """The coordinate that says best what a token is: its construction if that is known, else its tag."""
+        return "construction" if self.run.settings.task == "grammar" else "tag"
+
+    @property
+    def what(self) -> np.ndarray:
+        """What each token is."""
+        return self.main[self.by].values
+
+    @cached_property
+    def pipeline(self) -> spacy.Language:
+        """The spaCy pipeline."""
+        return load_pipeline(self._pipeline)
+
+    @cached_property
+    def notes(self) -> dict[str, str]:
+        """Corpus and tagger."""
+        if not isinstance(self.run.task, Wikipedia):
+            return {"corpus": self.run.task.description, "tags": "of the grammar"}
+        meta = self.pipeline.meta
+        tagger = f"spaCy pipeline {meta['lang']}_{meta['name']} {meta['version']}"
+        return {"corpus": self.run.task.description, "tags": tagger}
+
+    @cached_property
+    def tags(self) -> pd.DataFrame:
+        """Part of speech of each token and of the three before it, ``tag``, ``tag_1``, ``tag_2``, ``tag_3``."""
+        task = self.run.task
+        windows = tag_windows(task, self.pipeline) if isinstance(task, Wikipedia) else task.tags
+        return preceding_tags(windows, range(CONTEXT, windows.shape[1]))
+
+    @cached_property
+    def main(self) -> xr.Dataset:
+        """Projections on the run's own basis, each token with its tag."""
+        return super().main.assign_coords(tag=("token", self.tags["tag"].to_numpy(str)))
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """All kinds of trajectory with all scalings that apply, clustered, by name."""
+        loss, sources = self.main["loss"], []
+        for basis in self.bases:
+            projections = self.main if basis == self.run.settings.basis.kind else self.projections[basis].load()
+            for order in decomposition.available_orders(projections):
+                curves = decomposition.projected_loss(projections, order).assign_coords(loss.coords)
+                sources += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in ("raw", "unit")]
+        sources += [("", "exact loss", scaling, loss, True) for scaling in ("raw", "unit")]
+        change = decomposition.loss_change(self.main)
+        sources += [("", "change in loss", scaling, change, False) for scaling in ("raw", "zscore")]
+        jobs = (
+            joblib.delayed(cluster_tokens)(curves, self.clustering(scaling), only_falling=falling)
+            for _, _, scaling, curves, falling in sources
+        )
+        labels = joblib.Parallel(n_jobs=-1)(jobs)
+        kinds = [Kind(*source, clusters) for source, clusters in zip(sources, labels, strict=True)]
+        return {kind.name: kind for kind in kinds}
+
+    @cached_property
+    def labelled(self) -> pd.DataFrame:
+        """One row per cluster of every kind of trajectory: its label, how much that says, and its breakthrough."""
+        window, texts = self.run.settings.clustering.breakthrough_window, self.run.tokens["text"].tolist()
+
+        def table(kind: Kind) -> pd.DataFrame:
+            clusters = labeling.label_clusters(kind.labels, self.tags, texts)
+            return breakthroughs.mark_hidden(clusters, kind.labels, kind.curves, window, self.hidden_after)
+
+        return _of_each_kind(self.kinds, table)
+
+    def falls(self, kind: Kind) -> np.ndarray:
+        """Which vectors have a mean that falls."""
+        return is_decreasing(by_vector(kind.curves.mean("token")), self.run.settings.clustering.falls_by).values
+
+    def summary(self, kind: Kind) -> xr.Dataset:
+        """Medoids, quartiles and composition of the clusters of a kind."""
+        return summarise_clusters(kind.curves, self.main["loss"], kind.labels, kind.scaling, self.by)
+
+
+def _of_each_kind(kinds: dict[str, Kind], table: Callable[[Kind], pd.DataFrame]) -> pd.DataFrame:
+    """The same table of several kinds of trajectory, one below the other, with their names in column ``kind``."""
+    return pd.concat([table(kind).assign(kind=name) for name, kind in kinds.items()], ignore_index=True)
 
 
 def counts(study: LanguageStudy) -> pd.DataFrame:
@@ -71,35 +200,33 @@ def counts(study: LanguageStudy) -> pd.DataFrame:
     rows = []
     for name, kind in study.kinds.items():
         each = by_vector(kind.labels)
-        kept = (each != DROPPED).any("token").values
-        own = study.labelled[study.labelled["kind"] == name]
+        some = each[(each != DROPPED).any("token").values]
+        clusters = study.labelled[study.labelled["kind"] == name]
         chance = labeling.simple_by_chance(kind.labels, study.tags, seed=study.run.settings.seed)
-        mean = by_vector(kind.curves.mean("token"))
+        simple = {reading: clusters[clusters[reading]]["vector"].nunique() for reading in labeling.READINGS}
         rows.append(
             {
                 "kind": name,
                 "basis": kind.basis,
                 "trajectory": kind.trajectory,
                 "scaling": kind.scaling,
-                "vectors": each.sizes["vector"],
-                "kept": int(is_decreasing(mean, study.run.settings.clustering.falls_by).sum())
-                if kind.only_falling
-                else each.sizes["vector"],
-                "clustered": own["vector"].nunique(),
-                "simple_label": own.loc[own["simple"], "vector"].nunique(),
+                "vectors": len(each),
+                "kept": int(study.falls(kind).sum()) if kind.only_falling else len(each),
+                "clustered": clusters["vector"].nunique(),
+                "simple_label": simple["simple"],
                 "simple_by_chance": chance["simple"],
                 "simple_p": chance["simple_p"],
-                "simple_words": own.loc[own["simple_words"], "vector"].nunique(),
+                "simple_words": simple["simple_words"],
                 "simple_words_by_chance": chance["simple_words"],
                 "simple_words_p": chance["simple_words_p"],
-                "simple_all": own.loc[own["simple_all"], "vector"].nunique(),
+                "simple_all": simple["simple_all"],
                 "simple_all_by_chance": chance["simple_all"],
-                "clusters": len(own),
-                "simple_clusters": int(own["simple"].sum()),
+                "clusters": len(clusters),
+                "simple_clusters": int(clusters["simple"].sum()),
                 "tokens": each.sizes["token"],
-                "dropped_mean": float((each == DROPPED).sum("token").values[kept].mean()) if kept.any() else np.nan,
-                "outliers_mean": float((each == OUTLIER).sum("token").values[kept].mean()) if kept.any() else np.nan,
-                "hidden": own["hidden"].astype(float).mean(),
+                "dropped_mean": (some == DROPPED).sum("token").values.mean() if len(some) else np.nan,
+                "outliers_mean": (some == OUTLIER).sum("token").values.mean() if len(some) else np.nan,
+                "hidden": clusters["hidden"].astype(float).mean(),
             }
         )
     return pd.DataFrame(rows)
@@ -107,42 +234,32 @@ def counts(study: LanguageStudy) -> pd.DataFrame:
 
 def contexts(study: LanguageStudy) -> pd.DataFrame:
     """The tokens nearest the medoid of each cluster, in context, of the kinds in ``SHOWN``."""
-    parts = []
-    about = study.task.sources
-    for name in SHOWN:
-        kind = study.kinds[name]
+
+    def table(kind: Kind) -> pd.DataFrame:
         near = nearest(kind.curves, kind.labels, kind.scaling)
-        found = labeling.contexts(near, study.task.texts, study.run.tokens)
-        if about is not None:
-            found = found.assign(**about.iloc[study.run.tokens["example"].to_numpy()[found["token"]]].to_dict("list"))
-        parts.append(found.assign(kind=name))
-    return pd.concat(parts, ignore_index=True)
+        near = labeling.contexts(near, study.run.task.texts, study.run.tokens)
+        if study.run.task.sources is None:
+            return near
+        articles = study.run.task.sources.iloc[study.run.tokens["example"].to_numpy()[near["token"]]]
+        return near.assign(**articles.to_dict("list"))
+
+    return _of_each_kind({name: study.kinds[name] for name in SHOWN}, table)
 
 
 def mirrored(study: LanguageStudy) -> pd.DataFrame:
     """Pairs of clusters of one vector that move against each other, of every kind of projected loss."""
-    parts = []
-    for name, kind in study.kinds.items():
-        if kind.basis:
-            summary = summarise_clusters(kind.curves, study.main["loss"], kind.labels, kind.scaling, study.by)
-            parts.append(breakthroughs.mirrored(summary["median"]).assign(kind=name))
-    return pd.concat(parts, ignore_index=True)
+    projected = {name: kind for name, kind in study.kinds.items() if kind.basis}
+    return _of_each_kind(projected, lambda kind: breakthroughs.mirrored(study.summary(kind)["median"]))
 
 
 def constructions(study: LanguageStudy) -> pd.DataFrame:
     """The best cluster for each known construction (or part of speech), by kind of trajectory."""
-    what = study.main[study.by].values
-    parts = [
-        best_clusters(construction_table(kind.labels, what)).assign(kind=name) for name, kind in study.kinds.items()
-    ]
-    return pd.concat(parts, ignore_index=True)
+    return _of_each_kind(study.kinds, lambda kind: best_clusters(construction_table(kind.labels, study.what)))
 
 
 def rand(study: LanguageStudy) -> pd.DataFrame:
     """Agreement of the clusters of each vector with known constructions (or parts of speech)."""
-    what = study.main[study.by].values
-    parts = [adjusted_rand(kind.labels, what).assign(kind=name) for name, kind in study.kinds.items()]
-    return pd.concat(parts, ignore_index=True)
+    return _of_each_kind(study.kinds, lambda kind: adjusted_rand(kind.labels, study.what))
 
 
 def grid(study: LanguageStudy) -> pd.DataFrame:
@@ -151,15 +268,14 @@ def grid(study: LanguageStudy) -> pd.DataFrame:
     Rows ``kind`` and ``min_samples_divisor``: ``clustered`` vectors, ``clusters``; means over constructions (or parts
     of speech) but padding of the largest ``f1_all`` of a cluster and of the largest homogeneity, ``purest``.
     """
-    what, rows = study.main[study.by].values, []
-    for name in GRID_KINDS:
-        kind = study.kinds[name]
+    rows = []
+    for name in sorted(SHOWN, reverse=True):  # the exact loss first
+        kind, curves = study.kinds[name], by_vector(study.kinds[name].curves)
         for divisor in (15, 60, 240):
             settings = study.clustering(kind.scaling).model_copy(update={"min_samples_divisor": divisor})
-            each = by_vector(kind.labels)["vector"].values
-            jobs = (joblib.delayed(cluster_tokens)(by_vector(kind.curves).sel(vector=[v]), settings) for v in each)
+            jobs = (joblib.delayed(cluster_tokens)(curves[[i]], settings) for i in range(len(curves)))
             labels = xr.concat(joblib.Parallel(n_jobs=-1)(jobs), dim="vector", coords="different", compat="equals")
-            best = best_clusters(construction_table(labels, what)).set_index("construction")
+            best = best_clusters(construction_table(labels, study.what)).set_index("construction")
             best = best.drop(index=["padding", "PAD"], errors="ignore")
             rows.append(
                 {
@@ -177,18 +293,18 @@ def grid(study: LanguageStudy) -> pd.DataFrame:
 def neighbours(study: LanguageStudy) -> pd.DataFrame:
     """How well known constructions (or parts of speech) can be told from nearest trajectories, without any clustering.
 
-    Rows ``kind``, ``construction``, ``recall``, and ``recall_like``, where only tokens of the same text vote and only
-    such are asked that have more than one construction, see :func:`polca_paper.constructions.knn_recall`; of
-    projected losses all vectors are taken together. Beside the kinds of trajectory stand ``token``, for which tokens of
-    the same text vote, whatever their curves, and ``token and the one before``; the same tokens are asked of all.
-    Groups are articles, or windows.
+    Rows ``kind``, ``construction``; ``recall``, and ``recall_like``, where only tokens of the same text vote and only
+    tokens are asked whose text has more than one construction, see :func:`polca_paper.constructions.knn_recall`. All
+    vectors of projected losses are taken together. Two kinds stand beside the trajectories: ``token``, for which tokens
+    of the same text vote, whatever their curves, and ``token and the one before``. All kinds are asked of the same
+    tokens. Groups are articles, or windows.
     """
-    what, tokens = study.main[study.by].values, study.run.tokens
+    what, tokens = study.what, study.run.tokens
     group = tokens["example"].to_numpy()
-    if (sources := study.task.sources) is not None:
-        group = pd.factorize(sources["title"])[0][group]
+    if study.run.task.sources is not None:
+        group = pd.factorize(study.run.task.sources["title"])[0][group]
     text = tokens["text"].to_numpy()
-    pair = study.task.texts[:, CONTEXT - 1 : -1].ravel() + "|" + text
+    pair = study.run.task.texts[:, CONTEXT - 1 : -1].ravel() + "|" + text
     asked = ambiguous(text, what, group)
     told = {
         name: (majority_recall(key, what, group), majority_recall(key[asked], what[asked], group[asked]))
@@ -198,66 +314,47 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
         if kind.scaling == "raw":
             curves = kind.curves - kind.curves.isel(step=0, drop=True) if kind.only_falling else kind.curves
             told[name] = tuple(knn_recall(curves, what, group, among=among) for among in (None, text))
-    tables = [
-        pd.concat(both, axis=1, keys=["recall", "recall_like"])
-        .rename_axis("construction")
-        .reset_index()
-        .assign(kind=name)
-        for name, both in told.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
+    recalls = {name: pd.concat(both, axis=1, keys=["recall", "recall_like"]) for name, both in told.items()}
+    table = pd.concat(recalls, names=["kind", "construction"]).reset_index()
+    return table[["construction", "recall", "recall_like", "kind"]]
 
 
 def vectors(study: LanguageStudy) -> pd.DataFrame:
     """One row per vector of the run's own basis and kind of trajectory: birth, eigenvalue, fall, clusters, labels."""
-    rows = []
-    for name, kind in study.kinds.items():
-        if kind.basis != study.run.settings.basis.kind:
-            continue
-        table = study.main[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
-        mean = kind.curves.mean("token")
-        table["projected_loss"] = mean.isel(step=-1).values
-        table["falls"] = is_decreasing(mean, study.run.settings.clustering.falls_by).values
-        table["dropped"] = (kind.labels == DROPPED).sum("token").values
-        own = study.labelled[study.labelled["kind"] == name].groupby("vector")
-        table["clusters"] = own.size().reindex(table.index, fill_value=0)
-        table["simple"] = own["simple"].sum().reindex(table.index, fill_value=0)
-        rows.append(table.reset_index().assign(kind=name))
-    return pd.concat(rows, ignore_index=True)
+
+    def table(kind: Kind) -> pd.DataFrame:
+        rows = study.main[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
+        rows["projected_loss"] = kind.curves.mean("token").isel(step=-1).values
+        rows["falls"] = study.falls(kind)
+        rows["dropped"] = (kind.labels == DROPPED).sum("token").values
+        clusters = study.labelled[study.labelled["kind"] == kind.name].groupby("vector")["simple"]
+        counted = clusters.agg(clusters="size", simple="sum").reindex(rows.index, fill_value=0)
+        return rows.join(counted).reset_index()
+
+    own = study.run.settings.basis.kind
+    return _of_each_kind({name: kind for name, kind in study.kinds.items() if kind.basis == own}, table)
 
 
 def cluster_summary(study: LanguageStudy) -> xr.Dataset:
     """Medoids, quartiles and composition of the clusters of the kinds in ``SHOWN``, and curves nearest the medoids."""
-    parts = {}
+    summaries = {}
     for name in SHOWN:
         kind = study.kinds[name]
-        curves = by_vector(kind.curves)
-        summary = summarise_clusters(kind.curves, study.main["loss"], kind.labels, kind.scaling, study.by)
+        curves, summary = by_vector(kind.curves), study.summary(kind)
         near = nearest(kind.curves, kind.labels, kind.scaling)
-        single = np.full((*summary["medoid"].shape[:2], NEAREST, summary.sizes["step"]), np.nan, np.float32)
-        place = {vector: row for row, vector in enumerate(summary["vector"].values)}
-        for one in near.itertuples():
-            own = curves.sel(vector=one.vector).isel(token=one.token)
-            single[place[one.vector], one.cluster - 1, one.rank - 1] = own.values
+        lines = np.full((*summary["medoid"].shape[:2], NEAREST, summary.sizes["step"]), np.nan, np.float32)
+        row = summary.indexes["vector"].get_indexer(near["vector"])
+        tokens = xr.DataArray(near["token"].to_numpy(), dims="line")
+        lines[row, near["cluster"] - 1, near["rank"] - 1] = (
+            curves.isel(vector=xr.DataArray(row, dims="line"), token=tokens).transpose("line", "step").values
+        )
         summary = summary.assign_coords(rank=np.arange(1, NEAREST + 1))
-        summary["nearest"] = (("vector", "cluster", "rank", "step"), single)
-        parts[name] = summary.drop_vars(["eigenvalue", "residual", "products", "birth_step"], errors="ignore")
-    whole = xr.concat(parts.values(), dim=pd.Index(list(parts), name="kind"), join="outer", fill_value={"tokens": 0})
-    births = study.main["birth_step"].to_series().reindex(whole["vector"].values)
-    whole["birth_step"] = ("vector", births.to_numpy(float))
-    whole.attrs["hidden_after"] = study.hidden_after
-    return whole.map(lambda values: values.astype(np.float16) if values.dtype == np.float32 else values)
+        summaries[name] = summary.assign(nearest=(("vector", "cluster", "rank", "step"), lines))
+    return kept_summary(study, join_kinds(summaries))
 
 
 def explorer_of(
-    summary: xr.Dataset,
-    clusters: pd.DataFrame,
-    contexts: pd.DataFrame,
-    pairs: pd.DataFrame,
-    kind: str,
-    *,
-    title: str,
-    note: str = "",
+    summary: xr.Dataset, clusters: pd.DataFrame, contexts: pd.DataFrame, pairs: pd.DataFrame, kind: str, **texts: str
 ) -> Explorer:
     """The explorer of one kind of trajectory of a study, at hand or kept.
 
@@ -265,28 +362,26 @@ def explorer_of(
         summary: from :func:`cluster_summary`.
         clusters, contexts, pairs: tables ``labels``, ``contexts`` and ``mirrored``.
         kind: one of ``SHOWN``.
-        title, note: shown above.
+        texts: ``title`` and ``note``, shown above.
 
     Raises:
         ValueError: a kind whose curves are not kept.
     """
     if kind not in SHOWN:
         raise ValueError(f"kind = {kind!r} has no curves kept; allowed: {', '.join(SHOWN)}")
-    own = {name: table[table["kind"] == kind] for name, table in (("c", clusters), ("t", contexts), ("p", pairs))}
-    vectors = sorted(own["c"]["vector"].unique())
+    clusters, contexts, pairs = (table[table["kind"] == kind] for table in (clusters, contexts, pairs))
     return Explorer(
-        summary.sel(kind=kind, vector=vectors),
-        own["c"].assign(mirrors=breakthroughs.named_mirrors(own["c"], own["p"])),
-        own["t"],
-        title=title,
-        note=note,
+        summary.sel(kind=kind, vector=sorted(clusters["vector"].unique())),
+        clusters.assign(mirrors=breakthroughs.named_mirrors(clusters, pairs)),
+        contexts,
         hidden_after=summary.attrs.get("hidden_after"),
+        **texts,
     )
 
 
 TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
-    "losses": losses,
-    "labels": labels,
+    "losses": lambda study: tables.loss_quantiles(study.main["loss"], list(dict.fromkeys(["tag", study.by]))),
+    "labels": lambda study: study.labelled,
     "counts": counts,
     "vectors": vectors,
     "contexts": contexts,

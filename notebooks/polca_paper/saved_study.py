@@ -22,8 +22,7 @@ from polca_lib.tasks.settings import RunSettings
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "data" / "paper"
 
-_FORMER_NAMES = {"completeness": "closure", "completeness_curves": "closure_curves"}
-"""Tables by their names in studies made by version 0.1."""
+_FORMER_NAMES = {"completeness": "closure", "completeness_curves": "closure_curves"}  # in studies of version 0.1
 
 
 def study_folder(name: str, setting: str = "addition") -> Path:
@@ -52,6 +51,10 @@ class SavedStudy:
             )
         self.provenance = json.loads((self.path / "provenance.json").read_text())
 
+    def _file(self, name: str) -> Path:
+        file, former = (self.path / f"{n}.csv" for n in (name, _FORMER_NAMES.get(name, name)))
+        return former if former.exists() and not file.exists() else file
+
     def has(self, name: str) -> bool:
         """Whether the study has a table."""
         return self._file(name).exists()
@@ -59,8 +62,7 @@ class SavedStudy:
     def table(self, name: str) -> pd.DataFrame:
         """A table by its name, with the name of the study in column ``study``."""
         # A text may be "None" or "NA".
-        rows = pd.read_csv(self._file(name), keep_default_na=False, na_values=[""])
-        return rows.assign(study=self.name)
+        return pd.read_csv(self._file(name), keep_default_na=False, na_values=[""]).assign(study=self.name)
 
     @property
     def has_clusters(self) -> bool:
@@ -76,22 +78,17 @@ class SavedStudy:
 
     @property
     def settings(self) -> RunSettings:
-        """Of the run, at device ``cpu``, which every machine has."""
+        """Settings of the run, with device ``cpu``, which every machine has."""
         return saved_settings(self.provenance)
 
     @property
     def device(self) -> str:
-        """That the run was made on."""
+        """The device that the run was made on."""
         return str(self.provenance["settings"]["run"]["device"])
-
-    def _file(self, name: str) -> Path:
-        former = self.path / f"{_FORMER_NAMES.get(name, name)}.csv"
-        file = self.path / f"{name}.csv"
-        return former if former.exists() and not file.exists() else file
 
 
 def saved_settings(provenance: dict) -> RunSettings:
-    """Settings of the run of a study; those that came into the library later are at their defaults."""
+    """Settings of the run of a study; settings that the library got later have their defaults."""
     return RunSettings.model_validate({**provenance["settings"]["run"], "device": "cpu"})
 
 

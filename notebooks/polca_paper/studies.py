@@ -1,4 +1,4 @@
-"""Make, and keep, everything that the book says about one run.
+"""Make and keep everything that the book says about one run.
 
 Each table is a CSV file in ``data/addition/<preset>-<seed>`` or ``data/english/<task>-<preset>-<seed>``. It is written
 as soon as it is computed, so that a study that was stopped resumes; ``provenance.json`` says what made it.
@@ -19,11 +19,6 @@ from polca_paper.saved_study import saved_settings, study_folder
 from polca_paper.study import Study
 
 
-def setting_of(study: Study) -> str:
-    """The paper's setting that a study is of: ``addition`` or ``english``."""
-    return "addition" if study.run.settings.task == "addition" else "english"
-
-
 def complete(study: Study, name: str, only: Iterable[str] = ()) -> None:
     """Make and keep what is missing of a study.
 
@@ -35,54 +30,54 @@ def complete(study: Study, name: str, only: Iterable[str] = ()) -> None:
     Raises:
         ValueError: the folder holds a study of other settings, or a table is unknown.
     """
-    room = english if setting_of(study) == "english" else evidence
-    if unknown := set(only) - set(room.TABLES):
-        raise ValueError(f"tables {sorted(unknown)} are unknown; allowed: {', '.join(room.TABLES)}")
-    path = study_folder(name, setting_of(study))
+    setting, book = ("addition", evidence) if study.run.settings.task == "addition" else ("english", english)
+    if unknown := set(only) - set(book.TABLES):
+        raise ValueError(f"tables {sorted(unknown)} are unknown; allowed: {', '.join(book.TABLES)}")
+    path = study_folder(name, setting)
     record = path / "provenance.json"
     if not record.exists():
         path.mkdir(parents=True, exist_ok=True)
         _write(record, {"settings": study.settings, "tables": {}, "software": software()})
-    elif found := list(differences(_settings(record), study.settings)):
-        field, theirs, ours = found[0]
+    elif changes := list(differences(_settings(record), study.settings)):
+        field, theirs, ours = changes[0]
         raise ValueError(
             f"{path} holds a study with {field} = {theirs!r}, not {ours!r}; give this one another --name, or delete "
             "the folder to have it made anew"
         )
-    for table in only or room.TABLES:
+    for table in only or book.TABLES:
         if not (path / f"{table}.csv").exists():
             start = time.perf_counter()
-            found = room.TABLES[table](study)
-            write_atomically(path / f"{table}.csv", found.to_csv(index=False, float_format="%.6g").encode())
+            rows = book.TABLES[table](study)
+            write_atomically(path / f"{table}.csv", rows.to_csv(index=False, float_format="%.6g").encode())
             _note(record, study, table, time.perf_counter() - start)
     if not only and not (path / "clusters.zarr.zip").exists():
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=path) as place:
-            room.cluster_summary(study).to_zarr(f"{place}/clusters.zarr", zarr_format=2, consolidated=False)
-            archive = Path(shutil.make_archive(f"{place}/clusters", "zip", f"{place}/clusters.zarr"))
+        with tempfile.TemporaryDirectory(dir=path) as folder:
+            book.cluster_summary(study).to_zarr(f"{folder}/clusters.zarr", zarr_format=2, consolidated=False)
+            archive = Path(shutil.make_archive(f"{folder}/clusters", "zip", f"{folder}/clusters.zarr"))
             archive.replace(path / "clusters.zarr.zip")
         _note(record, study, "clusters", time.perf_counter() - start)
 
 
 def _settings(file: Path) -> dict[str, object]:
-    """Of a saved study, with what came into the library later."""
+    """Settings of a kept study, with those that the library got later."""
     record = json.loads(file.read_text())
     run = saved_settings(record).model_dump(mode="json")
     return {**record["settings"], "run": {**run, "device": record["settings"]["run"]["device"]}}
 
 
 def _note(file: Path, study: Study, table: str, seconds: float) -> None:
-    """Keep what made a table: its commit and wall time, and those of the stages before it.
+    """Keep the commit and wall time of a table, and provenance of the stages before it.
 
-    A table of a run that was made anew, on another day or machine, says itself what of its stages was different.
+    If the run was made anew, on another day or machine, the entry of the table says what of its stages was different.
     """
     record = json.loads(file.read_text())
     entry: dict[str, object] = {"commit": software()["commit"], "seconds": round(seconds, 1)}
     stages = record.setdefault("stages", {})
-    now = {**study.run.provenance()["value"].to_dict(), **{k: v for k, v in software().items() if k != "commit"}}
-    now |= study.notes
-    if others := {name: value for name, value in now.items() if stages.setdefault(name, value) != value}:
-        entry["stages"] = others
+    now = {**study.run.provenance()["value"].to_dict(), **software(), **study.notes}
+    del now["commit"]
+    if changed := {name: value for name, value in now.items() if stages.setdefault(name, value) != value}:
+        entry["stages"] = changed
     record["tables"][table] = entry
     _write(file, record)
     print(f"{file.parent.name}: {table}, {seconds:.0f} s", flush=True)

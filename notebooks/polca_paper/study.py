@@ -23,30 +23,24 @@ from polca_lib.tasks.settings import RunSettings
 from polca_paper import tables
 
 BASES = ("hessian", "shuffled", "final", "trajectory", "random", "parameters")
-"""Bases that are compared; single parameters are those of LCA, a strategy of its own."""
+"""Bases that are compared; that of single parameters stands for LCA."""
 
 _FINITE_EXAMPLES = 64  # whose losses are computed after moving along each vector alone
 _CAUSAL_EXAMPLES = 400  # whose losses are computed after movement is taken back
 
 
 class Study:
-    """One run and its ablations: what the tables of :mod:`polca_paper.evidence` are made of.
+    """One run and its ablations, from which :mod:`polca_paper.evidence` makes tables.
 
     Args:
         run: on the Hessian basis.
         bases: that are compared.
-        ablation_curvature: examples on which curvature along the other bases is measured; 0 for none.
+        ablation_curvature: number of examples on which curvature along the other bases is measured; 0 for none.
         variants: also run the specification curve on Hessian bases of the largest eigenvalues in magnitude, and of the
             loss of all digits; each needs a basis and projections of its own.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        bases: Sequence[str] = BASES,
-        ablation_curvature: int = 16,
-        variants: bool = True,
-    ):
+    def __init__(self, run: Run, bases: Sequence[str] = BASES, ablation_curvature: int = 16, variants: bool = True):
         allowed = get_args(BasisKind)
         if unknown := set(bases) - set(allowed):
             raise ValueError(f"bases = {sorted(unknown)} are unknown; allowed: {', '.join(allowed)}")
@@ -76,24 +70,24 @@ class Study:
         """The run on another basis."""
         if kind == self.run.settings.basis.kind:
             return self.run
-        measured = kind != "parameters" and self.ablation_curvature > 0
-        sample = self.ablation_curvature if measured else None
-        return self.run.on_basis(kind, curvature=measured, curvature_examples=sample)
+        return self.run.on_basis(kind, **self._measured(kind != "parameters"))
 
     def variant(self, which: str, targets: str) -> Run:
         """The run on a Hessian basis of other eigenvectors, or of the loss of other tokens."""
         settings = self.run.settings.model_dump()
         settings["basis"] |= {"which": which, "targets": targets}
-        measured = self.ablation_curvature > 0
-        sample = self.ablation_curvature if measured else None
-        settings["projection"] |= {"curvature": measured, "curvature_examples": sample}
+        settings["projection"] |= self._measured()
         return Run(RunSettings.model_validate(settings), self.run.folder)
+
+    def _measured(self, wanted: bool = True) -> dict[str, bool | int | None]:
+        """Settings of the curvature along other bases."""
+        measured = wanted and self.ablation_curvature > 0
+        return {"curvature": measured, "curvature_examples": self.ablation_curvature if measured else None}
 
     @cached_property
     def projections(self) -> dict[str, xr.Dataset]:
-        """By basis, the run's own first; made in as few passes through the model as can be."""
-        own = self.run.settings.basis.kind
-        kinds = [own, *(kind for kind in self.bases if kind != own)]
+        """By basis, the run's own first; made in as few passes through the model as possible."""
+        kinds = sorted(self.bases, key=lambda kind: kind != self.run.settings.basis.kind)
         return dict(zip(kinds, project_together([self.on_basis(kind) for kind in kinds]), strict=True))
 
     @cached_property
@@ -118,7 +112,7 @@ class Study:
         return self.run.task.validation.to(self.run.settings.device)
 
     def clustering(self, scaling: Scaling) -> ClusteringSettings:
-        """Of the clustering, with another scaling."""
+        """Settings of the clustering, with another scaling."""
         return self.run.settings.clustering.model_copy(update={"scaling": scaling})
 
     @cached_property
@@ -135,10 +129,7 @@ class Study:
         levels |= {f"POLCA {order}": curves for order, curves in self.curves.items()}
         if "parameters" in self.bases:
             levels["LCA"] = decomposition.projected_loss(self.projections["parameters"], "first")
-        rates = {
-            "change in loss": decomposition.loss_change(self.main),
-            "Fisher": decomposition.fisher(self.main),
-        }
+        rates = {"change in loss": decomposition.loss_change(self.main), "Fisher": decomposition.fisher(self.main)}
         return tables.compare_strategies(levels, rates, self.run.settings.clustering, self.hidden_after, -1)
 
     @cached_property
@@ -150,29 +141,28 @@ class Study:
 
     @cached_property
     def undone(self) -> dict[str, np.ndarray]:
-        """Loss change per token when movement along own, random and other vectors is taken back."""
-        checkpoints = self.run.checkpoints
+        """Loss change per token when movement is taken back at the end of training.
+
+        ``own`` (vector, token): the movement along each vector; ``random``: as much along random directions; ``same``
+        (length, vector, token): along each vector by the length of each other; ``whole`` (token): all movement in the
+        basis. ``only`` (token): the change from the start with no movement but that in the basis. ``lengths`` of the
+        movement along each vector, and ``distance`` from start to end.
+        """
+        checkpoints, seed = self.run.checkpoints, self.run.settings.seed
         start, end = checkpoints.theta(0), checkpoints.theta(self.run.settings.training.steps)
         vectors = read_vectors(self.run.basis, device=checkpoints.device, dtype=start.dtype)
         loss, batch = checkpoints.token_loss, self.batch[:_CAUSAL_EXAMPLES]
+
+        def change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+            return interventions.losses_at(loss, after, batch) - interventions.losses_at(loss, before, batch)
+
         own, lengths = interventions.ablate_movement(loss, start, end, batch, vectors)
-        seed, d = self.run.settings.seed, start.numel()
-        others = interventions.random_directions(len(vectors), d, seed, like=start, orthogonal_to=vectors)
+        others = interventions.random_directions(len(vectors), start.numel(), seed, like=start, orthogonal_to=vectors)
         random, _ = interventions.ablate_movement(loss, start, end, batch, others, lengths)
-        signs = torch.sign(lengths)
-        same = [
-            interventions.ablate_movement(loss, start, end, batch, vectors, signs * length.abs())[0].cpu()
-            for length in lengths
-        ]
+        as_long = [torch.sign(lengths) * length.abs() for length in lengths]
+        same = [interventions.ablate_movement(loss, start, end, batch, vectors, each)[0] for each in as_long]
         inside = vectors.T @ lengths
-        whole = interventions.losses_at(loss, end - inside, batch) - interventions.losses_at(loss, end, batch)
-        only = interventions.losses_at(loss, start + inside, batch) - interventions.losses_at(loss, start, batch)
-        return {
-            "own": own.cpu().numpy(),
-            "random": random.cpu().numpy(),
-            "same": torch.stack(same).numpy(),  # (whose length, along which vector, token)
-            "whole": whole.cpu().numpy(),
-            "only": only.cpu().numpy(),
-            "lengths": lengths.cpu().numpy(),
-            "distance": np.array([(end - start).double().norm().item()]),
-        }
+        found = {"own": own, "random": random, "same": torch.stack(same), "lengths": lengths}
+        found |= {"whole": change(end, end - inside), "only": change(start, start + inside)}
+        arrays = {name: values.cpu().numpy() for name, values in found.items()}
+        return {**arrays, "distance": np.array([(end - start).double().norm().item()])}

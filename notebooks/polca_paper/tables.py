@@ -17,12 +17,12 @@ from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, composition
 from polca_lib.method.settings import ClusteringSettings, Scaling
 from polca_lib.tasks.arithmetic import SKILLS
 from polca_lib.tasks.settings import RunSettings
-from polca_paper.homogeneity import cluster_breakthroughs, most_homogeneous
+from polca_paper.homogeneity import base_rate, cluster_breakthroughs, most_homogeneous
 from polca_paper.saved_study import PAPER, ROOT
 
 
 def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
-    """Quartiles and mean of the loss (step, token) over the tokens of each skill and of each place (Figures 7 and 8).
+    """Quartiles and mean of the loss over the tokens of each skill and of each place (Figures 7 and 8).
 
     Args:
         loss: (step, token).
@@ -34,9 +34,9 @@ def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")
     parts = []
     for by in kinds:
         for value in np.unique(loss[by].values):
-            own = loss[:, loss[by].values == value]
-            low, median, high = own.quantile([0.25, 0.5, 0.75], dim="token").values
-            row = {"low": low, "median": median, "high": high, "mean": own.mean("token").values}
+            curves = loss[:, loss[by].values == value]
+            low, median, high = curves.quantile([0.25, 0.5, 0.75], dim="token").values
+            row = {"low": low, "median": median, "high": high, "mean": curves.mean("token").values}
             parts.append(pd.DataFrame({"by": by, "value": value, "step": loss["step"].values, **row}))
     return pd.concat(parts, ignore_index=True)
 
@@ -49,11 +49,11 @@ def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
         table: its clusters, from :func:`polca_paper.homogeneity.cluster_breakthroughs`.
 
     Returns:
-        ``homogeneity_v1_1`` ... ``f1_v3_3``: measures of the three best clusters, by v1's rule (any cluster counts) and
-        v3's (only clusters whose carries lie in the 10s and 100s); NaN where there are fewer. ``base_rate``: share of
-        carry tokens among all that were not dropped. ``hidden``: share of clusters with a hidden breakthrough.
-        ``clusters``, and ``vectors`` that have tokens left. ``dropped`` before HDBSCAN and ``outliers`` of it: tokens,
-        mean over those vectors.
+        ``homogeneity_v1_1`` ... ``f1_v3_3``: measures of the three best clusters, by v1's and by v3's rule (see
+        :func:`polca_paper.homogeneity.most_homogeneous`); NaN where there are fewer. ``base_rate``: share of carry
+        tokens among all that were not dropped. ``hidden``: share of clusters with a hidden breakthrough. ``clusters``,
+        and ``vectors`` that have tokens left. ``dropped`` before HDBSCAN and ``outliers`` of it: tokens, mean over
+        those vectors.
     """
     row = {}
     for rule in ("v1", "v3"):
@@ -62,12 +62,10 @@ def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
             row |= {f"{measure}_{rule}_{i + 1}": best[measure].get(i, np.nan) for i in range(3)}
     each = by_vector(labels)
     kept = (each != DROPPED).any("token")
-    row["base_rate"] = float(labels["carry"].astype(float).where(each != DROPPED).mean())
-    row["hidden"] = table["hidden"].mean() if len(table) else np.nan
-    row["clusters"] = len(table)
-    row["vectors"] = int(kept.sum())
-    row["dropped"] = float((each == DROPPED).sum("token").where(kept).mean())
-    row["outliers"] = float((each == OUTLIER).sum("token").where(kept).mean())
+    row |= {"base_rate": base_rate(labels), "hidden": table["hidden"].mean() if len(table) else np.nan}
+    row |= {"clusters": len(table), "vectors": int(kept.sum())}
+    for name, label in (("dropped", DROPPED), ("outliers", OUTLIER)):
+        row[name] = float((each == label).sum("token").where(kept).mean())
     return pd.Series(row, dtype=float)
 
 
@@ -81,8 +79,8 @@ def compare_strategies(
     """Cluster every kind of trajectory with every scaling (Table 3, and the scaling that the paper leaves open).
 
     Args:
-        levels: trajectories whose fall means learning, by name: losses and projected losses.
-        rates: the others, by name. Nothing is dropped before HDBSCAN, and there is no total change to scale by.
+        levels: losses and projected losses by name: a fall means learning.
+        rates: other trajectories by name. Nothing is dropped before HDBSCAN, and there is no total change to scale by.
         settings: of the clustering; its scaling is not used.
         hidden_after: tau, in steps.
         n_jobs: processes.
@@ -92,19 +90,19 @@ def compare_strategies(
         scaling and name.
     """
     rows, purest = {}, {}
-    everything = {**levels, **rates}
-    keys = [(s, name) for s in get_args(Scaling) for name in (levels if s == "unit" else everything)]
-    cluster = joblib.delayed(cluster_breakthroughs)
+    curves = {**levels, **rates}
+    keys = [(s, name) for s in get_args(Scaling) for name in (levels if s == "unit" else curves)]
     jobs = (
-        cluster(everything[name], settings.model_copy(update={"scaling": s}), hidden_after, only_falling=name in levels)
+        joblib.delayed(cluster_breakthroughs)(
+            curves[name], settings.model_copy(update={"scaling": s}), hidden_after, only_falling=name in levels
+        )
         for s, name in keys
     )
-    for (scaling, name), (labels, table) in zip(keys, joblib.Parallel(n_jobs=n_jobs)(jobs), strict=True):
-        rows[scaling, name] = strategy_row(labels, table)
+    for key, (labels, table) in zip(keys, joblib.Parallel(n_jobs=n_jobs)(jobs), strict=True):
+        rows[key] = strategy_row(labels, table)
         for rule in ("v1", "v3"):
             for best in most_homogeneous(table, 1, rule=rule).itertuples():
-                own = by_vector(labels).sel(vector=best.vector)
-                purest[rule, scaling, name] = composition(own).loc[best.cluster]
+                purest[rule, *key] = composition(by_vector(labels).sel(vector=best.vector)).loc[best.cluster]
     index = ["scaling", "trajectory"]
     made_of = pd.DataFrame(purest).T.reindex(columns=list(SKILLS)).fillna(0).astype(int)
     return pd.DataFrame(rows).T.rename_axis(index), made_of.rename_axis(["rule", *index])
@@ -130,12 +128,12 @@ def spread(rows: pd.DataFrame, index: str, columns: str, values: str) -> pd.Data
 
 
 def spread_text(values: pd.Series) -> str:
-    """Median and range of what several studies have; and how many have a number, if not all do. Empty if none does."""
-    own = values.dropna()
-    if own.empty:
+    """Median and range of the values of several studies, and how many have one if not all do. Empty if none does."""
+    numbers = values.dropna()
+    if numbers.empty:
         return ""
-    some = f" ({len(own)} of {len(values)})" if len(own) < len(values) else ""
-    return f"{own.median():.3f} [{own.min():.3f}, {own.max():.3f}]{some}"
+    some = f" ({len(numbers)} of {len(values)})" if len(numbers) < len(values) else ""
+    return f"{numbers.median():.3f} [{numbers.min():.3f}, {numbers.max():.3f}]{some}"
 
 
 def settings_table(settings: RunSettings) -> pd.DataFrame:
@@ -157,10 +155,7 @@ def paper_strategies() -> pd.DataFrame:
 
 
 def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
-    """Our numbers and the paper's in turn; rows as in ``ours``, NaN where the paper has none.
-
-    The paper's rows are v3's, and so is the rule that ours are counted by.
-    """
+    """Our numbers and the paper's in turn, both by v3's rule; rows as in ``ours``, NaN where the paper has none."""
     paper = paper_strategies().reindex(ours.index)
     pairs = {}
     for measure in ("homogeneity", "recall", "f1"):
@@ -182,11 +177,9 @@ def save_results(preset: str, notebook: str, numbers: Mapping[str, object], prov
     """
     folder = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {name: _plain(value) for name, value in numbers.items()}
+    plain = {**_plain(dict(numbers)), "provenance": provenance["value"].to_dict()}
     file = folder / f"{notebook}.json"
-    file.write_text(
-        json.dumps({**plain, "provenance": provenance["value"].to_dict()}, indent=1, allow_nan=False) + "\n"
-    )
+    file.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return file
 
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from polca_paper import labeling
 from polca_paper.constructions import adjusted_rand, best_clusters, construction_table
 from polca_paper.homogeneity import homogeneity_table
-from polca_paper.labeling import label_clusters, simple_by_chance
+from polca_paper.labeling import contexts, label_clusters, simple_by_chance
 from polca_paper.tagging import load_pipeline, preceding_tags, tag_texts, tag_tokens, tag_windows
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from spacy.language import Language as Pipeline
 
 from polca_lib.method.breakthroughs import mirrored
 from polca_lib.method.clustering import DROPPED, OUTLIER, medoid, scale
-from polca_lib.report.contexts import contexts, nearest
+from polca_lib.report.contexts import nearest
 from polca_lib.tasks.tokenization import PAD, encode, pack, train_tokenizer
 
 TAGS = {
@@ -183,10 +183,6 @@ def test_preceding_tags_stay_in_their_window():
         ["PUNCT", "PROPN", "ADP", "VERB"],
     ]
     assert preceding_tags(windows, [0]).to_numpy().tolist() == [["DET", *3 * ["PAD"]], ["X", *3 * ["PAD"]]]
-    with pytest.raises(ValueError, match=r"positions = \[-1, 5\] are outside the window; allowed: 0 to 4"):
-        preceding_tags(windows, [-1, 2, 5])
-    with pytest.raises(ValueError, match=r"shape \(5,\); allowed: \(window, width\)"):
-        preceding_tags(windows[0], [0])
 
 
 def labelled(*labels):
@@ -457,7 +453,7 @@ def test_nearest_of_equal_curves_and_of_labels_without_vectors(monkeypatch):
     assert found["vector"].tolist() == [0, 0, 0]
     assert nearest(curves, xr.DataArray([OUTLIER] * 5, dims="token")).empty
     # Of equal curves the medoid comes first, whichever rounding makes it.
-    monkeypatch.setattr(labeling, "medoid", lambda *_: 3)
+    monkeypatch.setattr("polca_lib.report.contexts.medoid", lambda *_: 3)
     assert nearest(curves, xr.DataArray([1] * 5, dims="token"), n=3)["token"].tolist() == [3, 1, 2]
 
 
@@ -467,21 +463,15 @@ PLACES = pd.DataFrame({"example": np.repeat([0, 1], 6), "position": np.tile(np.a
 
 def test_contexts_stay_in_their_window_and_show_one_pad_of_several():
     near = pd.DataFrame({"vector": 3, "cluster": 1, "rank": [1, 2, 3, 4], "token": [2, 7, 0, 10]})
-    found = contexts(near, WINDOWS, PLACES, before=3, after=4)
-    assert found["before"].tolist() == ["bcd", "ij\n", "ab", f"k{PAD}"]
+    found = contexts(near, WINDOWS, PLACES)
+    assert found["before"].tolist() == ["abcd", "ij\n", "ab", f"ij\nk{PAD}"]
     assert found["target"].tolist() == ["e", "k", "c", PAD]
-    assert found["after"].tolist() == ["fgh", PAD, "defg", PAD]
+    assert found["after"].tolist() == ["fgh", PAD, "defgh", PAD]
     assert found[near.columns.tolist()].equals(near)
-    alone = contexts(near, WINDOWS, PLACES, before=0, after=0)
-    assert (alone[["before", "after"]] == "").all(axis=None)
-
-
-@pytest.mark.parametrize(("before", "after"), [(17, 8), (-1, 3), (0, 25)])
-def test_contexts_of_more_than_25_tokens_are_refused(before, after):
-    near = pd.DataFrame({"token": [0]})
-    assert len(contexts(near, WINDOWS, PLACES, before=16, after=8)) == 1
-    with pytest.raises(ValueError, match=f"before = {before} and after = {after}; allowed: .* at most 24 together"):
-        contexts(near, WINDOWS, PLACES, before=before, after=after)
+    long = np.array([[chr(i) for i in range(100, 150)]], dtype=object)
+    (row,) = contexts(near[:1], long, pd.DataFrame({"example": 0, "position": range(25, 30)})).to_dict("records")
+    assert row["target"] == chr(127)
+    assert len(row["before"] + row["target"] + row["after"]) == 25
 
 
 def medians(*curves):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from polca_paper.homogeneity import homogeneity_table, most_homogeneous
-from polca_paper.specification import (
+from polca_paper.significance import (
     CLUSTERING,
     SUMMED,
     available_readings,

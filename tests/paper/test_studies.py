@@ -2,15 +2,14 @@
 
 from copy import deepcopy
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import xarray as xr
 from cases import TINY_RUN
-from polca_paper import charts, claims, evidence
-from polca_paper.claims import CLAIMS, Claim
+from polca_paper import claims, evidence
+from polca_paper.claims import CLAIMS, Claim, Sentence
 from polca_paper.evidence import TABLES
 from polca_paper.saved_study import PAPER, SavedStudy, study_folder
 from polca_paper.studies import complete
@@ -198,8 +197,8 @@ def test_unknown_study_is_refused_with_those_there_are(kept):
 
 def test_verdicts_follow_from_the_rule_of_the_claim():
     def claim(ours, holds, **more):
-        held = None if holds is None else lambda _: holds
-        return Claim("c", "s", "t", measure=lambda _: ours, holds=held, means="m", page="p", **more)
+        sentence = Sentence(None if holds is None else lambda _: holds, "m")
+        return Claim("c", "s", "t", measure=lambda _: ours, sentence=sentence, **more)
 
     for ours, holds, paper, larger, verdict in (
         (0.93, True, 0.9, True, "reproduced"),
@@ -226,7 +225,7 @@ def test_every_claim_is_judged_on_a_study_and_the_median_stands_with_its_range(k
     found = judge([kept])
     assert found["claim"].tolist() == [claim.name for claim in CLAIMS]
     assert found["claim"].is_unique
-    claim = Claim("c", "s", "t", 0.6, in_turn([0.1, 0.5, 0.2]), lambda _: False, "m", "p")
+    claim = Claim("c", "s", "t", 0.6, in_turn([0.1, 0.5, 0.2]), Sentence(lambda _: False, "m"))
     row = judge([kept, kept, kept], [claim]).iloc[0]
     assert (row["low"], row["ours"], row["high"], row["seeds"]) == (0.1, 0.2, 0.5, 3)
     assert (row["verdict"], row["each"], row["measured"]) == ("not reproduced", "3 not reproduced", 3)
@@ -352,27 +351,6 @@ def test_a_study_is_judged_by_curves_of_one_scaling(kept, tmp_path):
 
 def test_the_count_of_parameters_is_asked_of_the_papers_model_alone(kept):
     assert CLAIM["parameters"].judge(kept) == "not run"
-
-
-def test_charts_can_be_drawn_of_every_study(kept):
-    tables = {name: kept.table(name) for name in TABLES}
-    null = tables["null"].query("rule == 'v3' and within == 'place'")
-    figures = [
-        charts.completeness_means(tables["completeness_curves"]),
-        charts.by_cadence(tables["completeness"].query("basis == 'hessian'")),
-        charts.against_truth(tables["along"]),
-        charts.null_intervals(null),
-        charts.grid_maps(tables["grid"]),
-        charts.specification_plot(tables["specification"]),
-        charts.undone(tables["causal"]),
-        charts.selectivity(tables["causal_clusters"]),
-        charts.verdict_counts(judge([kept])),
-    ]
-    drawn = figures[3].axes[0].collections[0].get_segments()
-    assert len(drawn) == len(null)
-    for figure in figures:
-        figure.canvas.draw()
-        plt.close(figure)
 
 
 def test_variants_have_other_bases_and_no_more_curvature_than_was_asked_for(run):
