@@ -142,7 +142,7 @@ def project_reverse(
     Args:
         token_loss: the loss.
         theta: parameters.
-        structure: of the model, see :func:`polca_lib.derivatives.products.structure`.
+        structure: of the model, see :func:`polca_lib.derivatives.products.model_structure`.
         batch: examples.
         vectors: directions in rows.
         dtype: of the operands of matrix products on the way back and with the vectors.

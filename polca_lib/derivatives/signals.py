@@ -163,15 +163,14 @@ def signals(
                 kept[index] = weight.low.new_zeros(()).expand(*x.shape[:2], weight.low.shape[1])
             by_token[index].append(kept[index])
         kept.clear()
-    # One by one, so that little is there twice.
+    # Release each product's activations and signals as soon as its factors are cut.
     factors = [_factors(weight, entered.pop(0), by_token.pop(0), n_vectors) for weight in weights]
     gradients = {name: torch.stack(by_name.pop(name), dim=1) for name in other_parameters}
     return Signals(loss.detach(), factors, gradients)
 
 
 def operations(positions: int, tokens: int, n_vectors: int, entering: int) -> tuple[float, float]:
-    """What an example takes for each number of a weight matrix: by :class:`JacobianProducts`, and by
-    :class:`FormedGradients`.
+    """Operations per weight and example of :class:`JacobianProducts` and of :class:`FormedGradients`.
 
     Args:
         positions: with signals.
@@ -179,8 +178,8 @@ def operations(positions: int, tokens: int, n_vectors: int, entering: int) -> tu
         n_vectors: directions.
         entering: numbers that enter the product at a position.
     """
-    # The vectors, for each position, then the signals, for each token too; or, for each token, the gradient, then the
-    # vectors.
+    # Jacobian products: vectors times activations at each position, then times the signals of each token.
+    # Formed gradients: a gradient for each token, then its products with the vectors.
     return positions * n_vectors * (1 + tokens / entering), tokens * (positions + n_vectors)
 
 

@@ -186,7 +186,7 @@ class PieceStore:
         dataset = xr.open_zarr(store, chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
         for name in ABOUT:
             del dataset.attrs[name]
-        return dataset
+        return dataset[sorted(dataset.variables)]  # Zarr lists them in no fixed order
 
     @staticmethod
     def load(path: Path) -> xr.Dataset | None:

@@ -211,7 +211,7 @@ def hub(tmp_path):
 
 SCRIPT = """
 import sys, json, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_huggingface import MODELS, token_loss
 from polca_lib.storage.huggingface import HuggingFaceRevisions
 source = HuggingFaceRevisions("lab/tiny", token_loss(MODELS["neox"]), keep={keep})
@@ -226,7 +226,7 @@ print(json.dumps([source.name(1000), source.identity(1000)]))
 def test_revisions_of_the_hub_are_downloaded_as_they_are_asked_for(tmp_path, hub, keep):
     address, written, asked = hub
     out, cache = tmp_path / "thetas.pt", tmp_path / "cache"
-    script = SCRIPT.format(tests=str(Path(__file__).parent), keep=keep, out=str(out))
+    script = SCRIPT.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], keep=keep, out=str(out))
     env = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "TMPDIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)

@@ -165,6 +165,13 @@ def test_blocks_along_a_second_dimension_are_pieces_of_their_own(tmp_path):
         store.write(0, loss=np.zeros(2))
 
 
+def test_variables_are_in_alphabetical_order_whoever_lists_them(tmp_path):
+    store = open_blocks(tmp_path)
+    fill_blocks(store)
+    names = list(PieceStore.load(store.path).data_vars)
+    assert names == sorted(names)
+
+
 def test_store_stays_cut_as_it_was_begun(tmp_path):
     fill_blocks(open_blocks(tmp_path, size=2), [0, 3, 5])
     again = open_blocks(tmp_path, size=5)
