@@ -1,1 +1,1 @@
-"""Tasks: data, the loss of every target token, and the table that says what each token is."""
+"""Tasks: the data, the loss of each target token, and a table that describes the tokens."""

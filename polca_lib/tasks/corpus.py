@@ -49,9 +49,9 @@ def read_articles(
     """Articles in the order of the source. Only one of them is in memory at a time.
 
     Args:
-        source: a file ``.jsonl``, ``.jsonl.xz`` or ``.parquet`` with fields ``title``, ``text`` and optionally ``url``;
-            a folder of such files, read by name; or ``"hub"`` or, for example, ``"hub:20220301.simple"`` for the dump
-            on the hub, which is downloaded as it is read. A local folder of this name is ``"./hub"``.
+        source: a file (``.jsonl``, ``.jsonl.xz`` or ``.parquet``) with fields ``title``, ``text`` and optionally
+            ``url``; a folder of such files, read by name; or ``"hub"`` or ``"hub:20220301.simple"`` for a dump on the
+            hub. The dump is downloaded as it is read. A local folder called "hub" is ``"./hub"``.
         skip_damaged: leave out damaged records, with one warning at the end.
         damaged: list to which a description of each damaged record is appended.
 

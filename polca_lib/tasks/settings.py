@@ -150,7 +150,7 @@ class RunSettings(AnalysisSettings):
     def _settings_fit_together(self) -> Self:
         basis, training, examples = self.basis, self.training, self.data.validation_examples
         window, size = self.clustering.breakthrough_window, self.clustering.min_cluster_size
-        # Steps of all kinds need checkpoints.
+        # Basis vectors, training states and breakthrough windows need checkpoints at their steps.
         cadence = training.checkpoint_every
         steps = {"basis.every": basis.every, "training.state_every": training.state_every}
         for name, value in {**steps, "clustering.breakthrough_window": window}.items():

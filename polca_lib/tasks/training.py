@@ -153,14 +153,14 @@ def _save_state(model: nn.Module, optimiser: torch.optim.Optimizer, states: Path
 
 @torch.no_grad()
 def _resume(
-    model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, checkpoints: CheckpointFolder, every: int
+    model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, checkpoints: CheckpointFolder, cadence: int
 ) -> int:
     """Load the newest intact state whose checkpoints all exist, and return its step, or 0 if there is none."""
     existing = set(checkpoints.steps)
     for file in sorted(states.glob("step-*.safetensors"), reverse=True):
         step = int(file.stem.removeprefix("step-"))
         with suppress(DamagedFile):
-            if existing.issuperset(range(0, step + 1, every)):
+            if existing.issuperset(range(0, step + 1, cadence)):
                 tensors = load_tensors(file)
                 for name, p in model.named_parameters():
                     p.copy_(tensors[f"parameters/{name}"])
