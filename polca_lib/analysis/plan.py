@@ -32,7 +32,12 @@ _SHORT = 0.3  # seconds that a pass may take for the ways of differentiating to 
 _LONG = 30.0  # seconds that a pass may be expected to take for it to be timed at all
 _PROBE = 8.0  # seconds that those tried are meant to take
 _SQUARE = 1024  # of the matrices by which a device's rate is measured
-_WAYS = {"jvp": "forward mode", "taylor": "forward mode by Taylor arithmetic", "reverse": "reverse mode"}
+_WAYS = {
+    "jvp": "forward mode",
+    "spared": "forward mode that spares products",
+    "traced": "forward mode, traced",
+    "reverse": "reverse mode",
+}
 
 
 @dataclass(frozen=True)
@@ -285,7 +290,8 @@ def probe(
         precision=settings.precision if order == 1 else "float32",
         memory=memory // 2,
     )
-    way = "reverse" if strategy.mode == "reverse" else "taylor" if strategy.taylor else "jvp"
+    onward = "traced" if strategy.traced else "spared" if strategy.structure else "jvp"
+    way = "reverse" if strategy.mode == "reverse" else onward
     cost = strategy.cost.get(way, strategy.cost["jvp"])
     more = n_vectors / few if way == "reverse" else (1 + 2 * order * n_vectors) / (1 + 2 * order * few)
     took = min(_timed(lambda: differentiate(strategy, token_loss, theta, part, vectors)) for _ in range(2))
