@@ -25,7 +25,12 @@ _COMPARE_SECONDS = 0.3  # compare the ways to differentiate only if a forward pa
 _RUN_SECONDS = 30.0  # run the model at all only if a forward pass is expected to be faster than this
 _PROBE_SECONDS = 8.0  # approximate length of the probe
 _MATRIX_SIZE = 1024  # of the products that measure the speed of a device
-_WAYS = {"jvp": "forward mode", "taylor": "forward mode by Taylor arithmetic", "reverse": "reverse mode"}
+_WAYS = {
+    "jvp": "forward mode",
+    "spared": "forward mode that spares products",
+    "traced": "forward mode, traced",
+    "reverse": "reverse mode",
+}
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,8 @@ def probe(
             size = min(2 * size, n_examples(validation))
     batch = to_device(next(split_examples(validation, size)), device)
     strategy = choose(token_loss, theta, batch, vectors, **settings.differentiation(order), memory=memory // 2)
-    way = "reverse" if strategy.mode == "reverse" else "taylor" if strategy.taylor else "jvp"
+    forward_way = "traced" if strategy.traced else "spared" if strategy.structure else "jvp"
+    way = "reverse" if strategy.mode == "reverse" else forward_way
     cost = strategy.cost.get(way, strategy.cost["jvp"])
     seconds = min(_timed(lambda: differentiate(strategy, token_loss, theta, batch, vectors)) for _ in range(2))
 

@@ -2,119 +2,164 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import functionalize, jvp, vmap
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from polca_lib.derivatives.jets import Jet, value_of
-from polca_lib.derivatives.products import Derived, WatchProducts, single_target_signals
-from polca_lib.derivatives.taylor import moving
+from polca_lib.derivatives.products import Derived, WatchProducts
 from polca_lib.derivatives.token_loss import Batch, TokenLoss
 
 # Losses, and the first (and second) derivatives along all vectors.
 Derivatives = tuple[Float[Tensor, " token"], list[Float[Tensor, "token vector"]]]
+# By product: how the losses change with its output, and which token each position matters to.
+Signals = Mapping[int, tuple[Float[Tensor, "position leaving"], Int[Tensor, " position"]]]
+
+# Operations that may do nothing, and which argument their result then is.
+_aten = torch.ops.aten
+_COPIES = {_aten.detach.default: 0, _aten.alias.default: 0, _aten.clone.default: 0, _aten._to_copy.default: 0}
+_COPIES |= {_aten.copy.default: 1}
 
 
 @torch.no_grad()
 def by_jvp(
-    token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, vectors: Float[Tensor, "vector d"], order: int
+    token_loss: TokenLoss,
+    theta: Float[Tensor, " d"],
+    batch: Batch,
+    vectors: Float[Tensor, "vector d"],
+    order: int,
+    signals: Signals | None = None,
+    graph: GraphModule | None = None,
 ) -> Derivatives:
-    """Forward mode by torch.func, for any module: one pass along b yields <grad L(x), b> for all tokens x at once.
+    """<grad L(x), b>, and with order 2 also b^T H(x) b, for all tokens x and vectors b, by ``torch.func.jvp``.
 
-    Nested in itself it yields b^T H(x) b too. Passes along several vectors share the primal one under ``vmap``.
+    Passes along several vectors share the primal one under ``vmap``. First derivatives need not be carried through
+    products y = x W + c whose output matters to one token: with the signal dL/dy, the change of the loss is
+
+        <dL/dy, y'> = <dL/dy W^T, x'> + <dL/dy, x W' + c'>
+
+    That spares half of such a product, and everything behind it: in a language model, the logits.
+
+    Args:
+        token_loss: the loss.
+        theta: parameters, shape (d,).
+        batch: examples.
+        vectors: directions in rows.
+        order: of the highest derivative, 1 or 2.
+        signals: of products whose output matters to one token, for order 1.
+        graph: of second derivatives, see :func:`trace`, for as many examples as it was traced on.
     """
-
-    def slope(at: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(lambda point: token_loss(point, batch), (at,), (vector,))
-
-    def along(vector: Tensor) -> tuple[Tensor, ...]:
-        if order == 1:
-            return slope(theta, vector)
-        (loss, gradient), (_, second) = jvp(lambda at: slope(at, vector), (theta,), (vector,))
-        return loss, gradient, second
-
-    loss, *derivatives = vmap(along)(vectors)
+    along = graph or _along(token_loss, order)
+    loss, *derivatives = vmap(along, in_dims=(None, None, 0, None))(theta, batch, vectors, signals or {})
     return loss[0], [derivative.T for derivative in derivatives]
 
 
 @torch.no_grad()
-def by_taylor(
-    token_loss: TokenLoss,
-    theta: Float[Tensor, " d"],
-    batch: Batch,
-    blocks: Iterable[Float[Tensor, "vector d"]],
-    order: int,
-    single_target: Collection[int] = (),
-) -> Iterator[Derivatives]:
-    """Forward mode by Taylor arithmetic, see :mod:`polca_lib.derivatives.taylor`, for one block of vectors after the
-    other.
+def trace(
+    token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, order: int, signals: Signals | None = None
+) -> GraphModule:
+    """(theta, batch, b) -> L(x), <grad L(x), b>, b^T H(x) b as a graph in which nothing is computed twice.
 
-    First derivatives need not be carried through products whose output matters to one token single_target: there, a
-    backward pass tells how the losses change with the output y = x W + b, and
+    ``jvp`` nested in itself carries x' twice, and spends seven products on each product x W:
 
-        <dL/dy, y'> = <dL/dy W^T, x'> + <dL/dy, x W' + b'>
+        (x W)' = x' W + x W',    (x W)'' = x'' W + 2 x' W'
 
-    is taken on the spot. That spares half of such a product, and everything behind it: in a language model, the
-    logits.
+    Without repetition it is four. Tracing takes seconds; the graph holds for any theta and b, and any batch of this
+    shape. Tensors have no numbers while it is traced, so that none can end up in the graph.
 
-    Args:
-        token_loss: the loss.
-        theta: parameters.
-        batch: examples.
-        blocks: directions in rows.
-        order: of the highest derivative, 1 or 2.
-        single_target: such products, see :class:`polca_lib.derivatives.products.ModelStructure`; for first derivatives
-            only. Those that are not such
-            for this batch are treated as all others.
+    Raises:
+        Exception: of torch, if what the model does depends on the numbers in a tensor.
     """
+    # Only buffers and frozen parameters are there with their numbers: they are the same in each pass.
+    tracer = make_fx(functionalize(_along(token_loss, order)), tracing_mode="fake", _allow_non_fake_inputs=True)
+    traced = tracer(theta, batch, torch.ones_like(theta), signals or {})
+    _merge(traced.graph)
+    traced.recompile()
+    return traced
+
+
+def _along(token_loss: TokenLoss, order: int) -> Callable[[Tensor, Batch, Tensor, Signals], tuple]:
+    """Losses and derivatives at a point, along one vector."""
+
+    def along(theta: Tensor, batch: Batch, vector: Tensor, signals: Signals) -> tuple[Tensor, ...]:
+        def slope(at: Tensor) -> tuple[Tensor, Tensor]:
+            _, gradient, loss = jvp(
+                lambda point: _losses(token_loss, point, batch, signals), (at,), (vector,), has_aux=True
+            )
+            return loss, gradient
+
+        if order == 1:
+            return slope(theta)
+        (loss, gradient), (_, second) = jvp(slope, (theta,), (vector,))
+        return loss, gradient, second
+
+    return along
+
+
+def _losses(token_loss: TokenLoss, theta: Tensor, batch: Batch, signals: Signals) -> tuple[Tensor, Tensor]:
+    """Numbers that change as the losses do, where not all products carry derivatives; and the losses."""
+    if not signals:
+        loss = token_loss(theta, batch)
+        return loss, loss
+    taken: list[tuple[Tensor, Tensor]] = []
+
+    def at_product(index: int, x: Tensor, weight: Derived, bias: Tensor | None) -> Tensor:
+        if index not in signals:
+            return x @ weight.value if bias is None else x @ weight.value + bias
+        signal, token = signals[index]
+        y, change = _spare(signal, x, weight.value)
+        taken.append((token, change if bias is None else change + signal @ bias))
+        return y if bias is None else y + bias.detach()
+
     parameters = token_loss.unflatten(theta)
-    found = single_target_signals(token_loss, parameters, batch, single_target) if single_target else {}
-    signals = {index: (signal, token) for index, (signal, token) in found.items() if token is not None}
-    for vectors in blocks:
-        jets = moving(parameters, token_loss.unflatten(vectors), order)
-        taken: list[Tensor] = []
-
-        def at_product(
-            index: int, x: Tensor, weight: Derived, bias: Tensor | None, taken: list[Tensor] = taken
-        ) -> Tensor:
-            held = index in signals
-            if held:
-                signal, token = signals[index]
-                taken.append(_by_token(_change_of_loss(signal, x, weight.value, bias), token))
-            product = value_of(x) @ value_of(weight.value) if held else x @ weight.value
-            return product if bias is None else product + (value_of(bias) if held else bias)
-
-        with WatchProducts(jets, at_product):
-            loss = token_loss.at(jets, batch)
-        found = loss.derivatives if isinstance(loss, Jet) else [None] * order
-        zero = vectors.new_zeros(len(vectors), len(loss))
-        derivatives = [zero if derivative is None else derivative for derivative in found]
-        for part in taken:
-            derivatives[0] = derivatives[0] + torch.nn.functional.pad(part, (0, len(loss) - part.shape[1]))
-        yield value_of(loss), [derivative.T for derivative in derivatives]
+    with WatchProducts(parameters, at_product):
+        loss = changing = token_loss.at(parameters, batch)
+    for token, change in taken:
+        changing = changing.index_add(0, token, change)
+    return changing, loss
 
 
-def _by_token(
-    change: Float[Tensor, "vector position"], token: Int[Tensor, " position"]
-) -> Float[Tensor, "vector token"]:
-    return change.new_zeros(len(change), int(token.max()) + 1).index_add_(1, token, change)
+def _spare(signal: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Float[Tensor, " position"]]:
+    """y = x W without derivatives, and a number at each position with the derivative <dL/dy, x' W + x W'>."""
+    # The narrower side carries W': logits along every vector would be large.
+    narrow, rows = weight.shape[0] < weight.shape[1], x.flatten(0, -2)
+    y = x.detach() @ (weight.detach() if narrow else weight)
+    entering = signal @ (weight if narrow else weight.detach()).T
+    change = (rows * entering.detach()).sum(1)
+    change = change + ((rows.detach() * entering) if narrow else (y.flatten(0, -2) * signal)).sum(1)
+    return y.detach(), change
 
 
-def _change_of_loss(
-    signal: Float[Tensor, "position leaving"], x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Float[Tensor, "vector position"]:
-    """<dL/dy, y'> for y = x W + b, at each position."""
-    entering, (bend,) = value_of(x).flatten(0, -2), weight.derivatives
-    # The narrower side last: logits along every vector would be large.
-    if weight.shape[0] < weight.shape[1]:
-        result = ((bend @ signal.T) * entering.T).sum(1)
-    else:
-        result = ((entering @ bend) * signal).sum(2)
-    if isinstance(bias, Jet):
-        result += bias.derivatives[0] @ signal.T
-    if isinstance(x, Jet) and x.derivatives[0] is not None:
-        result += (x.derivatives[0].flatten(1, -2) * (signal @ value_of(weight).T)).sum(2)
-    return result
+def _merge(graph: Graph) -> None:
+    """Let what is computed twice from the same be computed once."""
+    seen: dict[Any, Any] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        key = (node.target, _key(node.args), _key(node.kwargs))
+        # As nothing is changed in place, a copy that lies in memory as its source does is its source.
+        source = node.args[_COPIES[node.target]] if node.target in _COPIES else None
+        same = source if source and _kind(source) == _kind(node) else seen.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _kind(node: Node) -> tuple:
+    tensor = node.meta["val"]
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _key(argument: Any) -> Any:
+    """What tells arguments of a node apart, 1 from 1.0, too."""
+    if isinstance(argument, dict):
+        argument = tuple(argument.items())
+    if isinstance(argument, tuple | list):
+        return tuple(_key(part) for part in argument)
+    return type(argument), argument

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from polca_lib.derivatives.forward import Derivatives, by_jvp, by_taylor
+from polca_lib.derivatives.forward import Derivatives, Signals, by_jvp, trace
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
-from polca_lib.derivatives.products import MatrixProduct, ModelStructure, model_structure
+from polca_lib.derivatives.products import MatrixProduct, ModelStructure, model_structure, single_target_signals
 from polca_lib.derivatives.reverse import project_reverse
 from polca_lib.derivatives.signals import operations, signals, weights_of
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples
@@ -34,7 +37,9 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 # What else there is to do beside the products, in their terms; measured on two cores, at several widths. A pass back
 # for a token has the operations of a pass forward, but in small products, and much that is none.
 _BACKWARD = 4
-_TAYLOR = 0.85  # what Taylor arithmetic may take of plain jvp to be worth it
+_SPARED = 0.85  # what first derivatives that spare products may take of plain jvp to be worth it
+# Operations at one checkpoint from which on it pays to trace them, which takes seconds.
+_TRACED = 1e9
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,13 @@ class Strategy:
     mode: Literal["forward", "reverse"]
     order: int  # of the highest derivative
     precision: Precision
-    taylor: bool  # forward mode by Taylor arithmetic rather than by torch.func
-    structure: ModelStructure | None  # of the model, where it is known and helps
+    structure: ModelStructure | None  # of the model: in reverse mode, and forward where products are spared
     n_vectors: int  # to differentiate along in all
     cost: dict[str, float]  # for one example and all vectors, in operations of matrix products; by way, and of a pass
     pass_examples: int = 2  # through the model at one time
     chunk_examples: int = 2  # whose signals are kept at one time, in reverse mode
     chunk_vectors: int = 2  # differentiated along at one time, in forward mode
+    traced: GraphModule | None = None  # derivatives of pass_examples examples, as a graph
     unfit: dict[str, str] = field(default_factory=dict)  # ways that do not fit this model, and why
 
     def in_full(self) -> Strategy:
@@ -73,12 +78,12 @@ def choose(
 
     With F operations in a forward pass on an example with m target tokens, d parameters and K vectors, forward mode
     takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to single tokens (see
-    :func:`polca_lib.derivatives.forward.by_taylor`); reverse mode takes (1 + m) F, and for each of its products the
-    less of two
-    ways, see :func:`polca_lib.derivatives.signals.operations`. A pass back for a token counts as several, as it takes
-    longer than
-    its operations say. Each way is first tried on two examples and two vectors, against plain ``jvp``; what fails or
-    differs is not used. No time is measured: with the same memory, the choice is the same whenever a run is resumed.
+    :func:`polca_lib.derivatives.forward.by_jvp`); reverse mode takes (1 + m) F, and for each of its products the less
+    of two ways, see :func:`polca_lib.derivatives.signals.operations`. A pass back for a token counts as several, as it
+    takes longer than its operations say. Where there is much to do, forward mode is traced, see
+    :func:`polca_lib.derivatives.forward.trace`. Each way is first tried on a few examples and two vectors, against
+    plain ``jvp``; what fails or differs is not used. No time is measured: with the same memory, the choice is the same
+    whenever a run is resumed.
 
     Args:
         token_loss: the loss.
@@ -107,16 +112,13 @@ def choose(
     budget = default_budget(theta.device) if memory is None else memory
     one, pair, few = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
     once = _operations(token_loss, theta, one)
-    plain = Strategy(
-        "forward", order, "float32", taylor=False, structure=None, n_vectors=len(vectors), cost={"pass": once}
-    )
+    plain = Strategy("forward", order, "float32", structure=None, n_vectors=len(vectors), cost={"pass": once})
     plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
-    reference = by_jvp(token_loss, theta, pair, few, order)[1]
 
-    def usable(strategy: Strategy, name: str) -> bool:
-        tolerance = _TOLERANCE[strategy.precision]
+    def usable(strategy: Strategy, name: str, part: Batch = pair) -> bool:
+        tolerance, reference = _TOLERANCE[strategy.precision], by_jvp(token_loss, theta, part, few, order)[1]
         try:
-            found = differentiate(strategy, token_loss, theta, pair, few)[1]
+            found = differentiate(strategy, token_loss, theta, part, few)[1]
             error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
         except Exception as failure:  # of whatever a model does
             plain.unfit[name] = f"{type(failure).__name__}: {failure}"
@@ -128,7 +130,7 @@ def choose(
     if order == 1:
         seen = model_structure(token_loss, theta, one)
         plain.cost.update(_costs(seen, once, len(vectors), token_loss))
-        forward = min(plain.cost["jvp"], plain.cost["taylor"])
+        forward = min(plain.cost["jvp"], plain.cost["spared"])
         if mode == "reverse" or (mode == "auto" and plain.cost["reverse"] < forward):
             try:
                 _check_other_parameters(token_loss, seen, budget)
@@ -141,12 +143,20 @@ def choose(
                 plain.unfit["reverse"] = str(failure)
         if mode == "reverse":
             raise ValueError(f"mode = 'reverse' does not fit this model ({plain.unfit['reverse']}); use 'forward'")
-        taylor = replace(plain, taylor=True, structure=seen)
-        worth = plain.cost["taylor"] < plain.cost["jvp"]
-    else:
-        taylor, worth = replace(plain, taylor=True), True
-    chosen = taylor if worth and usable(taylor, "taylor") else plain
-    return _sized(chosen, token_loss, theta, batch, vectors, budget)
+        spared = replace(plain, structure=seen)
+        if plain.cost["spared"] < plain.cost["jvp"] and usable(spared, "spared"):
+            plain = spared
+    sized = _sized(plain, token_loss, theta, batch, vectors, budget)
+    if plain.cost["jvp"] * n_examples(batch) < _TRACED:
+        return sized
+    part = next(split_examples(batch, sized.pass_examples))
+    try:
+        traced = replace(sized, traced=trace(token_loss, theta, part, order, _signals(sized, token_loss, theta, part)))
+    except Exception as failure:  # of whatever a model does
+        plain.unfit["traced"] = f"{type(failure).__name__}: {failure}"
+        return sized
+    # Tried on the same examples in another order, for the graph must hold for any.
+    return traced if usable(traced, "traced", pytree.tree_map(lambda t: t.flip(0), part)) else sized
 
 
 def differentiate(
@@ -172,15 +182,30 @@ def differentiate(
         return loss, [gradient]
     losses, derivatives = [], []
     for part in split_examples(batch, strategy.pass_examples):
-        some = vectors.split(strategy.chunk_vectors)
-        if strategy.taylor:
-            single_target = strategy.structure.single_target if strategy.structure else ()
-            blocks = list(by_taylor(token_loss, theta, part, some, strategy.order, single_target))
-        else:
-            blocks = [by_jvp(token_loss, theta, part, block, strategy.order) for block in some]
+        signals = _signals(strategy, token_loss, theta, part)
+        # Without the graph goes what it was not traced for: a last part that is shorter, or other products to spare.
+        same = n_examples(part) == strategy.pass_examples and len(signals) == len(_spared(strategy))
+        graph = strategy.traced if same else None
+        blocks = [
+            by_jvp(token_loss, theta, part, block, strategy.order, signals, graph)
+            for block in vectors.split(strategy.chunk_vectors)
+        ]
         losses.append(blocks[0][0])
         derivatives.append([torch.cat(block, dim=1) for block in zip(*(found for _, found in blocks), strict=True)])
     return torch.cat(losses), [torch.cat(parts) for parts in zip(*derivatives, strict=True)]
+
+
+def _spared(strategy: Strategy) -> Collection[int]:
+    """Products to spare in forward mode."""
+    return strategy.structure.single_target if strategy.structure else ()
+
+
+def _signals(strategy: Strategy, token_loss: TokenLoss, theta: Tensor, part: Batch) -> Signals:
+    """What of them there is to know for some examples; one that matters to several of their tokens is not spared."""
+    if not _spared(strategy):
+        return {}
+    found = single_target_signals(token_loss, token_loss.unflatten(theta), part, _spared(strategy))
+    return {index: (signal, token) for index, (signal, token) in found.items() if token is not None}
 
 
 def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch) -> int:
@@ -190,7 +215,7 @@ def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch) -> int:
 
 
 def _costs(seen: ModelStructure, once: int, n_vectors: int, token_loss: TokenLoss) -> dict[str, float]:
-    """Of first derivatives by Taylor arithmetic and in reverse mode, now that the products are known."""
+    """Of first derivatives forward with products spared, and in reverse, now that the products are known."""
     single_target = sum(_product_operations(seen.products[index]) for index in seen.single_target)
     other_parameters = sum(token_loss.parameters[name].numel() for name in seen.other_parameters)
     products = seen.tokens * n_vectors * other_parameters
@@ -199,7 +224,7 @@ def _costs(seen: ModelStructure, once: int, n_vectors: int, token_loss: TokenLos
         products += product.weight.value.numel() * min(ways)
     return {
         # Two backward passes tell which token a position matters to.
-        "taylor": (once * (1 + 2 * n_vectors + 4) - single_target * n_vectors) / _TAYLOR,
+        "spared": (once * (1 + 2 * n_vectors + 4) - single_target * n_vectors) / _SPARED,
         "reverse": once * (1 + _BACKWARD * seen.tokens) + 2 * products,
     }
 

@@ -19,6 +19,7 @@ from cases import (
 from torch import nn
 
 import polca_lib.derivatives.signals as signals
+import polca_lib.derivatives.strategy as strategies
 from polca_lib.derivatives.memory import peak_bytes
 from polca_lib.derivatives.products import model_structure, single_target_signals
 from polca_lib.derivatives.projection import project
@@ -42,8 +43,8 @@ def test_few_targets_an_example_are_differentiated_in_reverse_and_many_forward(l
     arguments = long_problem(loss)
     strategy = choose(*arguments, orthonormal(12, 93))
     assert strategy.mode == mode
-    least = min(("jvp", "taylor", "reverse"), key=strategy.cost.get)
-    assert least == ("reverse" if mode == "reverse" else "taylor" if strategy.taylor else "jvp")
+    least = min(("jvp", "spared", "reverse"), key=strategy.cost.get)
+    assert least == ("reverse" if mode == "reverse" else "spared" if strategy.structure else "jvp")
     found = differentiate(strategy, *arguments, orthonormal(12, 93))[1][0]
     torch.testing.assert_close(found, token_gradients(*arguments) @ orthonormal(12, 93).T, **EXACT)
 
@@ -60,7 +61,7 @@ def test_operations_are_counted_for_one_example_and_all_vectors():
     assert cost["pass"] == queries_to_values + attention + logits
     assert cost["jvp"] == cost["pass"] * (1 + 2 * 5)
     # Of the logits' derivatives half is spared, at the price of two backward passes.
-    assert cost["taylor"] == pytest.approx((cost["pass"] * (1 + 2 * 5 + 4) - 5 * logits) / 0.85)
+    assert cost["spared"] == pytest.approx((cost["pass"] * (1 + 2 * 5 + 4) - 5 * logits) / 0.85)
     # The gradients of weights are formed, of three positions each. Embedding, positions and biases are elsewhere.
     products = 3 * (3 + 5) * (4 * 12 + 4 * 5) + 3 * 5 * (93 - 4 * 12 - 4 * 5)
     assert cost["reverse"] == cost["pass"] * (1 + 4 * 3) + 2 * products
@@ -70,7 +71,7 @@ def test_operations_are_counted_for_one_example_and_all_vectors():
 @pytest.mark.parametrize("n_vectors", [1, 2])
 def test_for_few_vectors_plain_jvp_is_taken(n_vectors):
     strategy = choose(*problem("attention"), orthonormal(n_vectors, 93))
-    assert (strategy.mode, strategy.taylor) == ("forward", False)
+    assert (strategy.mode, strategy.structure) == ("forward", None)
 
 
 def test_where_logits_cost_most_their_derivatives_are_spared():
@@ -78,7 +79,7 @@ def test_where_logits_cost_most_their_derivatives_are_spared():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 300), nn.Linear(300, 5)).double()
     token_loss = TokenLoss(model, next_token_loss)
     theta = token_loss.flatten(token_loss.parameters)
-    assert right(token_loss, theta, batch, mode="forward").taylor
+    assert right(token_loss, theta, batch, mode="forward").structure
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
@@ -123,7 +124,7 @@ def test_models_whose_examples_are_not_apart_go_forward_and_in_reverse_are_refus
     token_loss, theta, batch = problem(name)
     vectors = orthonormal(60, len(theta))
     strategy = choose(token_loss, theta, batch, vectors)
-    assert strategy.cost["reverse"] < min(strategy.cost["jvp"], strategy.cost["taylor"])
+    assert strategy.cost["reverse"] < min(strategy.cost["jvp"], strategy.cost["spared"])
     assert strategy.mode == "forward"
     assert re.search(REASONS[name], strategy.unfit["reverse"])
     if name == "ragged":
@@ -133,26 +134,26 @@ def test_models_whose_examples_are_not_apart_go_forward_and_in_reverse_are_refus
         choose(token_loss, theta, batch, vectors, mode="reverse")
 
 
-def test_models_that_change_tensors_in_place_are_differentiated_by_plain_jvp():
-    token_loss, theta, batch = problem("in place")
-    vectors = orthonormal(min(30, len(theta)), len(theta))
-    for order in (1, 2):
-        strategy = choose(token_loss, theta, batch, vectors, order=order, mode="forward")
-        assert (strategy.mode, strategy.taylor) == ("forward", False)
-        assert "add_ changes a tensor in place" in strategy.unfit["taylor"]
-        _, (first, *second) = differentiate(strategy, token_loss, theta, batch, vectors)
-        torch.testing.assert_close(first, token_gradients(token_loss, theta, batch) @ vectors.T, **EXACT)
-    torch.testing.assert_close(second[0], token_curvatures(token_loss, theta, batch, vectors), **EXACT)
+@pytest.mark.parametrize("name", ["attention", "in place", "mixing", "ragged"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_where_there_is_much_to_do_forward_mode_is_traced_if_it_can_be(name, order, monkeypatch):
+    monkeypatch.setattr(strategies, "_TRACED", 0)
+    token_loss, theta, batch = problem(name, examples=4)
+    vectors = orthonormal(3, len(theta))
+    strategy = choose(token_loss, theta, batch, vectors, order=order, mode="forward")
+    assert (strategy.traced is None) == ("traced" in strategy.unfit) == (name == "ragged")
+    _, (first, *second) = differentiate(strategy, token_loss, theta, batch, vectors)
+    torch.testing.assert_close(first, token_gradients(token_loss, theta, batch) @ vectors.T, **EXACT)
+    for found in second:
+        torch.testing.assert_close(found, token_curvatures(token_loss, theta, batch, vectors), **EXACT)
 
 
 def right(token_loss, theta, batch, mode):
-    """With enough vectors for Taylor arithmetic and reverse mode to be tried, and the former forced if asked for."""
+    """With enough vectors for reverse mode to be tried, and products spared if asked for."""
     vectors = orthonormal(min(10, len(theta)), len(theta)).to(theta)
-    strategy = choose(token_loss, theta, batch, vectors, mode="forward" if mode == "taylor" else mode)
-    if mode == "taylor":
-        strategy = replace(
-            strategy, taylor=True, structure=model_structure(token_loss, theta, next(split_examples(batch, 1)))
-        )
+    strategy = choose(token_loss, theta, batch, vectors, mode="forward" if mode == "spared" else mode)
+    if mode == "spared":
+        strategy = replace(strategy, structure=model_structure(token_loss, theta, next(split_examples(batch, 1))))
     found = differentiate(strategy, token_loss, theta, batch, vectors)[1][0]
     expected = token_gradients(token_loss, theta, batch) @ vectors.T
     assert relative_difference(found, expected) < (1e-10 if theta.dtype == torch.float64 else 1e-3)
@@ -179,7 +180,7 @@ def test_a_model_without_products_goes_forward(mode):
     right(token_loss, torch.ones(4, dtype=torch.float64), batch, mode=mode)
 
 
-@pytest.mark.parametrize("mode", ["taylor", "reverse"])
+@pytest.mark.parametrize("mode", ["spared", "reverse"])
 def test_arguments_by_keyword_are_understood(mode):
     def loss(model, batch):
         x = torch.matmul(batch[0], other=model.layers[0].weight.T).softmax(dim=-1)
@@ -188,7 +189,7 @@ def test_arguments_by_keyword_are_understood(mode):
 
     strategy = right(TokenLoss(Mlp().double(), loss), *problem("mlp")[1:], mode=mode)
     assert strategy.unfit == {}
-    assert strategy.taylor or strategy.mode == "reverse"
+    assert strategy.structure or strategy.mode == "reverse"
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_arguments_by_keyword_are_understood(mode):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mode", ["auto", "taylor"])
+@pytest.mark.parametrize("mode", ["auto", "spared"])
 def test_examples_need_not_be_like_the_first_two(name, first, mode):
     token_loss, theta, batch = problem(name, examples=6)
     batch[:2] = torch.tensor(first)
@@ -218,7 +219,7 @@ def test_small_signals_among_many_examples_do_not_disturb(name, scale):
     found = single_target_signals(token_loss, token_loss.unflatten(theta), batch, seen.single_target)
     assert found
     assert all(token is not None for _, token in found.values())
-    strategy = replace(choose(token_loss, theta, batch, vectors, mode="forward"), taylor=True, structure=seen)
+    strategy = replace(choose(token_loss, theta, batch, vectors, mode="forward"), structure=seen)
     gradient = differentiate(strategy, token_loss, theta, batch, vectors)[1][0]
     assert relative_difference(gradient, token_gradients(token_loss, theta, batch) @ vectors.T) < 1e-3
 
@@ -230,7 +231,7 @@ def test_losses_that_are_zero_to_the_last_bit_have_derivatives_zero(mode):
     batch[1][2:] = torch.func.functional_call(token_loss.model, parameters, (batch[0],))[2:].argmax(2)
     vectors = orthonormal(10, 31).float()
     strategy = choose(token_loss, theta, batch, vectors, mode=mode)
-    assert strategy.taylor or strategy.mode == "reverse"
+    assert strategy.structure or strategy.mode == "reverse"
     certain = token_loss.flatten({n: p * 1e4 if n.startswith("layers.2") else p for n, p in parameters.items()})
     one_by_one = replace(strategy, pass_examples=1, chunk_examples=1)
     found = differentiate(one_by_one, token_loss, certain, batch, vectors)[1][0]
@@ -290,12 +291,12 @@ def test_results_do_not_depend_on_the_memory_and_as_little_as_is_asked_for_is_en
     least = least_memory(*arguments, **settings)
     with pytest.raises(ValueError, match=f"only {least - 1:,} are left .* raise memory"):
         choose(*arguments, memory=least - 1, **settings)
-    strategies = [choose(*arguments, memory=least * more, **settings) for more in (1, 3, 1000)]
-    assert strategies[0].pass_examples == 1
-    assert strategies[-1].pass_examples == 10
-    sizes = [(s.pass_examples, s.chunk_examples, s.chunk_vectors) for s in strategies]
+    chosen = [choose(*arguments, memory=least * more, **settings) for more in (1, 3, 1000)]
+    assert chosen[0].pass_examples == 1
+    assert chosen[-1].pass_examples == 10
+    sizes = [(s.pass_examples, s.chunk_examples, s.chunk_vectors) for s in chosen]
     assert sizes == sorted(sizes)
-    results = [torch.stack(differentiate(strategy, *arguments)[1]) for strategy in strategies]
+    results = [torch.stack(differentiate(strategy, *arguments)[1]) for strategy in chosen]
     for result in results[:-1]:
         torch.testing.assert_close(result, results[-1], rtol=1e-10, atol=1e-11)
 
