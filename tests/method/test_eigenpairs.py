@@ -128,11 +128,11 @@ def test_cola_takes_as_many_products_as_our_recurrence_and_those_that_measure(st
 
 @SOLVERS
 def test_eigenvalue_is_right_in_float32_and_many_dimensions(solver):
-    # CoLA's own value is wrong in the third digit here, where it sums a million squares one by one.
+    # As CoLA lays its vectors out, it would sum a million squares one by one, to three digits.
     diagonal = torch.linspace(-1, 1, 1_000_000)
     diagonal[0] = 4
     pairs = top_eigenpairs(
-        lambda v: diagonal * v, torch.ones(1_000_000), tolerance=1e-4, max_products=20, solver=solver
+        lambda v: diagonal * v, torch.ones(1_000_000), tolerance=3e-4, max_products=20, solver=solver
     )
     assert pairs.converged
     assert pairs.values.item() == pytest.approx(4, rel=1e-5)
