@@ -49,7 +49,7 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
     except (*wrong_input, EngineFailure, NonFiniteProjection, MemoryError, OSError) as error:
         typer.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
-        # A damaged file is a ValueError, but no wrong input.
+        # DamagedFile is a ValueError, but the user gave no wrong input.
         raise typer.Exit(2 if isinstance(error, wrong_input) and not isinstance(error, DamagedFile) else 1) from error
 
 

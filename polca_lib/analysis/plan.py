@@ -96,6 +96,11 @@ class Plan:
                 The vectors do not fit into memory at once. The loss inside the basis reads them at each checkpoint.
                 Set projection.inside_loss = false to avoid that.
                 """)
+        text += dedent("""
+            Time of the projections grows with tokens, checkpoints and parameters, in forward mode also with vectors.
+            Time of a Hessian basis grows with its examples, products and parameters. Disk space grows with vectors and
+            parameters (basis), and with tokens, vectors and checkpoints (projections). Workers share only projections.
+            """)
         return text.rstrip()
 
 
