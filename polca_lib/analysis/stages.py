@@ -78,14 +78,10 @@ class Analysis:
     ):
         self.folder = UPath(folder)
         self.settings = settings or AnalysisSettings.model_validate(single)
-        if self.settings.basis.targets == "all" and hessian_loss is None:
-            raise ValueError(
-                "basis.targets = 'all' needs hessian_loss, the loss of all tokens; allowed without: 'answer'"
-            )
         self.checkpoints = ChecksummedCheckpoints(checkpoints, self.folder / "checkpoints")
         self.validation, self.hessian, self.hessian_loss = validation, hessian, hessian_loss
         self._token_table, self._code, self.verify = tokens, tuple(code), verify
-        _ = self.steps  # fail early if a step has no checkpoint
+        self._check()
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
 
@@ -114,7 +110,16 @@ class Analysis:
         analysis = object.__new__(type(self))
         analysis.__dict__.update({name: value for name, value in self.__dict__.items() if name in shared})
         analysis.settings = settings
+        analysis._check()
         return analysis
+
+    def _check(self) -> None:
+        """Refuse what the settings alone tell: a missing loss, steps without a checkpoint."""
+        if self.settings.basis.targets == "all" and self.hessian_loss is None:
+            raise ValueError(
+                "basis.targets = 'all' needs hessian_loss, the loss of all tokens; allowed without: 'answer'"
+            )
+        _ = self.steps
 
     @cached_property
     def steps(self) -> list[int]:
@@ -363,7 +368,8 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
                 "allowed: other settings of basis, projection and clustering. Project it separately"
             )
     # Group what is missing: one pass for each analysis with the curvature of all tokens, one pass for the others.
-    missing = [analysis for analysis in analyses if analysis.stored("projection") is None]
+    by_path = {str(analysis._projection.path): analysis for analysis in analyses}  # the same one may be there twice
+    missing = [analysis for analysis in by_path.values() if analysis.stored("projection") is None]
     groups = [[analysis] for analysis in missing if analysis.settings.projection.curvature_of_all]
     groups.append([analysis for analysis in missing if not analysis.settings.projection.curvature_of_all])
     for group in filter(None, groups):

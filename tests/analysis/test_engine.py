@@ -26,7 +26,7 @@ from polca_lib.storage.pieces import PieceStore
 BATCH = mlp_batch(5, torch.float32)
 STEPS = list(range(0, 81, 4))
 TOKENS = pd.DataFrame({"number": range(10)})
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parents[1])  # of cases
 ENGINES = ("processes", "dask", "ray")
 
 # What the command of a worker has in it; those of Ray are children of its own daemon.

@@ -9,7 +9,7 @@ import torch
 from cases import MIXED, Mlp, folder_bytes, mlp_batch, mlp_loss, problem, tiny_checkpoints, token_gradients
 from upath import UPath
 
-from polca_lib.analysis.stages import Analysis
+from polca_lib.analysis.stages import Analysis, project_together
 from polca_lib.analysis.status import status
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method.vectors import read_vectors
@@ -162,3 +162,23 @@ def test_memory_for_little_gives_the_same_basis_of_the_trajectory(tmp_path, chec
     tight = analyse(tmp_path / "tight", checkpoints, basis={"kind": "trajectory", "n_vectors": 4}, memory=3 * 31 * 4)
     both = read_vectors(whole.basis) @ read_vectors(tight.basis).T
     np.testing.assert_allclose(both.abs(), np.eye(4), atol=1e-4)
+
+
+def test_bases_are_projected_together_also_if_one_is_there_twice(tmp_path, checkpoints):
+    run = analyse(tmp_path / "run", checkpoints)
+    random, again, same = run.on_basis("random"), run.on_basis("random"), run.on_basis("hessian")
+    both = project_together([run, random, again, same])
+    assert both[1].equals(both[2])
+    assert both[0].equals(both[3])
+    alone = analyse(tmp_path / "alone", checkpoints, basis={**SETTINGS["basis"], "kind": "random"})
+    np.testing.assert_allclose(both[1]["gradient"], alone.projections["gradient"], rtol=1e-4, atol=1e-5)
+    assert [row["stage"] for row in status(tmp_path / "run")] == 2 * ["basis"] + 2 * ["projection"]
+
+
+def test_another_loss_for_the_hessian_is_needed_and_used(tmp_path, checkpoints):
+    basis = {**SETTINGS["basis"], "targets": "all"}
+    with pytest.raises(ValueError, match=r"basis\.targets = 'all' needs hessian_loss"):
+        analyse(tmp_path / "run", checkpoints, basis=basis)
+    run = analyse(tmp_path / "run", checkpoints, basis=basis, hessian_loss=lambda m, b: 2 * mlp_loss(m, b))
+    plain = analyse(tmp_path / "run", checkpoints)
+    np.testing.assert_allclose(run.basis["eigenvalue"], 2 * plain.basis["eigenvalue"], rtol=1e-3)
