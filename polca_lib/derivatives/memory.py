@@ -75,7 +75,8 @@ class _Meter(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    storages = [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [storage for storage in storages if storage.device.type != "meta"]  # those of a trace hold nothing
 
 
 def fit(measure: Callable[[int], int], budget: int, most: int) -> int:

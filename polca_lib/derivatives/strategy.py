@@ -115,8 +115,8 @@ def choose(
     plain = Strategy("forward", order, "float32", structure=None, n_vectors=len(vectors), cost={"pass": once})
     plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
 
-    def usable(strategy: Strategy, name: str, part: Batch = pair) -> bool:
-        tolerance, reference = _TOLERANCE[strategy.precision], by_jvp(token_loss, theta, part, few, order)[1]
+    def usable(strategy: Strategy, name: str, part: Batch = pair, against: Strategy = plain) -> bool:
+        tolerance, reference = _TOLERANCE[strategy.precision], differentiate(against, token_loss, theta, part, few)[1]
         try:
             found = differentiate(strategy, token_loss, theta, part, few)[1]
             error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
@@ -156,7 +156,7 @@ def choose(
         plain.unfit["traced"] = f"{type(failure).__name__}: {failure}"
         return sized
     # Tried on the same examples in another order, for the graph must hold for any.
-    return traced if usable(traced, "traced", pytree.tree_map(lambda t: t.flip(0), part)) else sized
+    return traced if usable(traced, "traced", pytree.tree_map(lambda t: t.flip(0), part), against=sized) else sized
 
 
 def differentiate(
