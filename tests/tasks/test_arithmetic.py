@@ -127,7 +127,7 @@ def test_feeding_the_twelfth_token_too_changes_no_loss():
     model = build_model(ModelSettings(n_layers=1, d_model=8, n_heads=2, d_mlp=16), seed=0).double()
     tokens = arithmetic.encode(arithmetic.sample_pairs(0, 20, 0, 0).validation)
     logits = model(tokens)[:, 7:11]
-    expected = -logits.log_softmax(-1).load_tables(-1, tokens[:, 8:, None]).flatten()
+    expected = -logits.log_softmax(-1).gather(-1, tokens[:, 8:, None]).flatten()
     torch.testing.assert_close(arithmetic.answer_loss(model, tokens), expected, rtol=1e-12, atol=1e-12)
 
 
