@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 from polca_lib.analysis.engine import parallel_backend
-from polca_lib.analysis.projections import project_runs
 from polca_lib.analysis.settings import ProjectionSettings
+from polca_lib.analysis.workers import project_runs
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method.basis import compute_basis
 from polca_lib.method.settings import BasisSettings

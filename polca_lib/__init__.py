@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polca_lib.analysis.analysis import Analysis, project_together
     from polca_lib.analysis.engine import parallel_backend
     from polca_lib.analysis.plan import plan
     from polca_lib.analysis.settings import AnalysisSettings
-    from polca_lib.analysis.stages import Analysis, project_together
     from polca_lib.derivatives.projection import project
     from polca_lib.derivatives.token_loss import Subject, TokenLoss
     from polca_lib.method.basis import compute_basis
     from polca_lib.method.breakthroughs import breakthrough_step
     from polca_lib.method.clustering import cluster_tokens
     from polca_lib.method.decomposition import completeness, polca, projected_loss
-    from polca_lib.storage.folders import SafetensorsFolder, StateDictFolder
+    from polca_lib.storage.checkpoint_folders import SafetensorsFolder, StateDictFolder
     from polca_lib.storage.huggingface import HuggingFaceRevisions
     from polca_lib.tasks.run import Run
 
@@ -35,10 +35,10 @@ _MODULES = {
     "method.clustering": ("cluster_tokens",),
     "method.breakthroughs": ("breakthrough_step",),
     # Checkpoints
-    "storage.folders": ("SafetensorsFolder", "StateDictFolder"),
+    "storage.checkpoint_folders": ("SafetensorsFolder", "StateDictFolder"),
     "storage.huggingface": ("HuggingFaceRevisions",),
     # A run of your own
-    "analysis.stages": ("Analysis", "project_together"),
+    "analysis.analysis": ("Analysis", "project_together"),
     "analysis.settings": ("AnalysisSettings",),
     "analysis.plan": ("plan",),
     "analysis.engine": ("parallel_backend",),

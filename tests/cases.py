@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polca_lib.analysis.projections import project_runs
+from polca_lib.analysis.workers import project_runs
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.checkpoints import CheckpointFolder
 from polca_lib.tasks.settings import RunSettings

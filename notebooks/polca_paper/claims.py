@@ -34,7 +34,7 @@ class NotRun(LookupError):
 
 
 class DoesNotApply(NotRun):
-    """Nor can it have one: a claim about curves as they are says nothing of scaled ones."""
+    """No study can have such a row: a claim about raw curves does not apply to scaled ones."""
 
 
 class Sentence(NamedTuple):
@@ -119,7 +119,7 @@ def _strategy(name: str, column: str = "homogeneity_v3_1") -> Measure:
 
 
 def _basis(kind: str, column: str, beside: str = "hessian") -> Measure:
-    """On curves of the paper's order, or else of the first order, whichever the basis ``beside`` it has, too."""
+    """A column of table ``bases``, at second order or else at first order: an order that ``beside`` has, too."""
 
     def measure(study: SavedStudy) -> float:
         ours, theirs = (_table(study, "bases", basis=name).set_index("order")[column] for name in (kind, beside))

@@ -38,7 +38,7 @@ def run(
 ) -> None:
     """Compute all stages of a run, on its own basis and on those named."""
     with reported_errors():
-        from polca_lib.analysis.stages import project_together
+        from polca_lib.analysis.analysis import project_together
 
         first = _run(task, preset, seed, device, overrides)
         projection = first.settings.projection

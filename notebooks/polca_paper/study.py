@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from polca_lib.analysis.stages import project_together
+from polca_lib.analysis.analysis import project_together
 from polca_lib.method import decomposition, interventions
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens

@@ -38,7 +38,7 @@ Engine = StrEnum("Engine", [(name.replace("-", "_"), name) for name in ("in-proc
 def reported_errors() -> Iterator[None]:
     """Print expected errors as one message and exit with a code."""
     from polca_lib.analysis.engine import EngineFailure
-    from polca_lib.analysis.projections import NonFiniteProjection
+    from polca_lib.analysis.workers import NonFiniteProjection
     from polca_lib.storage.artefacts import DamagedFile
 
     wrong_input = ValueError, TypeError, ImportError, FileNotFoundError
@@ -111,9 +111,9 @@ def run(
 ) -> None:
     """Compute missing or damaged results, stage by stage, and write the report."""
     with reported_errors():
+        from polca_lib.analysis.analysis import project_together
         from polca_lib.analysis.engine import parallel_backend
         from polca_lib.analysis.runfile import RunFile, open_analysis
-        from polca_lib.analysis.stages import project_together
 
         run_file = RunFile.read(file)
         # The address of the file belongs to the engine of the file.

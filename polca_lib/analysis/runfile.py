@@ -6,11 +6,11 @@ import importlib
 import sys
 from pathlib import Path
 
+from polca_lib.analysis.analysis import Analysis
 from polca_lib.analysis.settings import Code, RunFile
-from polca_lib.analysis.stages import Analysis
 from polca_lib.derivatives.token_loss import Subject, TokenLoss
+from polca_lib.storage.checkpoint_folders import SafetensorsFolder, StateDictFolder
 from polca_lib.storage.checkpoints import Checkpoints
-from polca_lib.storage.folders import SafetensorsFolder, StateDictFolder
 from polca_lib.storage.huggingface import HuggingFaceRevisions
 
 
@@ -19,7 +19,7 @@ def open_analysis(file: str | Path | RunFile, *, verify: bool = False) -> Analys
 
     Args:
         file: path of a TOML file, or its content, see :class:`polca_lib.analysis.settings.RunFile`.
-        verify: see :class:`polca_lib.analysis.stages.Analysis`.
+        verify: see :class:`polca_lib.analysis.analysis.Analysis`.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or wrong.

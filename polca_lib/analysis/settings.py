@@ -190,5 +190,5 @@ class RunFile(AnalysisSettings):
 
     @property
     def settings(self) -> AnalysisSettings:
-        """The settings of :class:`polca_lib.analysis.stages.Analysis`."""
+        """The settings of :class:`polca_lib.analysis.analysis.Analysis`."""
         return AnalysisSettings.model_validate({name: getattr(self, name) for name in AnalysisSettings.model_fields})

@@ -1,6 +1,6 @@
-"""POLCA: the loss change between checkpoints per token and direction, and what it is compared with.
+"""POLCA (Eq. 4-10): the loss change between checkpoints per token and direction, and what it is compared with.
 
-Everything here is arithmetic on the dataset that :func:`polca_lib.analysis.projections.project_runs` returns.
+Everything here is arithmetic on the dataset that :func:`polca_lib.analysis.workers.project_runs` returns.
 Losses are in nats; along ``step``, entry t of an interval quantity belongs to the interval that starts there.
 """
 
@@ -24,13 +24,14 @@ def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
     With g_t = <grad L(x; theta_t), b> and s_t = <theta_{t+1} - theta_t, b>:
 
     - ``first`` (Eq. 4): g_t s_t.
-    - ``second`` (Eq. 8-9): plus lambda_t(X, b)/2 s_t^2 r, where lambda_t(X, b) = b^T H_t(X) b over all tokens X and
-      r = (g_{t+1}(x) - g_t(x)) / (g_{t+1}(X) - g_t(X)). (Eq. 6 prints losses where Appendix A has gradients.)
-      Where the denominator vanishes (below 1e-6 of the root mean square of its numerators) r is undefined, and the
-      term is left out: the value is then first order. :func:`second_order_health` counts those.
-    - ``exact``: plus lambda_t(x, b)/2 s_t^2 with the token's own lambda_t(x, b) = b^T H_t(x) b.
-    - ``trapezoid``: (g_t + g_{t+1})/2 s_t. Where Appendix A's approximation lambda s = g_{t+1} - g_t holds, ``second``
-      is this; it divides by nothing and needs no curvature.
+    - ``second`` (Eq. 8-9): g_t s_t + lambda_t(X, b)/2 s_t^2 r. Here lambda_t(X, b) = b^T H_t(X) b is the curvature of
+      the mean loss over all tokens X (Eq. 5), and r = (g_{t+1}(x) - g_t(x)) / (g_{t+1}(X) - g_t(X)) is the token's
+      share of it (Eq. 6-7; Eq. 6 prints losses where Appendix A has gradients). Where the denominator vanishes (below
+      1e-6 of the root mean square of its numerators) r is undefined. The term is then left out, and
+      :func:`second_order_health` counts such cases.
+    - ``exact``: g_t s_t + lambda_t(x, b)/2 s_t^2 with the token's own lambda_t(x, b) = b^T H_t(x) b.
+    - ``trapezoid``: (g_t + g_{t+1})/2 s_t. It equals ``second`` where Appendix A's approximation
+      lambda_t s_t = g_{t+1} - g_t holds. It needs no curvature and no division.
 
     Args:
         projections: with ``gradient`` and ``movement``, and ``curvature`` for ``second`` and ``exact``.

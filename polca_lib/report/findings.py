@@ -26,7 +26,7 @@ class Findings:
     """Results of a run; each table is computed on first access.
 
     Args:
-        projections: from :func:`polca_lib.analysis.projections.project_runs`.
+        projections: from :func:`polca_lib.analysis.workers.project_runs`.
         curves: projected loss, (step, token, vector), in nats, from
             :func:`polca_lib.method.decomposition.projected_loss`.
         labels: (vector, token), from :func:`polca_lib.method.clustering.cluster_tokens`.

@@ -1,4 +1,8 @@
-"""Checkpoints of a training run: one safetensors file per step, with a checksum inside."""
+"""What every source of checkpoints offers, and the format that this library writes: safetensors with a checksum.
+
+Checkpoints that others wrote are read in :mod:`polca_lib.storage.checkpoint_folders` and
+:mod:`polca_lib.storage.huggingface`.
+"""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from polca_lib.analysis.stages import Analysis
+from polca_lib.analysis.analysis import Analysis
 from polca_lib.derivatives.token_loss import Batch, Loss
 from polca_lib.storage.artefacts import Artefact, provenance
 from polca_lib.tasks.arithmetic import Addition

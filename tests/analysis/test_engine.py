@@ -18,8 +18,8 @@ import torch
 from cases import folder_bytes, mlp_batch, project_run, tiny_checkpoints, tiny_config
 
 from polca_lib.analysis.engine import EngineFailure, Portable, TaskFailure, carry_out, parallel_backend
-from polca_lib.analysis.projections import NonFiniteProjection
 from polca_lib.analysis.settings import ProjectionSettings
+from polca_lib.analysis.workers import NonFiniteProjection
 from polca_lib.method.basis import compute_basis
 from polca_lib.storage.pieces import PieceStore
 

@@ -9,7 +9,7 @@ import torch
 from cases import MIXED, Mlp, folder_bytes, mlp_batch, mlp_loss, problem, tiny_checkpoints, token_gradients
 from upath import UPath
 
-from polca_lib.analysis.stages import Analysis, project_together
+from polca_lib.analysis.analysis import Analysis, project_together
 from polca_lib.analysis.status import status
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method.vectors import read_vectors

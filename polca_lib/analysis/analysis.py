@@ -22,9 +22,9 @@ from upath import UPath
 
 from polca_lib.analysis.engine import carry_out
 from polca_lib.analysis.plan import Plan, plan
-from polca_lib.analysis.projections import project_runs
 from polca_lib.analysis.settings import AnalysisSettings
 from polca_lib.analysis.status import FILES
+from polca_lib.analysis.workers import project_runs
 from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, n_examples, split_examples, to_device
 from polca_lib.method.basis import compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
@@ -47,7 +47,8 @@ class Analysis:
 
     Args:
         folder: folder of results: a path, or a URL that fsspec supports.
-        checkpoints: checkpoints, see :mod:`polca_lib.storage.folders` and :mod:`polca_lib.storage.huggingface`.
+        checkpoints: checkpoints of the run, see :mod:`polca_lib.storage.checkpoint_folders` and
+            :mod:`polca_lib.storage.huggingface`.
         validation: examples whose tokens are decomposed.
         hessian: sample of the training data whose mean loss has the Hessian; only a Hessian basis needs it.
         tokens: one row per token loss of ``validation``, in the same order. Columns become coordinates. With ``text``,
@@ -172,7 +173,7 @@ class Analysis:
 
     @cached_property
     def projections(self) -> xr.Dataset:
-        """Losses and derivatives along the basis, see :func:`polca_lib.analysis.projections.project_runs`."""
+        """Losses and derivatives along the basis, see :func:`polca_lib.analysis.workers.project_runs`."""
         return project_together([self])[0]
 
     @cached_property
@@ -357,7 +358,7 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
 
     Raises:
         ValueError: checkpoints, examples or steps differ, or the settings can't be used together (see
-            :func:`polca_lib.analysis.projections.project_runs`).
+            :func:`polca_lib.analysis.workers.project_runs`).
     """
     first = analyses[0]
     for index, analysis in enumerate(analyses):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.artefacts import DamagedFile
-from polca_lib.storage.folders import SafetensorsFolder, StateDictFolder
+from polca_lib.storage.checkpoint_folders import SafetensorsFolder, StateDictFolder
 
 LOSS = TokenLoss(Mlp(), mlp_loss)
 

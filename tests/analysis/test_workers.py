@@ -21,9 +21,9 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-import polca_lib.analysis.projections as worker
-from polca_lib.analysis.projections import NonFiniteProjection, project_runs
+import polca_lib.analysis.workers as worker
 from polca_lib.analysis.settings import ProjectionSettings
+from polca_lib.analysis.workers import NonFiniteProjection, project_runs
 from polca_lib.derivatives.projection import project
 from polca_lib.derivatives.strategy import choose
 from polca_lib.derivatives.token_loss import TokenLoss
