@@ -116,7 +116,9 @@ def choose(
     plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
 
     def usable(strategy: Strategy, name: str, part: Batch = pair) -> bool:
-        tolerance, reference = _TOLERANCE[strategy.precision], by_jvp(token_loss, theta, part, few, order)[1]
+        tolerance = _TOLERANCE[strategy.precision]
+        simple = replace(strategy, mode="forward", structure=None, traced=None)
+        reference = differentiate(simple, token_loss, theta, part, few)[1]
         try:
             found = differentiate(strategy, token_loss, theta, part, few)[1]
             error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
@@ -201,7 +203,7 @@ def _spared(strategy: Strategy) -> Collection[int]:
 
 
 def _signals(strategy: Strategy, token_loss: TokenLoss, theta: Tensor, part: Batch) -> Signals:
-    """What of them there is to know for some examples; one that matters to several of their tokens is not spared."""
+    """Their signals for some examples; without products whose output matters to several tokens here."""
     if not _spared(strategy):
         return {}
     found = single_target_signals(token_loss, token_loss.unflatten(theta), part, _spared(strategy))

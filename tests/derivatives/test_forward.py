@@ -181,7 +181,6 @@ def test_a_graph_is_used_for_as_many_examples_as_it_was_traced_on(order):
 
 
 NUMBERS = {
-    "item": lambda x: x * x.detach().flatten()[0].item(),
     "bool": lambda x: x if (x > 0).all() else x.exp(),
     "list": lambda x: x * torch.tensor(x.detach().tolist()),
     "mask": lambda x: x[x > 0].sum() + x,
@@ -193,6 +192,11 @@ def test_what_depends_on_the_numbers_in_a_tensor_is_not_traced(name):
     token_loss, theta, batch = head(NUMBERS[name])
     with pytest.raises(Exception, match=r".+"):
         trace(token_loss, theta, batch, 1)
+
+
+def test_a_single_number_is_read_anew_in_each_pass():
+    scaled = head(lambda x: x * x.detach().flatten()[0].item())
+    against_backward_passes(*scaled, order=1, way="traced")
 
 
 def test_numbers_of_a_batch_do_not_get_into_a_graph():
