@@ -82,9 +82,9 @@ def compute_basis(
     Returns:
         Dataset, opened but not read, with what :func:`polca_lib.method.vectors.read_vectors` needs: ``vectors``
         (vector, parameter), unit norm; or ``mixing`` (vector, gaussian), which combines the Gaussian vectors of the
-        seed into a random basis; or ``axis`` (vector), the parameter along whose axis it points.
-        Coordinates: ``vector`` (from 1), ``birth_step``, ``eigenvalue`` (nats per squared parameter unit, of P H P), ``residual`` (relative) and
-        ``products`` (Hessian-vector products); the last three are NaN where they have no meaning.
+        seed into a random basis; or ``axis`` (vector), the parameter along whose axis it points. Coordinates:
+        ``vector`` (from 1), ``birth_step``, ``eigenvalue`` (nats per squared parameter unit, of P H P), ``residual``
+        (relative) and ``products`` (Hessian-vector products); the last three are NaN where they have no meaning.
 
     Raises:
         ValueError: the memory is too small for the Hessian of a single example, or the Hessian has no batch.
