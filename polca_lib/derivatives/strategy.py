@@ -115,8 +115,10 @@ def choose(
     plain = Strategy("forward", order, "float32", structure=None, n_vectors=len(vectors), cost={"pass": once})
     plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
 
-    def usable(strategy: Strategy, name: str, part: Batch = pair, against: Strategy = plain) -> bool:
-        tolerance, reference = _TOLERANCE[strategy.precision], differentiate(against, token_loss, theta, part, few)[1]
+    def usable(strategy: Strategy, name: str, part: Batch = pair) -> bool:
+        tolerance = _TOLERANCE[strategy.precision]
+        simple = replace(strategy, mode="forward", structure=None, traced=None)
+        reference = differentiate(simple, token_loss, theta, part, few)[1]
         try:
             found = differentiate(strategy, token_loss, theta, part, few)[1]
             error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
@@ -156,7 +158,7 @@ def choose(
         plain.unfit["traced"] = f"{type(failure).__name__}: {failure}"
         return sized
     # Tried on the same examples in another order, for the graph must hold for any.
-    return traced if usable(traced, "traced", pytree.tree_map(lambda t: t.flip(0), part), against=sized) else sized
+    return traced if usable(traced, "traced", pytree.tree_map(lambda t: t.flip(0), part)) else sized
 
 
 def differentiate(
@@ -201,7 +203,7 @@ def _spared(strategy: Strategy) -> Collection[int]:
 
 
 def _signals(strategy: Strategy, token_loss: TokenLoss, theta: Tensor, part: Batch) -> Signals:
-    """What of them there is to know for some examples; one that matters to several of their tokens is not spared."""
+    """Their signals for some examples; without products whose output matters to several tokens here."""
     if not _spared(strategy):
         return {}
     found = single_target_signals(token_loss, token_loss.unflatten(theta), part, _spared(strategy))
