@@ -14,7 +14,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxRole
 
-import polca_lib.analysis.settings  # noqa: F401  before autodoc imports it, which leaves pydantic's models half defined
+import polca_lib.tasks.settings  # noqa: F401  before autodoc imports it, which leaves pydantic's models half defined
 
 
 class ResultRole(SphinxRole):

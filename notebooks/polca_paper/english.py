@@ -107,7 +107,7 @@ class LanguageStudy(Study):
 
     @property
     def by(self) -> str:
-        """The coordinate that says best what a token is: its construction if that is known, else its tag."""
+        """The coordinate that says best what a token is, its construction if that is known, else its tag."""
         return "construction" if self.run.settings.task == "grammar" else "tag"
 
     @property
@@ -163,7 +163,7 @@ class LanguageStudy(Study):
 
     @cached_property
     def labelled(self) -> pd.DataFrame:
-        """One row per cluster of every kind of trajectory: its label, how much that says, and its breakthrough."""
+        """One row per cluster of every kind of trajectory, with its label, how much that says, and its breakthrough."""
         window, texts = self.run.settings.clustering.breakthrough_window, self.run.tokens["text"].tolist()
 
         def table(kind: Kind) -> pd.DataFrame:

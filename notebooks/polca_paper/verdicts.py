@@ -33,7 +33,7 @@ ENGLISH = "wikipedia-large"
 """Study that the paper's counts about English are compared with."""
 
 PAPER_ENGLISH = {"vectors": 30, "kept": 26, "simple_label": 22, "tokens": 12_600, "dropped_mean": 6655.5}
-"""Section 5 and v3: vectors, those whose mean falls, those with a simply labelled cluster; tokens, and dropped ones."""
+"""Counts of section 5 and v3. ``kept`` counts vectors whose mean falls, ``dropped_mean`` tokens per vector."""
 
 # From the most favourable to the least.
 _VERDICTS = ["does not apply", "not run", "reproduced", "stronger here", "partly", "not reproduced"]

@@ -183,7 +183,7 @@ class Analysis:
 
     @cached_property
     def curves(self) -> xr.DataArray:
-        """Projected loss L_b(x, t), Eq. 10: (step, token, vector), in nats."""
+        """Projected loss L_b(x, t) of Eq. 10, (step, token, vector), in nats."""
         return projected_loss(self.projections, self.clustering.order)
 
     @cached_property

@@ -64,7 +64,7 @@ def project_runs(
         - ``gradient`` and ``curvature`` (step, token, vector): first and second derivatives of the loss along b. With
           ``settings.curvature_examples``, ``curvature`` is (step, sample, vector): tokens of the first examples;
         - ``movement`` (step, vector): <theta_{t+1} - theta_t, b>; NaN at the last step, like the next two;
-        - ``distance`` (step): |theta_{t+1} - theta_t|;
+        - ``distance`` (step): norm of theta_{t+1} - theta_t;
         - ``inside_loss`` (step, token): loss at theta_t + B^T B (theta_{t+1} - theta_t), with ``settings.inside_loss``;
         - ``product_error`` (step, vector): see :class:`polca_lib.derivatives.projection.Projected`.
 

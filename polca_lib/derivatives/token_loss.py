@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 Batch = Any
 """A tensor, or a nest of tensors, whose first dimension is the example."""
 
+# (model, batch) -> the loss of each target token, (n_tokens,), example by example, in nats
 Loss = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) -> the loss of each target token, (n_tokens,), example by example, in nats."""
 
 
 class _Composed(TorchFunctionMode):

@@ -30,7 +30,7 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     """Trajectories as HDBSCAN sees them.
 
     - ``raw``: unchanged. Tokens that drop by different amounts are far apart.
-    - ``unit``: f(t) - f(0), divided by |f(T) - f(0)|. Only the timing counts.
+    - ``unit``: f(t) - f(0), divided by abs(f(T) - f(0)). Only the timing counts.
     - ``zscore``: mean 0 and standard deviation 1 over time.
 
     The paper does not say which it uses. Trajectories without any change are not divided.
@@ -139,7 +139,7 @@ def by_vector(values: xr.DataArray) -> xr.DataArray:
 
 
 def medoid(trajectories: xr.DataArray, scaling: Scaling = "raw") -> int:
-    """argmin_i sum_j |f_i - f_j|: index along ``token`` of the most central trajectory, as HDBSCAN sees them."""
+    """argmin over i of sum_j norm(f_i - f_j): index of the most central trajectory, as HDBSCAN sees them."""
     values = scale(trajectories.transpose("token", "step").values.astype(np.float64), scaling)
     # In chunks: the distances of all pairs at once may not fit into memory.
     totals = pairwise_distances_chunked(values, reduce_func=lambda distances, _: distances.sum(axis=1))

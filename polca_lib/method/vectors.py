@@ -55,7 +55,7 @@ def inner_products(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> 
 
 
 def gram_error(vectors: Float[Tensor, "vector d"]) -> float:
-    """max |B B^T - I| for vectors in rows: zero for an orthonormal basis."""
+    """max abs(B B^T - I) for vectors in rows: zero for an orthonormal basis."""
     return (inner_products(vectors, vectors) - torch.eye(len(vectors), device=vectors.device)).abs().max().item()
 
 
@@ -68,7 +68,7 @@ def without(vector: Float[Tensor, " d"], known: Iterable[Float[Tensor, " d"]]) -
 
 
 def orthogonalise(vector: Float[Tensor, " d"], against: Iterable[Float[Tensor, " d"]]) -> Float[Tensor, " d"]:
-    """P v / |P v|: unit vector orthogonal to the orthonormal ``against``, by Gram-Schmidt in float64.
+    """P v / norm(P v), the unit vector orthogonal to the orthonormal ``against``, by Gram-Schmidt in float64.
 
     Gram-Schmidt runs twice: in floating point once leaves too much behind.
     """

@@ -67,7 +67,7 @@ class Language:
 
     @property
     def tokens(self) -> pd.DataFrame:
-        """One row per target token: ``example`` (window), ``position`` in the window, ``id`` and ``text``."""
+        """One row per target token, with ``example`` (window), ``position`` in the window, ``id`` and ``text``."""
         example, position = np.indices(self.validation.shape)[..., CONTEXT:].reshape(2, -1)
         ids, texts = self.validation.numpy()[:, CONTEXT:].ravel(), self.texts[:, CONTEXT:].ravel()
         return pd.DataFrame({"example": example, "position": position, "id": ids, "text": texts})

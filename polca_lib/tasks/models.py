@@ -12,7 +12,7 @@ ARITHMETIC = ModelSettings()
 """9,475,594 parameters (Table 1)."""
 
 ENGLISH = ModelSettings(n_ctx=128, d_vocab=30_001, d_vocab_out=30_001)
-"""40,274,737 parameters (Table 2): 30,000 tokens and PAD."""
+"""40,274,737 parameters (Table 2), with 30,000 tokens and PAD."""
 
 
 def build_model(settings: ModelSettings, seed: int, device: str = "cpu") -> nn.Module:

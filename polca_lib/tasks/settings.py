@@ -187,7 +187,7 @@ class RunSettings(AnalysisSettings):
 
     @property
     def targets_per_example(self) -> int:
-        """Target tokens per example: four digits of a sum, or all but two tokens of a window."""
+        """Number of target tokens of an example, four digits of a sum or all but two tokens of a window."""
         return 4 if self.task == "addition" else self.model.n_ctx - 2
 
     @property
