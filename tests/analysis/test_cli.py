@@ -164,3 +164,14 @@ def test_status_of_what_is_missing_has_an_exit_code_of_its_own(tmp_path):
     done = polca("status", cwd=run)
     assert done.exit_code == 3
     assert "missing: vector 8" in done.stdout
+
+
+def test_other_bases_stand_beside_as_controls(tmp_path):
+    run = faults.make(tmp_path / "run")
+    (run / "polca.toml").write_text('beside = ["random"]\n' + (run / "polca.toml").read_text())
+    done = polca("run", "--json", cwd=run)
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["beside"].keys() == {"random"}
+    assert told["beside"]["random"]["vectors"] == told["summary"]["vectors"] == 24
+    assert "beside, basis random: claimed" in polca("run", cwd=run).stdout
