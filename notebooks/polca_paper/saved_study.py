@@ -30,6 +30,12 @@ def study_folder(name: str, setting: str = "addition") -> Path:
     return Path(os.environ.get("POLCA_STUDIES") or ROOT / "data") / setting / name
 
 
+def table_file(folder: Path, name: str) -> Path:
+    """File of a table of a study, under its former name if a study of version 0.1 has it so."""
+    file, former = (folder / f"{n}.csv" for n in (name, _FORMER_NAMES.get(name, name)))
+    return former if former.exists() and not file.exists() else file
+
+
 class SavedStudy:
     """A study as it lies on disk.
 
@@ -51,18 +57,14 @@ class SavedStudy:
             )
         self.provenance = json.loads((self.path / "provenance.json").read_text())
 
-    def _file(self, name: str) -> Path:
-        file, former = (self.path / f"{n}.csv" for n in (name, _FORMER_NAMES.get(name, name)))
-        return former if former.exists() and not file.exists() else file
-
     def has(self, name: str) -> bool:
         """Whether the study has a table."""
-        return self._file(name).exists()
+        return table_file(self.path, name).exists()
 
     def table(self, name: str) -> pd.DataFrame:
         """A table by its name, with the name of the study in column ``study``."""
         # A text may be "None" or "NA".
-        return pd.read_csv(self._file(name), keep_default_na=False, na_values=[""]).assign(study=self.name)
+        return pd.read_csv(table_file(self.path, name), keep_default_na=False, na_values=[""]).assign(study=self.name)
 
     @property
     def has_clusters(self) -> bool:

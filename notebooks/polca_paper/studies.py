@@ -15,7 +15,7 @@ from pathlib import Path
 
 from polca_lib.storage.artefacts import differences, software, write_atomically
 from polca_paper import english, evidence
-from polca_paper.saved_study import saved_settings, study_folder
+from polca_paper.saved_study import saved_settings, study_folder, table_file
 from polca_paper.study import Study
 
 
@@ -45,7 +45,7 @@ def complete(study: Study, name: str, only: Iterable[str] = ()) -> None:
             "the folder to have it made anew"
         )
     for table in only or book.TABLES:
-        if not (path / f"{table}.csv").exists():
+        if not table_file(path, table).exists():
             start = time.perf_counter()
             rows = book.TABLES[table](study)
             write_atomically(path / f"{table}.csv", rows.to_csv(index=False, float_format="%.6g").encode())

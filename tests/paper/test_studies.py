@@ -75,6 +75,17 @@ def test_closure_table_has_what_the_projections_give(kept, run):
     assert np.isnan(table.loc[("hessian", "first", 20), "share_inside"])
 
 
+def test_study_of_version_0_1_is_read_and_finished_by_its_former_names(kept, study):
+    before, file = kept.table("completeness"), kept.path / "completeness.csv"
+    file.rename(kept.path / "closure.csv")
+    try:
+        complete(study, "tiny")
+        assert not file.exists()  # nothing was computed again
+        pd.testing.assert_frame_equal(SavedStudy("tiny").table("completeness"), before)
+    finally:
+        (kept.path / "closure.csv").rename(file)
+
+
 def test_clusters_are_kept_with_what_they_are_made_of(kept, study):
     summary = kept.clusters
     for (order, scaling), labels in study.labels.items():
