@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import textwrap
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from polca_lib.derivatives.token_loss import Subject, TokenLoss
 from polca_lib.storage.artefacts import DamagedFile
 from polca_lib.storage.checkpoints import Checkpoints, file_sizes, flatten
+from polca_lib.storage.documents import TEXT, ends_with, read_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +126,8 @@ def causal_lm(
 
     Args:
         repo: repository or local folder with a configuration and a tokenizer; see :class:`HuggingFaceRevisions`.
-        texts: path of a text file, or of a ``.jsonl`` file with a field ``text``.
+        texts: path of plain text, or of a file with documents under ``text``; see
+            :func:`polca_lib.storage.documents.read_records`. In ``polca.toml`` it is relative to the file.
         examples: number of windows to decompose, from the start of the text.
         context: tokens per window; each except the first is a target.
         hessian_examples: number of windows for the Hessian, which follow the others.
@@ -197,19 +198,16 @@ def _source(repo: str, name: str, commit: str) -> dict[str, str]:
 def _windows(path: Path, tokenizer: PreTrainedTokenizerBase, n: int, width: int) -> Int[Tensor, "window position"]:
     """Cut the first ``n`` windows from the concatenated documents; each document ends with the end-of-text token."""
     if not path.is_file():
-        raise FileNotFoundError(f"texts = {str(path)!r} is no file")
+        raise FileNotFoundError(f"texts = {str(path)!r} is not a file")
     tokens: list[int] = []
-    needed, documents = n * width, path.suffix == ".jsonl"
+    needed, documents = n * width, not ends_with(path, TEXT)
     end = [tokenizer.eos_token_id] if documents and tokenizer.eos_token_id is not None else []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(tokens) >= needed:
-                break
-            try:
-                text = json.loads(line)["text"] if documents else line
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, has no field 'text' ({error!r})") from None
-            tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
+    for position, record in read_records(path, ["text"]):
+        if len(tokens) >= needed:
+            break
+        if isinstance(record, str):
+            raise ValueError(f"{path}, {position}: {record}")
+        tokens += tokenizer(record["text"], add_special_tokens=False)["input_ids"] + end
     if len(tokens) < needed:
         raise ValueError(f"texts = {str(path)!r} has {len(tokens)} tokens; {n} windows of {width} take {needed}")
     return torch.tensor(tokens[:needed]).reshape(n, width)
