@@ -95,5 +95,11 @@ def saved_settings(provenance: dict) -> RunSettings:
 
 
 def load_tables(names: Iterable[str], table: str, setting: str = "addition") -> pd.DataFrame:
-    """The same table of several studies, one below the other."""
+    """The same table of several studies, one below the other.
+
+    Raises:
+        ValueError: ``names`` is not a list.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(f"studies = {names!r}; allowed: a list of names, such as [{names!r}]")
     return pd.concat([SavedStudy(name, setting=setting).table(table) for name in names], ignore_index=True)

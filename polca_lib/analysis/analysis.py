@@ -25,6 +25,7 @@ from polca_lib.analysis.plan import Plan, plan
 from polca_lib.analysis.settings import AnalysisSettings
 from polca_lib.analysis.status import FILES
 from polca_lib.analysis.workers import project_runs
+from polca_lib.derivatives.memory import checked_device
 from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, n_examples, split_examples, to_device
 from polca_lib.method.basis import compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
@@ -120,6 +121,7 @@ class Analysis:
             raise ValueError(
                 "basis.targets = 'all' needs hessian_loss, the loss of all tokens; allowed without: 'answer'"
             )
+        checked_device(str(self.checkpoints.device))
         _ = self.steps
 
     @cached_property

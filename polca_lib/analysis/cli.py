@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -191,6 +192,7 @@ def _print(done: dict[str, Any], as_json: bool) -> None:
 def main() -> None:
     """Run the command, with the commands that other packages add."""
     sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
     for extension in entry_points(group="polca.commands"):
         # The package of the book is only installed with a checkout.
         with suppress(ModuleNotFoundError):

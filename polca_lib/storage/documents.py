@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 TEXT = (".txt", ".text", ".md")
 LINES = (".jsonl", ".ndjson", ".json")
 KINDS = (*LINES, *(f"{kind}{end}" for kind in LINES for end in (".gz", ".xz")), ".parquet")
@@ -39,6 +36,7 @@ def read_records(path: Path, fields: Sequence[str], optional: Sequence[str] = ()
 
     Raises:
         ValueError: the ending of the file is unknown.
+        ImportError: Parquet needs pyarrow.
     """
     if ends_with(path, TEXT):
         yield from _text_lines(path)
@@ -118,6 +116,11 @@ def _json_list(content: bytes, fields: Sequence[str]) -> Records:
 
 def _rows(path: Path, fields: Sequence[str], optional: Sequence[str]) -> Records:
     """Rows of Parquet."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ImportError(f"{path} is Parquet, which needs pyarrow; install polca-lib[paper]") from None
     number = 0
     try:
         with pq.ParquetFile(path) as file:

@@ -14,10 +14,10 @@ from contextlib import suppress
 from importlib.resources import files
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from polca_lib.analysis.settings import AnalysisSettings
+from polca_lib.derivatives.memory import checked_device
 from polca_lib.derivatives.strategy import Precision
 from polca_lib.method.settings import Section
 from polca_lib.tasks.grammar import VOCABULARY
@@ -135,11 +135,7 @@ class RunSettings(AnalysisSettings):
     @field_validator("device")
     @classmethod
     def _device_exists(cls, value: str) -> str:
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        available = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
-        if value not in available:
-            raise ValueError(f"device = {value!r} is not on this machine; allowed: {', '.join(available)}")
-        return value
+        return checked_device(value)
 
     @model_validator(mode="after")
     def _order_has_its_curvature(self) -> Self:
