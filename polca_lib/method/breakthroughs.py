@@ -155,8 +155,8 @@ def named_mirrors(clusters: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
         pairs: from :func:`mirrored`.
     """
     against: dict[tuple[int, int], set[int]] = {}
-    for vector, one, other in zip(pairs["vector"], pairs["one"], pairs["other"], strict=True):
-        against.setdefault((vector, one), set()).add(other)
-        against.setdefault((vector, other), set()).add(one)
+    for vector, left, right in zip(pairs["vector"], pairs["one"], pairs["other"], strict=True):
+        against.setdefault((vector, left), set()).add(right)
+        against.setdefault((vector, right), set()).add(left)
     keys = zip(clusters["vector"], clusters["cluster"], strict=True)
     return [", ".join(map(str, sorted(against.get(key, ())))) for key in keys]

@@ -1,4 +1,4 @@
-"""Top eigenpairs of a symmetric operator that is known by its products alone: Lanczos, and the operator for CoLA."""
+"""Top eigenpairs of a symmetric operator of which only products A v are computed: Lanczos, and an operator for CoLA."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ class Eigenpairs:
 
 
 def as_cola(product: _Product, like: Float[Tensor, " d"], known: Iterable[Float[Tensor, " d"]] = ()) -> LinearOperator:
-    """P A P as a self-adjoint CoLA operator, P = I - B B^T: all that CoLA offers works on it.
+    """P A P as a self-adjoint CoLA operator, P = I - B B^T, on which all algorithms of CoLA work.
 
     Args:
         product: v -> A v, A symmetric, such as :class:`polca_lib.derivatives.hessian.HessianOperator`.
         like: a vector that gives the dimension d, the dtype and the device.
-        known: B, orthonormal, one vector after another; none leaves A as it is.
+        known: B, orthonormal, one vector after another; the operator is A if there are none.
 
     Returns:
         Operator of shape (d, d). It multiplies a block (d, m) column by column: m products.
     """
     import cola
 
+    # (P A P) v for each column v.
     def multiply(block: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
-        # without() copies: CoLA hands over strided columns, and writes into what it gets back.
+        # without() returns a copy. CoLA passes strided columns, and writes into what it gets back.
         return torch.stack([without(product(without(column, known)), known) for column in block.T], dim=1)
 
     operator = cola.ops.LinearOperator(like.dtype, (len(like), len(like)), multiply, {cola.SelfAdjoint})
@@ -85,8 +86,8 @@ def top_eigenpairs(
         k: number of pairs.
         which: largest algebraically, or in magnitude.
         tolerance: relative residual at which to stop.
-        max_products: products before giving up; what was reached is returned with ``converged=False``.
-        solver: whose recurrence.
+        max_products: products at most; then the current pairs are returned with ``converged=False``.
+        solver: the library whose recurrence is used.
 
     Raises:
         ValueError: ``k`` < 1 or more than the dimension, ``max_products`` < ``k``, or ``start`` is zero or
@@ -114,16 +115,16 @@ def top_eigenpairs(
         if converged or exhausted:
             break
     del steps  # and its last product
-    # Ritz vectors: sums of Krylov vectors.
+    # Ritz vectors y = Q s, normalised.
     vectors = start.new_zeros(len(wanted), start.numel())
-    for own, weights in zip(vectors, basis[:, wanted].T, strict=True):
-        for weight, known in zip(weights, krylov, strict=True):
-            own.add_(known, alpha=float(weight))
-        own /= _norm(own)
+    for vector, weights in zip(vectors, basis[:, wanted].T, strict=True):
+        for weight, krylov_vector in zip(weights, krylov, strict=True):
+            vector.add_(krylov_vector, alpha=float(weight))
+        vector /= _norm(vector)
     values, residuals = (start.new_tensor(x) for x in (ritz[wanted], estimates / np.abs(ritz[wanted])))
     if solver == "cola":
-        # What CoLA returns is measured, not believed.
-        del krylov, known
+        # Measure the pairs: lambda = y^T A y, |A y - lambda y| / |lambda|.
+        del krylov, krylov_vector
         for row, vector in enumerate(vectors):
             image = product(vector)
             values[row] = inner_products(vector[None], image[None]).item()
@@ -136,40 +137,43 @@ def _lanczos(product: _Product, start: Float[Tensor, " d"], steps: int) -> Itera
     """A q_m = beta_{m-1} q_{m-1} + alpha_m q_m + beta_m q_{m+1} from the unit vector q_1, one product after another."""
     krylov, alpha, beta, rest = [], [], [], start
     for m in range(1, steps + 1):
+        # r = A q_m, copied, because the operator may keep it.
         krylov.append(rest)
-        rest = product(krylov[-1]).clone()  # which may be what the operator keeps
+        rest = product(krylov[-1]).clone()
+        # alpha_m = <q_m, r>, r <- r - sum_j <q_j, r> q_j. Once leaves rounding errors, so do it twice.
         alpha.append(0.0)
-        for _ in range(2):  # in floating point, once leaves too much behind
+        for _ in range(2):
             for index in reversed(range(m)):
                 component = torch.dot(krylov[index], rest).item()
                 rest.sub_(krylov[index], alpha=component)
                 alpha[-1] += component if index == m - 1 else 0.0
+        # beta_m = |r|, q_{m+1} = r / beta_m.
         beta.append(_norm(rest))
         yield krylov, alpha, beta
         rest.div_(beta[-1])
 
 
 def _cola_lanczos(product: _Product, start: Float[Tensor, " d"], steps: int) -> Iterator[_Recurrence]:
-    """The same from CoLA."""
+    """The same recurrence, computed by CoLA."""
     from cola.linalg.decompositions.lanczos import init_lanczos, lanczos_fact
 
     operator = as_cola(product, start)
     vectors, *state = init_lanczos(operator.xnp, start[:, None], steps, start.dtype)
-    # Each vector on end: over strides, torch sums a million squares one by one, and norms would be wrong by 0.1%.
+    # Store each vector contiguously: over strides, torch sums a million squares one by one, with an error of 0.1%.
     state = vectors.mT.contiguous().mT, *state
     del vectors
     for m in range(1, steps + 1):
-        # CoLA goes on from its state to vector m. Its tolerance tests breakdown alone: 0 leaves the test to us.
+        # One more step from the current state. CoLA's tolerance tests breakdown only; 0 switches that test off.
         *state, _ = lanczos_fact(operator, state, max_iters=m, tol=0)
-        vectors, alpha, beta, _ = state  # of a block of one; columns of vectors and beta count from 1
+        vectors, alpha, beta, _ = state  # a batch of one; column 1 is the first of vectors and of beta
         yield vectors[0, :, 1 : m + 1].T, alpha[0, :m].tolist(), beta[0, 1 : m + 1].tolist()
 
 
 def krylov_rows(max_products: int, k: int = 1, solver: Solver = "lanczos") -> int:
-    """Vectors there are in :func:`top_eigenpairs` at one time, at most: with the start, a product and its copies."""
+    """Largest number of vectors in memory in :func:`top_eigenpairs`, including the start, a product and its copies."""
     return max_products + max(3, k + 1) if solver == "lanczos" else 2 * max_products + 9
 
 
 def _norm(vector: Float[Tensor, " d"]) -> float:
-    # In float32, torch's norm of a million numbers is wrong in the fifth digit, and squares may vanish or overflow.
+    # In float32, torch's norm of a million numbers is wrong in the fifth digit, and squares may underflow or overflow.
     return torch.linalg.vector_norm(vector, dtype=torch.float64).item()
