@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.memory import default_budget, rows_that_fit
 from polca_lib.derivatives.token_loss import Batch, TokenLoss
 from polca_lib.method.eigenpairs import Eigenpairs, krylov_rows, top_eigenpairs
-from polca_lib.method.settings import HESSIAN_KINDS, BasisSettings
+from polca_lib.method.interventions import losses_at
+from polca_lib.method.settings import HESSIAN_KINDS, TOLERANCE, BasisSettings, check_n_vectors, few
 from polca_lib.method.vectors import gaussian, inner_products, mixing, orthogonalise, read_vectors, without
 from polca_lib.storage.checkpoints import Checkpoints
 from polca_lib.storage.pieces import PieceStore
@@ -61,7 +63,8 @@ def compute_basis(
     - ``shuffled``: the same with the checkpoints in an order drawn from the seed (Appendix E).
     - ``final``: the same with all vectors from the last checkpoint, each orthogonal to those before it.
     - ``trajectory``: principal directions of the checkpoints themselves, the first and the basis checkpoints, by
-      variance: directions of long-term movement, without a Hessian.
+      variance: directions of long-term movement, without a Hessian. Directions that are only rounding of the weights
+      are left out, with a warning; the basis then has fewer vectors.
     - ``random``: orthonormalised Gaussian vectors (Appendix E).
     - ``parameters``: the coordinate axes of the parameters largest in magnitude at the end of training, so
       that first-order POLCA becomes loss change allocation (LCA) on them (v3, Table 3).
@@ -87,13 +90,31 @@ def compute_basis(
         (relative) and ``products`` (Hessian-vector products); the last three are NaN where they have no meaning.
 
     Raises:
-        ValueError: the memory is too small for the Hessian of a single example, or the Hessian has no batch.
+        ValueError: the memory is too small for the Hessian of a single example; the Hessian has no batch, is zero or
+            not finite; there are more vectors than parameters; all checkpoints are equal.
     """
     kind, n_parameters = settings.kind, checkpoints.token_loss.n_parameters
     births = _birth_steps(settings, steps, seed, checkpoints)
-    n_vectors = len(births)
+    check_n_vectors(len(births), n_parameters)
     if hessian_batch is None and kind in HESSIAN_KINDS:
         raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {_WITHOUT_HESSIAN}")
+    memory = default_budget(checkpoints.device) if memory is None else memory
+
+    @cache
+    def weights() -> Float[np.ndarray, "vector step"]:
+        return _direction_weights(checkpoints, [checkpoints.steps[0], *steps], memory)
+
+    if kind == "trajectory":
+        stored = load_basis(path)
+        rank = len(weights()) if stored is None else stored.sizes["vector"]
+        if rank < len(births):
+            warnings.warn(
+                f"basis.n_vectors = {len(births)}, but the {len(steps) + 1} checkpoints move in {rank} directions; the "
+                f"others are rounding of the weights. The basis has {rank} vectors",
+                stacklevel=2,
+            )
+        births = births[:rank]
+    n_vectors = len(births)
     template = xr.Dataset(
         coords={"vector": np.arange(1, n_vectors + 1), "birth_step": ("vector", births)},
         attrs={"parameters": n_parameters, "seed": seed},
@@ -110,12 +131,11 @@ def compute_basis(
             axes = checkpoints.theta(checkpoints.steps[-1]).abs().topk(n_vectors).indices.cpu().numpy()
             pieces = ((row, {"axis": axes[row]}) for row in missing)
         else:
-            memory = default_budget(checkpoints.device) if memory is None else memory
             block = settings.k if kind in HESSIAN_KINDS else 1
 
             def pieces_from(start: int) -> Iterator[_Piece]:
                 if kind == "trajectory":
-                    return _principal_directions(checkpoints, births, steps, store, start, memory)
+                    return _principal_directions(checkpoints, weights(), steps, store, start, memory)
                 loss = hessian_loss or checkpoints.token_loss
                 return _eigenvectors(settings, births, checkpoints, loss, hessian_batch, store, start, seed, memory)
 
@@ -212,9 +232,9 @@ def _eigenvectors(
     basis = _BasisSoFar(store, start, room, checkpoints)
     first = checkpoints.theta(int(births[start]))
     hessian = HessianOperator(hessian_loss, first, hessian_batch, shared - room * vector_bytes)
+    tolerance = TOLERANCE if settings.tolerance is None else settings.tolerance
 
-    def search(step: int) -> Eigenpairs:
-        hessian.move_to(checkpoints.theta(step))
+    def search() -> Eigenpairs:
         # Solve P H P v = lambda v. P is applied once in a product, after H: in Lanczos every vector but the start is a
         # sum of products and of the start, and P was applied to all of these.
         return top_eigenpairs(
@@ -222,19 +242,27 @@ def _eigenvectors(
             without(gaussian(seed, len(basis), n_parameters, device=first.device, dtype=first.dtype), basis),
             settings.k,
             which=settings.which,
-            tolerance=settings.tolerance,
+            tolerance=tolerance,
             max_products=settings.max_products,
             solver=settings.solver,
+            seed=None,
         )
 
     while len(basis) < n_vectors:
         step = int(births[len(basis)])
-        pairs = search(step)
+        name = f"basis vector {len(basis) + 1} (step {step})"
+        hessian.move_to(checkpoints.theta(step))
+        try:
+            pairs = search()
+        except ArithmeticError as error:
+            cause = _cause(error, hessian_loss, checkpoints.theta(step), hessian_batch)
+            raise ValueError(f"{name}: {error}; {cause}") from error
         if not pairs.converged:
+            missed = f"has relative residual {pairs.residuals.max():.3f}; basis.tolerance = {tolerance} was asked for"
+            if pairs.residuals.max() <= tolerance:
+                missed = "may not be the top one: the products do not rule out a larger eigenvalue"
             warnings.warn(
-                f"basis vector {len(basis) + 1} (step {step}) has relative residual {pairs.residuals.max():.3f} "
-                f"after basis.max_products = {settings.max_products} products; "
-                f"basis.tolerance = {settings.tolerance} was asked for",
+                f"{name} after basis.max_products = {settings.max_products} products {missed}; raise max_products",
                 stacklevel=2,
             )
         for value, vector, residual in zip(pairs.values, pairs.vectors, pairs.residuals, strict=True):
@@ -246,9 +274,55 @@ def _eigenvectors(
                 basis.append(new)
 
 
+def _cause(error: Exception, loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch) -> str:
+    """What makes the eigenproblem of the Hessian fail at ``theta``, and what to do."""
+    if isinstance(error, ZeroDivisionError):
+        return "the loss has no curvature left here; lower basis.n_vectors, or set basis.kind = 'trajectory'"
+    if not theta.isfinite().all():
+        return "the weights of this checkpoint are not finite; leave it out of steps and basis.steps"
+    if not losses_at(loss, theta, batch).isfinite().all():
+        return "the loss of the Hessian's batch is not finite here; correct the batch, or leave out the checkpoint"
+    return (
+        "weights and losses are finite, but derivatives are not, such as that of a root or norm at 0; change the loss, "
+        "or set basis.kind = 'trajectory'"
+    )
+
+
+def _direction_weights(checkpoints: Checkpoints, steps: Sequence[int], memory: int) -> Float[np.ndarray, "vector step"]:
+    """Weights of the checkpoints in each of their principal directions, largest variance first.
+
+    With the centred checkpoints in the rows of X, X X^T = sum_k v_k u_k u_k^T, and direction k is X^T u_k / sqrt(v_k).
+    Directions of rounding are left out. Weights theta are stored with errors of up to abs(theta) eps / 2, and inner
+    products have errors of about eps_64 abs(theta)^2, so n checkpoints that do not move have variances of up to
+    v = n max(eps^2 / 4, eps_64) max_t |theta_t|^2.
+
+    Raises:
+        ValueError: a checkpoint is not finite, or all are equal but for rounding.
+    """
+    vector_bytes, dtype = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize, torch.float64
+    gram = _gram(checkpoints, steps, rows_that_fit(len(steps), vector_bytes, memory - vector_bytes))
+    if not (finite := gram.diagonal().isfinite()).all():
+        step = steps[int((~finite).nonzero()[0])]
+        raise ValueError(f"{checkpoints.name(step)} has weights that are not finite; leave step {step} out of steps")
+    rounding = max(torch.finfo(checkpoints.token_loss.dtype).eps ** 2 / 4, torch.finfo(dtype).eps)
+    floor = len(steps) * rounding * gram.diagonal().max()
+    # X X^T: centre the inner products of the checkpoints.
+    gram -= gram.mean(dim=0)
+    gram -= gram.mean(dim=1, keepdim=True)
+    # u_k / sqrt(v_k).
+    variances, vectors = torch.linalg.eigh(gram)
+    rank = int((variances > floor).sum())
+    if rank == 0:
+        raise ValueError(
+            f"checkpoints at steps {few(steps)} have equal weights but for rounding, so no direction has movement; "
+            "use checkpoints that differ"
+        )
+    return (vectors / variances.clamp_min(1e-300).sqrt()).T.flip(0)[:rank].numpy()
+
+
 def _principal_directions(
     checkpoints: Checkpoints,
-    births: np.ndarray,
+    weights: Float[np.ndarray, "vector step"],
     steps: Sequence[int],
     store: PieceStore,
     start: int,
@@ -256,22 +330,14 @@ def _principal_directions(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Principal directions of the checkpoints from row ``start`` on; each must be stored before the next is asked for.
 
-    With the centred checkpoints in the rows of X, X X^T = sum_k v_k u_k u_k^T, and direction k is X^T u_k / sqrt(v_k).
     At most two checkpoints are in memory beside the directions, or more where the memory allows it.
     """
     vector_bytes = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
-    steps = [checkpoints.steps[0], *steps]
-    gram = _gram(checkpoints, steps, rows_that_fit(len(steps), vector_bytes, memory - vector_bytes))
-    # X X^T: centre the inner products of the checkpoints.
-    gram -= gram.mean(dim=0)
-    gram -= gram.mean(dim=1, keepdim=True)
-    # Weights of the checkpoints in each direction, u_k / sqrt(v_k), largest variance first.
-    variances, weights = torch.linalg.eigh(gram)
-    weights = (weights / variances.clamp_min(1e-300).sqrt()).T.flip(0)
-    width = rows_that_fit(len(births) - start, vector_bytes, memory - 2 * vector_bytes)
+    steps, n_vectors = [checkpoints.steps[0], *steps], store.pieces
+    width = rows_that_fit(n_vectors - start, vector_bytes, memory - 2 * vector_bytes)
     basis = _BasisSoFar(store, start, min(start, width), checkpoints)
-    for first in range(start, len(births), width):
-        rows = range(first, min(first + width, len(births)))
+    for first in range(start, n_vectors, width):
+        rows = range(first, min(first + width, n_vectors))
         directions = torch.zeros(len(rows), checkpoints.token_loss.n_parameters, dtype=checkpoints.token_loss.dtype)
         directions = directions.to(checkpoints.device)
         # X^T u_k / sqrt(v_k), as many directions at a time as the memory allows. The weights of a direction sum to

@@ -17,6 +17,11 @@ Solver = Literal["lanczos", "cola"]
 HESSIAN_KINDS: tuple[BasisKind, ...] = ("hessian", "shuffled", "final")
 """Kinds of basis that are made of eigenvectors of the Hessian."""
 
+TOLERANCE = 1e-3
+"""Relative residual at which Lanczos stops, if none is given."""
+FORMER_TOLERANCE = 0.01
+"""The same up to version 0.2: a basis that was made with it is opened where no tolerance is given."""
+
 _VECTORS = 10  # of a basis, if nothing says how many
 
 
@@ -54,7 +59,9 @@ class BasisSettings(Section):
     )
     which: Literal["largest", "magnitude"] = "largest"
     solver: Solver = Field("lanczos", description="of the eigenproblem: this library's Lanczos, or CoLA's")
-    tolerance: float = Field(0.01, gt=0, lt=1, description="relative residual at which Lanczos stops")
+    tolerance: float | None = Field(
+        None, gt=0, lt=1, description="relative residual at which Lanczos stops; 0.001 if not given"
+    )
     max_products: int = Field(60, ge=2, description="Hessian-vector products per checkpoint at most")
 
     @model_validator(mode="after")
@@ -69,11 +76,13 @@ class BasisSettings(Section):
         return self
 
     def resolved(self, available: Sequence[int]) -> Self:
-        """The same with the number of vectors filled in.
+        """The same with the number of vectors and the tolerance filled in.
 
         Args:
             available: steps that have a checkpoint, in training order.
         """
+        if self.tolerance is None:
+            return self.model_copy(update={"tolerance": TOLERANCE}).resolved(available)
         if self.n_vectors is not None:
             return self
         n_vectors = _VECTORS if self.every is None else len(self._multiples(available)) * self.k
@@ -93,7 +102,7 @@ class BasisSettings(Section):
             ValueError: a step without a checkpoint, or too few checkpoints for so many vectors.
         """
         n_vectors = self.resolved(available).n_vectors
-        needed = math.ceil(n_vectors / self.k)
+        needed = n_vectors if self.kind == "trajectory" else math.ceil(n_vectors / self.k)
         if self.every is None and self.kind in ("random", "parameters", "final"):
             return [available[-1]] * needed
         if self.steps is not None:
@@ -106,6 +115,11 @@ class BasisSettings(Section):
             steps = list(available[1:])
             if self.kind != "trajectory" and len(steps) >= needed:
                 steps = [steps[math.ceil(len(steps) * i / needed) - 1] for i in range(1, needed + 1)]
+        if len(steps) < needed and self.kind == "trajectory":
+            raise ValueError(
+                f"basis.kind = 'trajectory' finds at most {len(steps)} directions in {len(steps) + 1} checkpoints; "
+                f"{n_vectors} were asked for; lower basis.n_vectors, basis.k or basis.every"
+            )
         if len(steps) < needed:
             raise ValueError(
                 f"basis.n_vectors = {n_vectors} needs {needed} checkpoints after the first with basis.k = "
@@ -153,6 +167,12 @@ class ClusteringSettings(Section):
             cadence = gaps.pop() if len(gaps) == 1 else 1
             update["breakthrough_window"] = cadence * max(1, round((steps[-1] - steps[0]) / 20 / cadence))
         return self.model_copy(update=update)
+
+
+def check_n_vectors(n_vectors: int, n_parameters: int) -> None:
+    """Refuse more vectors than parameters: they can't all be orthogonal."""
+    if n_vectors > n_parameters:
+        raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {n_parameters}, the number of parameters")
 
 
 def few(steps: Sequence[int]) -> str:
