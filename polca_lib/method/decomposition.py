@@ -119,8 +119,15 @@ def accumulate(changes: xr.DataArray, steps: xr.DataArray) -> xr.DataArray:
 
 
 def projected_loss(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
-    """L_b(x, t) of Eq. 10, in nats: (step, token, vector). See :func:`polca` for ``order``."""
-    return accumulate(polca(projections, order), projections["step"]).rename("projected_loss")
+    """L_b(x, t) of Eq. 10, in nats: (step, token, vector). See :func:`polca` for ``order``.
+
+    The coordinate ``largest_loss`` (token) is max_t |L(x; theta_t)|, on whose rounding depends what is movement, see
+    :func:`polca_lib.method.clustering.moves`.
+    """
+    curves = accumulate(polca(projections, order), projections["step"]).rename("projected_loss")
+    if "loss" not in projections:
+        return curves
+    return curves.assign_coords(largest_loss=("token", abs(projections["loss"]).max("step").values))
 
 
 def coarsen(projections: xr.Dataset, factor: int) -> xr.Dataset:

@@ -152,6 +152,24 @@ class ClusteringSettings(Section):
         None, ge=0, description="tau of v3 Eq. 10, in steps; measured on the loss curve if not given"
     )
 
+    def check(self, steps: Sequence[int], tokens: int | None = None) -> None:
+        """Refuse settings that no run of this length can meet.
+
+        Args:
+            steps: of the checkpoints.
+            tokens: how many are decomposed, if it is known.
+
+        Raises:
+            ValueError: a setting is given that does not fit.
+        """
+        if self.breakthrough_window is not None:
+            check_window(self.breakthrough_window, steps, "clustering.breakthrough_window")
+        limits = {"hidden_after": (steps[-1], "last step"), "min_cluster_size": (tokens, "number of tokens")}
+        for name, (most, meaning) in limits.items():
+            value = getattr(self, name)
+            if value is not None and most is not None and value > most:
+                raise ValueError(f"clustering.{name} = {value}; allowed: at most {most}, the {meaning} of this run")
+
     def resolved(self, tokens: int, steps: Sequence[int]) -> Self:
         """The same with ``min_cluster_size`` and ``breakthrough_window`` filled in.
 
@@ -167,6 +185,24 @@ class ClusteringSettings(Section):
             cadence = gaps.pop() if len(gaps) == 1 else 1
             update["breakthrough_window"] = cadence * max(1, round((steps[-1] - steps[0]) / 20 / cadence))
         return self.model_copy(update=update)
+
+
+def check_window(window: int, steps: Sequence[int], name: str = "window") -> None:
+    """Refuse a window D of v3 Eq. 9 that checkpoints at these steps can't have.
+
+    Raises:
+        ValueError: D is not a multiple of a constant cadence, or no checkpoint has D steps on both sides.
+    """
+    gaps = {int(b - a) for a, b in itertools.pairwise(steps)}
+    cadence = min(gaps) if len(gaps) == 1 else 1
+    if window < 1 or window % cadence:
+        raise ValueError(f"{name} = {window} is not a multiple of the cadence of {cadence} steps")
+    longest = max(min(int(step - steps[0]), int(steps[-1] - step)) for step in steps)
+    if window > longest:
+        raise ValueError(
+            f"{name} = {window} needs {2 * window} steps of training, but there are {int(steps[-1] - steps[0])}; "
+            f"allowed: at most {longest}"
+        )
 
 
 def check_n_vectors(n_vectors: int, n_parameters: int) -> None:
