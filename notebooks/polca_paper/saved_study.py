@@ -56,6 +56,9 @@ class SavedStudy:
                 f"{self.path} holds no study; there are {', '.join(known) or 'none'}. `polca paper study` makes one"
             )
         self.provenance = json.loads((self.path / "provenance.json").read_text())
+        # Studies of version 0.2 and before say it in their settings only.
+        tolerance = self.provenance["settings"]["run"]["basis"]["tolerance"]
+        self.provenance.setdefault("stages", {}).setdefault("basis: tolerance", str(tolerance))
 
     def has(self, name: str) -> bool:
         """Whether the study has a table."""

@@ -31,13 +31,19 @@ from polca_lib.method.basis import compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens
 from polca_lib.method.decomposition import projected_loss
-from polca_lib.method.settings import BasisKind, BasisSettings, ClusteringSettings
+from polca_lib.method.settings import (
+    FORMER_TOLERANCE,
+    BasisKind,
+    BasisSettings,
+    ClusteringSettings,
+    check_n_vectors,
+)
 from polca_lib.report.findings import Findings
 from polca_lib.report.page import write_report
 from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile, provenance
 from polca_lib.storage.checkpoints import Checkpoints, ChecksummedCheckpoints
 from polca_lib.storage.hashing import hash_batch, hash_json, hash_table
-from polca_lib.storage.pieces import PieceStore
+from polca_lib.storage.pieces import PieceStore, is_begun
 
 # Coordinates of the results; a token table can't have columns of these names.
 _RESERVED = {"step", "token", "vector", "birth_step", "eigenvalue", "residual", "products"}
@@ -116,13 +122,15 @@ class Analysis:
         return analysis
 
     def _check(self) -> None:
-        """Refuse what the settings alone tell: a missing loss, steps without a checkpoint."""
+        """Refuse what settings and steps tell: a missing loss, steps without a checkpoint, too many vectors."""
         if self.settings.basis.targets == "all" and self.hessian_loss is None:
             raise ValueError(
                 "basis.targets = 'all' needs hessian_loss, the loss of all tokens; allowed without: 'answer'"
             )
         checked_device(str(self.checkpoints.device))
-        _ = self.steps
+        _ = self._births
+        check_n_vectors(self._basis_settings.n_vectors, self.checkpoints.token_loss.n_parameters)
+        self.settings.clustering.check(self.steps)
 
     @cached_property
     def steps(self) -> list[int]:
@@ -254,11 +262,26 @@ class Analysis:
             "model": f"{type(loss.model).__name__}, {loss.n_parameters:,} parameters",
             "checkpoints": f"{len(self.steps)}, steps {self.steps[0]} to {self.steps[-1]}",
             "basis": f"{self.settings.basis.kind}, {self._basis_settings.n_vectors} vectors",
+            **self._basis_provenance,
             "seed": self.settings.seed,
             "device": self.checkpoints.device,
             "torch threads": torch.get_num_threads(),
         }
         return provenance(rows, self._opened("basis", "projection", "clusters"))
+
+    @property
+    def tolerance(self) -> float:
+        """Relative residual at which Lanczos stops for the basis."""
+        return self.settings.basis.tolerance or self._basis.config["basis"]["tolerance"]
+
+    @property
+    def _basis_provenance(self) -> dict[str, object]:
+        """What the settings alone do not tell about the basis: its tolerance, and fewer vectors than asked for."""
+        rows: dict[str, object] = {"basis: tolerance": self.tolerance} if "_basis" in self.__dict__ else {}
+        basis, asked = self.__dict__.get("basis", self.__dict__.get("projections")), self._basis_settings.n_vectors
+        if basis is not None and basis.sizes["vector"] < asked:
+            rows["basis: vectors"] = f"{basis.sizes['vector']} of {asked}"
+        return rows
 
     def _opened(self, *stages: str) -> dict[str, Artefact]:
         """Artefacts of the stages that were used so far."""
@@ -273,7 +296,7 @@ class Analysis:
 
     @property
     def _basis_settings(self) -> BasisSettings:
-        """Settings of the basis, with the number of vectors."""
+        """Settings of the basis, with the number of vectors and the tolerance."""
         return self.settings.basis.resolved(self.checkpoints.steps)
 
     @property
@@ -295,7 +318,15 @@ class Analysis:
             "checkpoints": {str(step): self.checkpoints.identity(step) for step in read},
             "hessian": None if self.hessian is None else hash_batch(self.hessian),
         }
-        return Artefact.of_stage(self.folder, "basis", settings, {})
+        return self._open_basis(settings, {})
+
+    def _open_basis(self, config: dict[str, Any], parents: dict[str, str]) -> Artefact:
+        """The artefact of the basis; that of an earlier version, made at its default tolerance, if none is given."""
+        if self.settings.basis.tolerance is None:
+            former = {**config, "basis": {**config["basis"], "tolerance": FORMER_TOLERANCE}}
+            if is_begun(Artefact.path_of(self.folder, "basis", former, parents) / FILES["basis"]):
+                config = former
+        return Artefact.of_stage(self.folder, "basis", config, parents)
 
     @cached_property
     def _projection(self) -> Artefact:
@@ -376,7 +407,11 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
     groups = [[analysis] for analysis in missing if analysis.settings.projection.curvature_of_all]
     groups.append([analysis for analysis in missing if not analysis.settings.projection.curvature_of_all])
     for group in filter(None, groups):
-        bases, tokens = [analysis.basis for analysis in group], first.tokens
+        # Refuse tokens and settings that do not fit before a basis is computed.
+        tokens = first.tokens
+        for analysis in group:
+            analysis.settings.clustering.check(analysis.steps, len(tokens))
+        bases = [analysis.basis for analysis in group]
         with contextlib.ExitStack() as stack:
             # Acquire locks in sorted order to avoid deadlock.
             for analysis in sorted(group, key=lambda analysis: str(analysis._projection.path)):

@@ -96,9 +96,18 @@ class Artefact:
 
     @classmethod
     def of_stage(cls, folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> Artefact:
-        """Open or create the artefact in ``folder`` whose name has the hash of all arguments; see :meth:`open`."""
-        name = hash_json([FORMAT_VERSION, stage, config, parents])[:12]
-        return cls.open(folder / f"{stage}-{name}", stage, config, parents)
+        """Open or create the artefact at :meth:`path_of`; see :meth:`open`."""
+        return cls.open(cls.path_of(folder, stage, config, parents), stage, config, parents)
+
+    @staticmethod
+    def path_of(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> Path:
+        """Folder of an artefact in ``folder``; its name has the hash of all arguments."""
+        return folder / f"{stage}-{hash_json([FORMAT_VERSION, stage, config, parents])[:12]}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings it was made with."""
+        return json.loads((self.path / "manifest.json").read_text())["config"]
 
     @property
     def software(self) -> dict[str, str]:

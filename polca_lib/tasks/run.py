@@ -96,7 +96,7 @@ class Run(Analysis):
     def provenance(self) -> pd.DataFrame:
         """Task, preset, seed and device; commit and time of each opened stage; versions of the software."""
         rows = {name: getattr(self.settings, name) for name in ("task", "preset", "seed", "device")}
-        rows["torch threads"] = torch.get_num_threads()
+        rows |= {"torch threads": torch.get_num_threads(), **self._basis_provenance}
         return provenance(rows, self._opened("training", "basis", "projection", "clusters"))
 
     # The key of a stage contains the settings of the training, not the checkpoints, so it is known before training.
@@ -109,9 +109,9 @@ class Run(Analysis):
 
     @cached_property
     def _basis(self) -> Artefact:
-        basis = {**self.settings.basis.stated("steps", "solver"), "n_vectors": self.settings.n_vectors}
+        basis = self.settings.basis.resolved(self.settings.training.checkpoint_steps).stated("steps", "solver")
         config = {"basis": basis, "hessian_examples": self.settings.data.hessian_examples}
-        return Artefact.of_stage(self.folder, "basis", config, {"training": self._training.key})
+        return self._open_basis(config, {"training": self._training.key})
 
     @cached_property
     def _projection(self) -> Artefact:

@@ -165,13 +165,7 @@ class RunSettings(AnalysisSettings):
             if value is not None and value > limit:
                 raise ValueError(f"{name} = {value} is too large; allowed: at most {limit_name} = {limit}")
         if basis.every is not None:
-            # basis_steps refuses more vectors than k per basis checkpoint. A trajectory gives one per checkpoint.
-            births = len(self.basis_steps)
-            if basis.kind == "trajectory" and self.n_vectors > births:
-                raise ValueError(
-                    f"basis.kind = 'trajectory' finds at most {births} directions in {births + 1} checkpoints; "
-                    f"{self.n_vectors} were asked for; lower basis.k or basis.every"
-                )
+            _ = self.basis_steps  # refuses more vectors than the basis checkpoints give
         # HDBSCAN needs enough tokens for two clusters.
         tokens = self.targets_per_example * examples
         if size is not None and tokens < 2 * size:
