@@ -24,7 +24,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 class _Composed(TorchFunctionMode):
-    """Composes some functions from elementary operations, so that forward mode has their second derivatives.
+    """Compose some functions from elementary operations, so that forward mode has their second derivatives.
 
     Those of torch's layer norm are wrong (pytorch issue 196700); SiLU and Mish have none.
     """
