@@ -60,7 +60,9 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self._known.update(_storages((args, kwargs)))
-        result = function(*args, **(kwargs or {}))
+        # Forward mode uses tensors of zeros without memory. Below this mode torch's kernels would read them, and crash.
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _materialised, (args, kwargs or {}))
+        result = function(*args, **kwargs)
         for storage in _storages(result):
             if storage not in self._known:
                 self._known.add(storage)
@@ -72,6 +74,10 @@ class _Meter(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.held -= size
+
+
+def _materialised(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from polca_lib.derivatives.finite_differences import check_derivatives
 from polca_lib.derivatives.forward import Derivatives, Signals, by_jvp, trace
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
 from polca_lib.derivatives.products import MatrixProduct, ModelStructure, model_structure, single_target_signals
@@ -81,8 +82,8 @@ def choose(
     of two ways, see :func:`polca_lib.derivatives.signals.operations`. A backward pass for a token counts as several, as
     it takes longer than its operations say. Where there is much to do, forward mode is traced, see
     :func:`polca_lib.derivatives.forward.trace`. Each way is first tried on a few examples and two vectors, against
-    plain ``jvp``; a way that fails or differs is not used. No time is measured: with the same memory, a resumed run
-    makes the same choice.
+    plain ``jvp``; a way that fails or differs is not used. Plain ``jvp`` is checked against finite differences. No time
+    is measured: with the same memory, a resumed run makes the same choice.
 
     Args:
         token_loss: the loss.
@@ -95,7 +96,8 @@ def choose(
         memory: bytes to take beyond the arguments; half of what the device has free if not given.
 
     Raises:
-        ValueError: an argument is not allowed, the mode forced does not fit the model, or memory is too small.
+        ValueError: an argument is not allowed, the mode forced does not fit the model, or memory is too small; or torch
+            has no such derivatives of the model, or wrong ones.
     """
     for name, value, allowed in (
         ("mode", mode, ("auto", "forward", "reverse")),
@@ -113,6 +115,15 @@ def choose(
     pass_operations = _operations(token_loss, theta, example)
     cost = {"pass": pass_operations, "jvp": pass_operations * (1 + 2 * order * len(vectors))}
     plain = Strategy("forward", order, "float32", structure=None, n_vectors=len(vectors), cost=cost)
+
+    try:
+        differentiate(plain, token_loss, theta, pair, few_vectors)
+    except (RuntimeError, NotImplementedError) as failure:
+        raise ValueError(
+            f"the model or the loss has no derivatives of order {order} in forward mode ({failure}); write the part "
+            "that lacks them with elementary operations of torch, or give its autograd.Function a jvp"
+        ) from failure
+    check_derivatives(token_loss, theta, pair, few_vectors, order)
 
     def usable(strategy: Strategy, name: str, part: Batch = pair) -> bool:
         tolerance = _TOLERANCE[strategy.precision]
@@ -153,8 +164,12 @@ def choose(
     if plain.cost["jvp"] * n_examples(batch) < _TRACED:
         return sized
     part = next(split_examples(batch, sized.pass_examples))
+    part_signals = _signals(sized, token_loss, theta, part)
+    if len(part_signals) < len(_spared(sized)):  # then the graph would not be tried, see differentiate
+        plain.unfit["traced"] = "a product to spare matters to several tokens in the first examples"
+        return sized
     try:
-        traced = replace(sized, traced=trace(token_loss, theta, part, order, _signals(sized, token_loss, theta, part)))
+        traced = replace(sized, traced=trace(token_loss, theta, part, order, part_signals))
     except Exception as failure:  # a model may raise anything
         plain.unfit["traced"] = f"{type(failure).__name__}: {failure}"
         return sized
