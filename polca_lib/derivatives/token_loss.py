@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import pandas as pd
 import torch
+import torch.utils.checkpoint
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,9 +26,9 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 class _Composed(TorchFunctionMode):
-    """Composes some functions from elementary operations, so that forward mode has their second derivatives.
+    """Compose some functions from elementary operations, so that forward mode has their second derivatives.
 
-    Those of torch's layer norm are wrong (pytorch issue 196700); SiLU and Mish have none.
+    Those of torch's layer norm (pytorch issue 196700) and instance norm are wrong. The others have none, or neither.
     """
 
     def __torch_function__(
@@ -43,21 +45,87 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(dims, keepdim=True)
-    scaled = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    scaled = scaled if weight is None else scaled * weight
-    return scaled if bias is None else scaled + bias
+    return _scaled(_standardised(input, tuple(range(-len(normalized_shape), 0)), eps), weight, bias)
 
 
-def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    product = input * input.sigmoid()
-    return input.copy_(product) if inplace else product
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    if not use_input_stats:
+        return nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    weight, bias = (p if p is None else p.reshape(-1, *[1] * (input.ndim - 2)) for p in (weight, bias))
+    return _scaled(_standardised(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 
-def _mish(input: Tensor, inplace: bool = False) -> Tensor:
-    product = input * nn.functional.softplus(input).tanh()
-    return input.copy_(product) if inplace else product
+def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    dims = [index for index in range(v.ndim) if dim == -1 or index != dim % v.ndim]
+    return v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=dim != -1))
+
+
+def _activation(formula: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def function(input: Tensor, inplace: bool = False) -> Tensor:
+        return input.copy_(formula(input)) if inplace else formula(input)
+
+    return function
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+def _reduced(loss: Tensor, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    size = (input - target).abs()
+    loss = torch.where(size <= delta, size.square() / 2, delta * (size - delta / 2))
+    weights = torch.ones_like(loss) if weight is None else weight.expand_as(loss)
+    return (loss * weights).sum() / weights.sum() if reduction == "mean" else _reduced(loss * weights, reduction)
+
+
+def _soft_margin_loss(
+    input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean"
+) -> Tensor:
+    return _reduced(-nn.functional.logsigmoid(input * target), reduction, size_average, reduce)
+
+
+def _binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    positive = target if pos_weight is None else target * pos_weight
+    log_sigmoid = nn.functional.logsigmoid
+    loss = -(positive * log_sigmoid(input) + (1 - target) * log_sigmoid(-input))
+    return _reduced(loss if weight is None else loss * weight, reduction, size_average, reduce)
 
 
 def _embedding(
@@ -73,13 +141,65 @@ def _embedding(
     return nn.functional.embedding(input, weight)
 
 
+def _unfused(recurrent: Callable[..., Any]) -> Callable[..., Any]:
+    """Without the fused kernels of oneDNN and cuDNN, which have no forward-mode derivative."""
+
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            return recurrent(*arguments, **keywords)
+
+    return function
+
+
+_functional = nn.functional
 _COMPOSED = {
-    nn.functional.embedding: _embedding,
-    nn.functional.layer_norm: _layer_norm,
+    _functional.embedding: _embedding,
+    _functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
-    nn.functional.silu: _silu,
-    nn.functional.mish: _mish,
+    _functional.instance_norm: _instance_norm,
+    torch.instance_norm: _instance_norm,
+    torch._weight_norm: _weight_norm,
+    _functional.silu: _activation(lambda x: x * x.sigmoid()),
+    _functional.mish: _activation(lambda x: x * _functional.softplus(x).tanh()),
+    _functional.hardsigmoid: _activation(lambda x: _functional.relu6(x + 3) / 6),
+    _functional.glu: _glu,
+    _functional.huber_loss: _huber_loss,
+    _functional.soft_margin_loss: _soft_margin_loss,
+    _functional.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
+    torch.cdist: lambda x1, x2, p=2.0, compute_mode=None: torch.linalg.vector_norm(
+        x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1
+    ),
+    **{function: _unfused(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
+
+
+class _NoCheckpoint:
+    """Stands in for torch's reentrant gradient checkpointing: computes activations once."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _no_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
+    """Stands in for torch's gradient checkpointing that is not reentrant."""
+    yield
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Have models compute with operations that have derivatives in both modes."""
+    checkpoints = torch.utils.checkpoint
+    stand_ins = {"CheckpointFunction": _NoCheckpoint, "_checkpoint_without_reentrant_generator": _no_checkpoint}
+    originals = {name: getattr(checkpoints, name) for name in stand_ins}
+    # Checkpointed activations would be computed again in the backward pass, with the weights of the model, not theta.
+    vars(checkpoints).update(stand_ins)
+    try:
+        # Fused attention kernels have no forward-mode derivative.
+        with sdpa_kernel(SDPBackend.MATH), _Composed():
+            yield
+    finally:
+        vars(checkpoints).update(originals)
 
 
 class _LossModule(nn.Module):
@@ -170,9 +290,16 @@ class TokenLoss:
     def at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` for named parameters."""
         state = {f"model.{name}": value for name, value in parameters.items()} | self._cast
-        # Fused attention kernels have no forward-mode derivative.
-        with sdpa_kernel(SDPBackend.MATH), _Composed():
+        with _differentiable():
             return torch.func.functional_call(self._module, state, (batch,))
+
+    def in_float64(self) -> TokenLoss:
+        """The same function, computed in float64 for parameters and examples in float64."""
+        precise = copy(self)
+        precise.dtype = torch.float64
+        fixed = {f"model.{name}": value for name, value in self._fixed.items()}
+        precise._cast = {name: value.double() for name, value in fixed.items() if value.is_floating_point()}
+        return precise
 
     def check(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
         """Check that the loss depends on the parameters alone, token by token.
