@@ -136,6 +136,7 @@ def project_reverse(
     chunk_examples: int,
     pass_examples: int,
     n_vectors: int | None = None,
+    batched: bool = True,
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, "token vector"]]:
     """Losses, and <grad L(x), b> by reverse mode.
 
@@ -149,19 +150,20 @@ def project_reverse(
         chunk_examples: examples whose signals are kept at one time.
         pass_examples: examples that go through the model at one time.
         n_vectors: how many vectors to choose for between forming gradients and not; as many as there are if not given.
+        batched: see :func:`polca_lib.derivatives.signals.signals`; otherwise ``pass_examples`` must be 1.
     """
     parameters = token_loss.unflatten(theta.contiguous())  # weights must have the memory order of the structure
     directions = token_loss.unflatten(vectors)
     weights = weights_of(structure, parameters, dtype)
-    losses, gradients = [], []
+    losses, gradients = [], [theta.new_zeros(0, len(vectors))]
     for chunk in split_examples(batch, chunk_examples):
         with record_function("signals"):
             passes = split_examples(chunk, pass_examples)
-            parts = [
-                signals(token_loss, parameters, structure, weights, part, n_vectors or len(vectors)) for part in passes
-            ]
-        with torch.no_grad(), record_function("project_signals"):
-            gradients.append(project_signals(structure, parameters, directions, parts))
+            width = n_vectors or len(vectors)
+            parts = [signals(token_loss, parameters, structure, weights, part, width, batched) for part in passes]
         losses += [part.loss.flatten() for part in parts]
+        parts = [part for part in parts if part.loss.numel()]  # an example may have no target
+        with torch.no_grad(), record_function("project_signals"):
+            gradients += [project_signals(structure, parameters, directions, parts)] if parts else []
         del parts  # free them before the next chunk is built
     return torch.cat(losses), torch.cat(gradients)
