@@ -1,6 +1,7 @@
 """Tables of the results of a run: its clusters, their composition, their breakthroughs, and a summary."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,7 +66,8 @@ class Findings:
         after = int(self.projections["step"][-1]) if self.hidden_after is None else self.hidden_after
         try:
             table = mark_hidden(table, self.labels, self.curves, self.clustering.breakthrough_window, after)
-        except ValueError:  # too few checkpoints for the window
+        except ValueError as error:  # too few checkpoints for the window, or it does not fit their cadence
+            warnings.warn(f"breakthroughs are left out: clustering.breakthrough_{error}", stacklevel=2)
             table = table.assign(breakthrough=np.nan, hidden=False)
         table["hidden"] = table["hidden"].astype(bool)
         return table.sort_values(["hidden", "tokens"], ascending=False, kind="stable").reset_index(drop=True)
