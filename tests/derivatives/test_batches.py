@@ -22,12 +22,13 @@ from cases import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import polca_lib.derivatives.strategy as strategies
 from polca_lib import MaskedLoss, Shared, TokenLoss, plan
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.derivatives.batches import as_batch, losses_by_example, n_examples, split_examples
 from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.projection import project
-from polca_lib.derivatives.strategy import choose
+from polca_lib.derivatives.strategy import choose, differentiate
 from polca_lib.method.basis import compute_basis
 from polca_lib.method.settings import BasisSettings
 from polca_lib.storage.hashing import hash_batch
@@ -135,8 +136,26 @@ def test_number_of_losses_that_depends_on_the_other_examples_is_refused():
         return next_token_loss(model, tokens[:, :width])
 
     token_loss = TokenLoss(Attention(), loss)
-    with pytest.raises(ValueError, match=r"examples 4 to 7 have 12 losses together, but 3 \+ 1 \+ 2 \+ 3 alone"):
-        count(token_loss, problem("attention", dtype=torch.float32).theta, PADDED + (PADDED == 0) * 0)
+    with pytest.raises(ValueError, match=r"examples 4 to 7 have 12 losses together, but 3 \+ 0 \+ 2 \+ 3 alone"):
+        count(token_loss, problem("attention", dtype=torch.float32).theta, PADDED[[1, 1, 1, 1, 4, 5, 6, 7]])
+
+
+def by_length(model, batch):
+    ids, lengths = batch
+    losses = next_token_loss(model, ids).view(len(ids), -1)
+    return torch.cat([row[:length] for row, length in zip(losses, lengths, strict=False)])
+
+
+def test_lengths_in_a_tensor_give_ragged_losses_and_those_in_a_tuple_are_refused():
+    _, theta, batch = ragged()
+    token_loss, vectors = TokenLoss(Attention().double(), by_length), orthonormal(60, len(theta))
+    data = batch, torch.tensor(TARGETS)
+    assert token_loss.check(theta, data).tolist() == TARGETS
+    for mode in ("forward", "reverse"):
+        found = project(token_loss, theta, data, vectors, mode=mode).gradient
+        torch.testing.assert_close(found, token_gradients(token_loss, theta, data) @ vectors.T, **EXACT)
+    with pytest.raises(ValueError, match="depends on the other examples"):  # all examples share a tuple
+        token_loss.check(theta, (batch[2:], tuple(TARGETS[2:])))
 
 
 def test_sum_that_is_divisible_by_chance_is_counted_right():
@@ -236,7 +255,7 @@ def nested():
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        ({"ids": torch.ones(4, 3), "position_ids": torch.ones(1, 3)}, r"batch\['ids'\] has 4, batch\['position_ids'\] has 1"),
+        ({"ids": torch.ones(4, 3), "place": torch.ones(1, 3)}, r"batch\['ids'\] has 4, batch\['place'\] has 1"),
         ((torch.ones(4, 3), torch.ones(3)), r"batch\[0\] has 4, batch\[1\] has 3.*polca_lib\.Shared"),
         ([torch.ones(5), torch.ones(7), torch.ones(3)], r"batch\[0\] has 5, batch\[1\] has 7, batch\[2\] has 3.*pad"),
         ([[1, 2, 3], [1, 2]], "lists of numbers that are no tensor.*pad them"),
@@ -306,6 +325,20 @@ def test_shared_tensors_and_constants_reach_the_loss_whole(mode):
     torch.testing.assert_close(project(token_loss, theta, batch, vectors, mode=mode).gradient, exact, **EXACT)
     curved = project(token_loss, theta, batch, vectors[:3], curvature=True).curvature
     torch.testing.assert_close(curved, token_curvatures(token_loss, theta, repeated, vectors[:3]), **EXACT)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_shared_tensors_and_constants_go_through_a_trace(order, monkeypatch):
+    monkeypatch.setattr(strategies, "_TRACED", 0)
+    token_loss, theta, batch = positions()
+    vectors = orthonormal(3, len(theta))
+    strategy = choose(token_loss, theta, batch, vectors, mode="forward", order=order)
+    assert strategy.traced
+    found = differentiate(strategy, token_loss, theta, batch, vectors)[1]
+    repeated = {**batch, "position_ids": torch.arange(4).repeat(6, 1)}
+    torch.testing.assert_close(found[0], token_gradients(token_loss, theta, repeated) @ vectors.T, **EXACT)
+    if order == 2:
+        torch.testing.assert_close(found[1], token_curvatures(token_loss, theta, repeated, vectors), **EXACT)
 
 
 def test_both_batches_pass_the_same_door(tmp_path):
