@@ -9,6 +9,7 @@ the stages that depend on it. Stopped or killed work resumes.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from jaxtyping import Int
 from upath import UPath
 
 from polca_lib.analysis.engine import carry_out
@@ -25,14 +27,16 @@ from polca_lib.analysis.plan import Plan, plan
 from polca_lib.analysis.settings import AnalysisSettings
 from polca_lib.analysis.status import FILES
 from polca_lib.analysis.workers import project_runs
+from polca_lib.derivatives.batches import as_batch
 from polca_lib.derivatives.memory import checked_device
-from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, n_examples, split_examples, to_device
+from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, split_examples, to_device
 from polca_lib.method.basis import compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens
 from polca_lib.method.decomposition import projected_loss
 from polca_lib.method.settings import (
     FORMER_TOLERANCE,
+    HESSIAN_KINDS,
     BasisKind,
     BasisSettings,
     ClusteringSettings,
@@ -40,13 +44,11 @@ from polca_lib.method.settings import (
 )
 from polca_lib.report.findings import Findings
 from polca_lib.report.page import write_report
-from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile, provenance
+from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile, provenance, write_atomically
 from polca_lib.storage.checkpoints import Checkpoints, ChecksummedCheckpoints
+from polca_lib.storage.columns import separate_columns
 from polca_lib.storage.hashing import hash_batch, hash_json, hash_table
 from polca_lib.storage.pieces import PieceStore, is_begun
-
-# Coordinates of the results; a token table can't have columns of these names.
-_RESERVED = {"step", "token", "vector", "birth_step", "eigenvalue", "residual", "products"}
 
 
 class Analysis:
@@ -56,10 +58,11 @@ class Analysis:
         folder: folder of results: a path, or a URL that fsspec supports.
         checkpoints: checkpoints of the run, see :mod:`polca_lib.storage.checkpoint_folders` and
             :mod:`polca_lib.storage.huggingface`.
-        validation: examples whose tokens are decomposed.
+        validation: examples whose tokens are decomposed, see :func:`polca_lib.derivatives.batches.as_batch`.
         hessian: sample of the training data whose mean loss has the Hessian; only a Hessian basis needs it.
-        tokens: one row per token loss of ``validation``, in the same order. Columns become coordinates. With ``text``,
-            ``example`` and ``position`` the report shows contexts.
+        tokens: one row per token loss of ``validation``, in the same order. Columns become coordinates, see
+            :mod:`polca_lib.storage.columns`. With ``text`` the report shows contexts. ``example`` and ``position`` are
+            added if missing.
         hessian_loss: loss for the Hessian with ``basis.targets = "all"``.
         settings: all settings; or single ones as keywords, such as ``basis={"n_vectors": 8}, seed=1``.
         code: folders with modules that the model or the loss need and that workers can't import otherwise.
@@ -87,7 +90,9 @@ class Analysis:
         self.folder = UPath(folder)
         self.settings = settings or AnalysisSettings.model_validate(single)
         self.checkpoints = ChecksummedCheckpoints(checkpoints, self.folder / "checkpoints")
-        self.validation, self.hessian, self.hessian_loss = validation, hessian, hessian_loss
+        self.validation = as_batch(validation, "validation")
+        self.hessian = None if hessian is None else as_batch(hessian, "hessian")
+        self.hessian_loss = hessian_loss
         self._token_table, self._code, self.verify = tokens, tuple(code), verify
         self._check()
         if self.settings.threads:
@@ -145,21 +150,39 @@ class Analysis:
             ValueError: the table does not fit, or the model or its loss can't be used (see
                 :meth:`polca_lib.derivatives.token_loss.TokenLoss.check`).
         """
-        loss, theta = self.checkpoints.token_loss, self.checkpoints.theta(self.steps[0])
-        loss.check(theta, to_device(next(split_examples(self.validation, 3)), theta.device))
-        with torch.no_grad():
-            per_example = len(loss(theta, to_device(next(split_examples(self.validation, 1)), theta.device)))
-        examples, table = n_examples(self.validation), self._token_table
+        table, theta = self._token_table, self.checkpoints.theta(self.steps[0])
+        texts = () if table is None or "text" not in table else list(table["text"])
+        batch = to_device(self.validation, theta.device)
+        counts = self.checkpoints.token_loss.check(theta, batch, "validation", texts)
+        added = _numbered(counts)
         if table is None:
-            return pd.DataFrame({"example": np.repeat(np.arange(examples), per_example)})
-        if len(table) != per_example * examples:
-            raise ValueError(
-                f"tokens has {len(table)} rows; allowed: {per_example * examples}, because each of {examples} examples "
-                f"gives {per_example} losses"
+            self._keep_counts(counts)
+            return added
+        if len(table) != len(added):
+            least, most, examples = counts.min(), counts.max(), f"{len(counts)} examples"
+            each = f"each of {examples} gives" if least == most else f"{examples} give {least} to"
+            raise ValueError(f"tokens has {len(table)} rows; allowed: {len(added)}, because {each} {most} losses")
+        return pd.concat([added[[name for name in added if name not in table]], table.reset_index(drop=True)], axis=1)
+
+    @cached_property
+    def _counts(self) -> tuple[Path, list[int] | None]:
+        """File with the number of losses of each example, so that results open without running the model."""
+        loss = self.checkpoints.token_loss
+        key = hash_json([hash_batch(self.validation), type(loss.model).__name__, loss.n_parameters])
+        file = self.folder / "tokens" / f"{key[:16]}.json"
+        return file, json.loads(file.read_text()) if file.exists() else None
+
+    def _keep_counts(self, counts: Int[np.ndarray, " example"]) -> None:
+        """Store the number of losses of each example, or compare it with what is stored."""
+        file, stored = self._counts
+        if stored not in (None, counts.tolist()):
+            raise ArtefactMismatch(
+                f"the loss gives {counts.sum()} losses for validation, but {sum(stored)} when this run began: it has "
+                f"changed; use another folder, or delete {file}"
             )
-        if taken := _RESERVED & set(table):
-            raise ValueError(f"tokens has a column {min(taken)!r}, a name that results use; rename the column")
-        return table.reset_index(drop=True)
+        with contextlib.suppress(OSError):  # a folder that can't be written: count again at the next opening
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(counts.tolist()).encode())
 
     @cached_property
     def basis(self) -> xr.Dataset:
@@ -169,6 +192,13 @@ class Analysis:
             return load_basis(path)
         if self.settings.basis.targets == "all":
             hessian_loss = TokenLoss(self.checkpoints.token_loss.model, self.hessian_loss)
+        # Refuse data that can't be used before anything is computed from them.
+        _ = self.tokens
+        if self.hessian is not None and self.settings.basis.kind in HESSIAN_KINDS:
+            theta = self.checkpoints.theta(self.steps[0])
+            (hessian_loss or self.checkpoints.token_loss).check_data(
+                theta, to_device(self.hessian, theta.device), "hessian"
+            )
         with self._basis.at_work():
             return compute_basis(
                 path,
@@ -330,8 +360,12 @@ class Analysis:
 
     @cached_property
     def _projection(self) -> Artefact:
-        # Hash a given table unchecked, so that results open without running the model.
-        tokens = self.tokens if self._token_table is None else self._token_table.reset_index(drop=True)
+        # Hash a given table unchecked, and counts as stored, so that results open without running the model.
+        tokens = self._token_table
+        if tokens is None:
+            stored = self._counts[1]
+            tokens = (self.tokens if stored is None else _numbered(np.array(stored)))[["example"]]
+        tokens = tokens.reset_index(drop=True)
         settings = {
             "projection": self.settings.projection.stated(),
             "checkpoints": {str(step): self.checkpoints.identity(step) for step in self.steps},
@@ -358,7 +392,8 @@ class Analysis:
                 if (store := PieceStore.open(path)).damaged():
                     with artefact.at_work():
                         store.repair_pieces()
-        return PieceStore.load(path)
+        results = PieceStore.load(path)
+        return results if results is None else separate_columns(results)
 
     def _check_loss_is_the_same(self) -> None:
         """Compare the loss at the first checkpoint with a stored one, because code of a loss has no hash."""
@@ -379,6 +414,14 @@ class Analysis:
                 f"{self.checkpoints.name(self.steps[0])}, but {path} began with {stored[0]:.4f}; use another folder, "
                 "or delete this one to recompute it"
             )
+
+
+def _numbered(counts: Int[np.ndarray, " example"]) -> pd.DataFrame:
+    """Example and position within it of each token."""
+    example = np.repeat(np.arange(len(counts)), counts)
+    return pd.DataFrame(
+        {"example": example, "position": np.arange(len(example)) - (np.cumsum(counts) - counts)[example]}
+    )
 
 
 def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -9,20 +10,33 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.utils.checkpoint
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-Batch = Any
-"""A tensor, or a nest of tensors, whose first dimension is the example."""
+from polca_lib.derivatives.batches import (
+    Batch,
+    Shared,
+    as_batch,
+    losses_by_example,
+    n_examples,
+    split_examples,
+    to_device,
+    token_name,
+    unshared,
+)
+
+__all__ = ["Batch", "Loss", "MaskedLoss", "Shared", "Subject", "TokenLoss", "n_examples", "split_examples", "to_device"]
 
 # (model, batch) -> the loss of each target token, (n_tokens,), example by example, in nats
 Loss = Callable[[nn.Module, Batch], Tensor]
+
+_ZEROS = 0.01  # share of losses that are exactly zero from which on a mask is missed
 
 
 class _Composed(TorchFunctionMode):
@@ -217,8 +231,8 @@ class Subject:
 
     Args:
         model: any module; its weights are not used.
-        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats.
-        validation: examples whose tokens are decomposed.
+        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats; see :class:`TokenLoss`.
+        validation: examples whose tokens are decomposed, see :func:`polca_lib.derivatives.batches.as_batch`.
         hessian: sample of the training data; a basis of the Hessian needs it.
         tokens: one row per token of ``validation``.
         hessian_loss: loss whose Hessian is taken with ``basis.targets = "all"``.
@@ -232,6 +246,32 @@ class Subject:
     hessian_loss: Loss | None = None
 
 
+@dataclass(frozen=True)
+class MaskedLoss:
+    """L(x) of the targets x that ``mask`` keeps, so that padding is not a token.
+
+    For a loss that is 0 at padding (``ignore_index``): ``MaskedLoss(loss, lambda batch: batch["labels"] != -100)``.
+
+    Args:
+        loss: as of :class:`TokenLoss`, of all targets.
+        mask: ``batch -> bool``, True for each target that counts, as many in all as ``loss`` has losses. Workers need
+            a function that can be pickled.
+    """
+
+    loss: Loss
+    mask: Callable[[Batch], Bool[Tensor, ...]]
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Float[Tensor, " tokens"]:
+        """Losses of the targets that count."""
+        losses, keep = self.loss(model, batch), self.mask(batch).flatten()
+        if keep.shape != losses.shape or keep.dtype != torch.bool:
+            raise ValueError(
+                f"mask gives {tuple(keep.shape)} of {keep.dtype} for losses of shape {tuple(losses.shape)}; allowed: "
+                "one bool for each loss, in the same order (of labels shifted as in the loss)"
+            )
+        return losses[keep]
+
+
 class TokenLoss:
     """L(x; theta): the loss of every target token x as a function of the flat vector of trainable parameters.
 
@@ -240,7 +280,8 @@ class TokenLoss:
 
     Args:
         model: any module without active dropout. It is never changed: parameters come in through ``theta``.
-        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats.
+        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats. Examples may have different numbers of
+            losses, also none.
 
     Raises:
         ValueError: the model has active dropout, normalises over the batch, or has no floating-point parameters to
@@ -291,7 +332,7 @@ class TokenLoss:
         """Loss of each target token of ``batch`` for named parameters."""
         state = {f"model.{name}": value for name, value in parameters.items()} | self._cast
         with _differentiable():
-            return torch.func.functional_call(self._module, state, (batch,))
+            return torch.func.functional_call(self._module, state, (unshared(batch),))
 
     def in_float64(self) -> TokenLoss:
         """The same function, computed in float64 for parameters and examples in float64."""
@@ -301,37 +342,26 @@ class TokenLoss:
         precise._cast = {name: value.double() for name, value in fixed.items() if value.is_floating_point()}
         return precise
 
-    def check(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
-        """Check that the loss depends on the parameters alone, token by token.
+    def check(
+        self, theta: Float[Tensor, " d"], batch: Batch, name: str = "batch", texts: Sequence[object] = ()
+    ) -> Int[np.ndarray, " example"]:
+        """Check that the loss depends on the parameters alone, token by token, and is finite.
 
         Args:
             theta: parameters, shape (d,).
-            batch: examples; at most three are used.
+            batch: examples; the losses of all are counted, at most three are used for the rest.
+            name: of the batch in messages.
+            texts: of the tokens, for messages.
+
+        Returns:
+            Number of losses of each example.
 
         Raises:
-            ValueError: the losses are not one number per token, change from call to call, or depend on the rest of the
-                batch; or the model has no derivatives in forward mode. The message says what to do.
+            ValueError: the losses are not one number per token, are not finite, change from call to call, or depend on
+                the rest of the batch; or the model has no derivatives in forward mode. The message says what to do.
         """
-        few = next(split_examples(batch, 3))
-        with torch.no_grad():
-            together, again = self(theta, few), self(theta, few)
-            if together.ndim != 1 or not together.is_floating_point() or together.numel() % n_examples(few):
-                raise ValueError(
-                    f"the loss of {n_examples(few)} examples has shape {tuple(together.shape)} and dtype "
-                    f"{together.dtype}; allowed: one floating-point number for each target token, example by example, "
-                    'as many for each: reduction="none", then flatten()'
-                )
-            if not torch.equal(together, again) and not torch.isnan(together).any():
-                raise ValueError(
-                    f"two calls of the loss differ, by {(together - again).abs().max():.2g} nats at most: something is "
-                    "drawn at random, such as dropout; call model.eval(), and switch off what draws elsewhere"
-                )
-            alone = torch.cat([self(theta, example) for example in split_examples(few, 1)])
-            if alone.shape != together.shape or not torch.allclose(alone, together, 1e-3, 1e-4, equal_nan=True):
-                raise ValueError(
-                    "the loss of an example alone differs from its loss in a batch: it depends on the other examples "
-                    "(normalisation over the batch, or a mean over it?), and can't be taken apart"
-                )
+        counts = self.check_data(theta, batch, name, texts)
+        few = next(split_examples(as_batch(batch, name), 3))
         example, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
         try:
             torch.func.jvp(lambda point: self(point, example), (theta,), (tangent,))
@@ -340,6 +370,52 @@ class TokenLoss:
                 f"the model has no derivatives in forward mode ({error}); write the part that lacks them with plain "
                 "operations of torch, or give its autograd.Function a jvp"
             ) from error
+        return counts
+
+    @torch.no_grad()
+    def check_data(
+        self, theta: Float[Tensor, " d"], batch: Batch, name: str = "batch", texts: Sequence[object] = ()
+    ) -> Int[np.ndarray, " example"]:
+        """The part of :meth:`check` that needs no derivatives."""
+        batch = as_batch(batch, name)
+        few = next(split_examples(batch, 3))
+        together, again = self(theta, few), self(theta, few)
+        if together.ndim != 1 or not together.is_floating_point():
+            raise ValueError(
+                f"the loss of {n_examples(few)} examples of {name} has shape {tuple(together.shape)} and dtype "
+                f"{together.dtype}; allowed: one floating-point number for each target token, example by example: "
+                'reduction="none", then flatten()'
+            )
+        if not torch.equal(together, again) and not torch.isnan(together).any():
+            raise ValueError(
+                f"two calls of the loss differ, by {(together - again).abs().max():.2g} nats at most: something is "
+                "drawn at random, such as dropout; call model.eval(), and switch off what draws elsewhere"
+            )
+        alone = torch.cat([self(theta, example).reshape(-1) for example in split_examples(few, 1)])
+        if alone.shape != together.shape or not torch.allclose(alone, together, 1e-3, 1e-4, equal_nan=True):
+            raise ValueError(
+                f"the loss of an example of {name} alone differs from its loss in a batch: it depends on the other "
+                "examples (normalisation over the batch, or a mean over it?), and can't be taken apart"
+            )
+        losses, counts = losses_by_example(lambda part: self(theta, part), batch)
+        if not len(losses):
+            raise ValueError(f"{name} has no loss in {len(counts)} examples; allowed: at least one target token")
+        if len(odd := (~losses.isfinite()).nonzero()[:, 0].tolist()):
+            what = f"{losses[odd[0]].item()} for {token_name(odd[0], counts, texts)} of {name}"
+            cause = "these data (a row that is masked as a whole, or a target out of range?); mend or leave them out"
+            if len(odd) == len(losses):
+                cause = "the model or its first checkpoint, as no loss is finite"
+            raise ValueError(
+                f"the loss is {what}, and not finite for {len(odd):,} of {len(losses):,} tokens, at the first "
+                f"checkpoint already; check {cause}"
+            )
+        if (share := (losses == 0).double().mean().item()) >= _ZEROS:
+            warnings.warn(
+                f"{share:.0%} of the losses of {name} are exactly 0.0, as where targets are padding (ignore_index): "
+                "each counts as a token; leave them out with polca_lib.MaskedLoss(loss, mask)",
+                stacklevel=2,
+            )
+        return counts
 
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
         """Named parameters as one vector, in the order of ``model.named_parameters()``.
@@ -415,19 +491,3 @@ def _refuse_what_is_no_function(model: nn.Module) -> None:
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise ValueError(f"module {name!r} has max_norm = {module.max_norm}, which changes weights as it goes")
-
-
-def n_examples(batch: Batch) -> int:
-    """Number of examples in ``batch``."""
-    return len(pytree.tree_leaves(batch)[0])
-
-
-def split_examples(batch: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive parts of ``batch`` with ``size`` examples each; the last may be shorter."""
-    for start in range(0, n_examples(batch), size):
-        yield pytree.tree_map(lambda t: t[start : start + size], batch)  # noqa: B023
-
-
-def to_device(batch: Batch, device: str | torch.device) -> Batch:
-    """The batch with all its tensors on ``device``."""
-    return pytree.tree_map(lambda tensor: tensor.to(device), batch)

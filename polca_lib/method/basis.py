@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from polca_lib.derivatives.batches import as_batch
 from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.memory import default_budget, rows_that_fit
 from polca_lib.derivatives.token_loss import Batch, TokenLoss
@@ -98,6 +99,7 @@ def compute_basis(
     check_n_vectors(len(births), n_parameters)
     if hessian_batch is None and kind in HESSIAN_KINDS:
         raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {_WITHOUT_HESSIAN}")
+    hessian_batch = None if hessian_batch is None else as_batch(hessian_batch, "hessian_batch")
     memory = default_budget(checkpoints.device) if memory is None else memory
 
     @cache

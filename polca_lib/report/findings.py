@@ -1,6 +1,7 @@
 """Tables of the results of a run: its clusters, their composition, their breakthroughs, and a summary."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +15,12 @@ from polca_lib.method.breakthroughs import mark_hidden
 from polca_lib.method.clustering import DROPPED, by_vector, is_decreasing, moves
 from polca_lib.method.decomposition import completeness
 from polca_lib.method.settings import ClusteringSettings
+from polca_lib.storage.columns import token_table
 
 _LONGEST = 80  # characters of a displayed value
 _TOP = 5  # displayed values per column of a cluster
 _KINDS = 50  # most values of a column that describes tokens
-_PLACES = ("token", "example", "position", "step", "vector")  # coordinates that do not describe tokens
+_PLACES = ("example", "position")  # columns that do not describe tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,8 @@ class Findings:
         after = int(self.projections["step"][-1]) if self.hidden_after is None else self.hidden_after
         try:
             table = mark_hidden(table, self.labels, self.curves, self.clustering.breakthrough_window, after)
-        except ValueError:  # too few checkpoints for the window
+        except ValueError as error:  # too few checkpoints for the window, or it does not fit their cadence
+            warnings.warn(f"breakthroughs are left out: clustering.breakthrough_{error}", stacklevel=2)
             table = table.assign(breakthrough=np.nan, hidden=False)
         table["hidden"] = table["hidden"].astype(bool)
         return table.sort_values(["hidden", "tokens"], ascending=False, kind="stable").reset_index(drop=True)
@@ -129,7 +132,7 @@ class Findings:
 def members(labels: xr.DataArray) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield vector, number and token mask of each cluster in ``labels``, (token,) or (vector, token)."""
     for row in by_vector(labels):
-        for number in range(1, int(row.values.max(initial=0)) + 1):
+        for number in np.unique(row.values[row.values >= 1]).tolist():
             yield int(row["vector"]), number, row.values == number
 
 
@@ -144,11 +147,11 @@ def shown(value: object) -> str:
 def _kinds_of(projections: xr.Dataset) -> dict[str, np.ndarray]:
     """Columns of the token table that describe tokens: ``text``, and columns with few values."""
     columns = {}
-    for name, coordinate in projections.coords.items():
-        if coordinate.dims == ("token",) and name not in _PLACES:
-            values = np.array([shown(value) for value in coordinate.values.tolist()], dtype=object)
+    for name, column in token_table(projections).items():
+        if name not in _PLACES:
+            values = np.array([shown(value) for value in column.tolist()], dtype=object)
             if name == "text" or len(set(values)) <= _KINDS:
-                columns[str(name)] = values
+                columns[name] = values
     return columns
 
 

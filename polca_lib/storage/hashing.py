@@ -40,12 +40,13 @@ def hash_vector(vector: Tensor) -> str:
 
 
 def hash_batch(batch: Any) -> str:
-    """Hash structure, dtypes, shapes and bytes of all tensors of a nested batch."""
+    """Hash structure, dtypes, shapes and bytes of all tensors of a nested batch, and what else it holds."""
     leaves, structure = pytree.tree_flatten(batch)
     digest = hashlib.sha256(str(structure).encode())
     for leaf in leaves:
-        digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-        digest.update(_bytes(leaf))
+        tensor = isinstance(leaf, Tensor)
+        digest.update((f"{leaf.dtype} {tuple(leaf.shape)}" if tensor else repr(leaf)).encode())
+        digest.update(_bytes(leaf) if tensor else b"")
     return digest.hexdigest()
 
 

@@ -118,15 +118,27 @@ class PieceStore:
         return np.flatnonzero(~self.done()).tolist()
 
     def write(self, piece: int, **values: np.ndarray) -> None:
-        """Store one piece, with NaN for its variables without ``values``, and then mark it as done.
+        """Store one piece, with NaN for its variables of floats without ``values``, and then mark it as done.
 
         Raises:
             KeyError: a variable does not belong to this piece.
+            ValueError: values are not exactly of the shape and kind of the variable, or an integer is missing.
             OSError: the folder can't be written, or its disk is full; finished pieces stay.
         """
         names = self._names(piece)
         if unknown := values.keys() - set(names):
             raise KeyError(f"{sorted(unknown)} are not variables of piece {piece} of {self.path}; allowed: {names}")
+        for name in names:
+            array, value = self._group[name], np.asarray(values.get(name, np.nan))
+            region = zip(self._region(name, piece), array.shape, strict=True)
+            shape = tuple(len(range(size)[at]) for at, size in region if isinstance(at, slice))
+            given = name in values and value.shape != shape
+            if given or not np.can_cast(value.dtype, array.dtype, "same_kind"):
+                raise ValueError(
+                    f"{name} of {self.describe(piece)} of {self.path} "
+                    + (f"has shape {value.shape} and dtype {value.dtype}" if name in values else "is missing")
+                    + f"; allowed: shape {shape} and {array.dtype}. Nothing was written"
+                )
         try:
             # Write chunks of fill values, too: then a missing chunk is a lost one.
             with zarr.config.set({"array.write_empty_chunks": True}):

@@ -105,8 +105,6 @@ def test_tokens_are_numbered_by_example_if_nothing_is_known_of_them(tmp_path, ch
 def test_table_that_does_not_fit_is_refused_with_the_number_of_rows(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="tokens has 39 rows; allowed: 40, because each of 20 examples gives 2 losses"):
         analyse(tmp_path / "run", checkpoints, tokens=TOKENS[:-1]).tokens  # noqa: B018
-    with pytest.raises(ValueError, match="tokens has a column 'step', a name that results use"):
-        analyse(tmp_path / "run", checkpoints, tokens=TOKENS.assign(step=0)).tokens  # noqa: B018
 
 
 @pytest.mark.parametrize("name", MIXED)
