@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import cloudpickle
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -157,11 +159,13 @@ class TokenLoss:
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the weights: they come in through ``theta``."""
-        light = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.model.parameters() if p.requires_grad
-        }
-        return TokenLoss, (deepcopy(self.model, light), self.loss)
+        """Pickle without the weights: they come in through ``theta``.
+
+        Model and loss are pickled in one pass, so that closures, hooks and the loss reach the model that travels.
+        """
+        content = io.BytesIO()
+        _WithoutWeights(content, self.model).dump((self.model, self.loss))
+        return _from_pickle, (content.getvalue(),)
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` at parameters ``theta``, differentiable in ``theta``."""
@@ -205,6 +209,7 @@ class TokenLoss:
                     "the loss of an example alone differs from its loss in a batch: it depends on the other examples "
                     "(normalisation over the batch, or a mean over it?), and can't be taken apart"
                 )
+        self._check_parameters_are_used(theta, few)
         example, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
         try:
             torch.func.jvp(lambda point: self(point, example), (theta,), (tangent,))
@@ -213,6 +218,34 @@ class TokenLoss:
                 f"the model has no derivatives in forward mode ({error}); write the part that lacks them with plain "
                 "operations of torch, or give its autograd.Function a jvp"
             ) from error
+
+    @torch.no_grad()
+    def _check_parameters_are_used(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
+        """Compare with the losses of the model when it really holds other weights, which are taken back at once."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if any(p.is_meta for p in trainable):  # a model without weights has none to hold on to
+            return
+        # Move all weights: at theta itself, a weight that is held on to may have the right value by chance.
+        point = theta + (0.1 * theta.square().mean().sqrt() + 0.01) * direction(theta)
+        given, before = self(point, batch), [(p.data, p.data.clone()) for p in trainable]
+        try:
+            for p, value in zip(trainable, self.unflatten(point).values(), strict=True):
+                if (p.dtype, p.device) == (value.dtype, value.device):
+                    p.data.copy_(value)  # in place, for those that share memory with it
+                else:
+                    p.data = value
+            held = self.at({}, batch)
+        finally:
+            for p, (data, values) in zip(trainable, before, strict=True):
+                p.data = data
+                p.data.copy_(values)
+        if given.shape != held.shape or not torch.allclose(given, held, 1e-3, 1e-4, equal_nan=True):
+            raise ValueError(
+                f"the loss does not follow the parameters it is given: it is {given.sum():.4g} in all for parameters "
+                f"that are passed in, and {held.sum():.4g} if the model holds them. A function or an attribute keeps "
+                "a weight (w = self.layer.weight, or its .data); reach it through its module at each call "
+                "(self.layer.weight), so that it can be replaced"
+            )
 
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
         """Named parameters as one vector, in the order of ``model.named_parameters()``.
@@ -266,6 +299,32 @@ class TokenLoss:
             name: piece.reshape((*piece.shape[:-1], *p.shape))
             for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
+
+
+class _WithoutWeights(cloudpickle.Pickler):
+    """Pickles the trainable parameters of a model as shapes alone, from wherever they are reached."""
+
+    def __init__(self, file: io.BytesIO, model: nn.Module):
+        super().__init__(file)
+        self._trainable = {id(p) for p in model.parameters() if p.requires_grad}
+
+    def reducer_override(self, value: Any) -> Any:
+        if id(value) in self._trainable:
+            return _empty_parameter, (tuple(value.shape), value.dtype)
+        return super().reducer_override(value)
+
+
+def _empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _from_pickle(content: bytes) -> TokenLoss:
+    return TokenLoss(*pickle.loads(content))
+
+
+def direction(theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """A fixed direction without structure: each parameter has a part in it, whatever its value."""
+    return torch.linspace(-1, 1, 102, dtype=theta.dtype).to(theta.device).repeat(len(theta) // 102 + 1)[: len(theta)]
 
 
 def _refuse_what_is_no_function(model: nn.Module) -> None:

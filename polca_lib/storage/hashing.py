@@ -25,8 +25,21 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names and bytes of tensors, in alphabetical order of the names."""
+def hash_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> str:
+    """Hash names, dtypes, shapes and bytes of tensors, in alphabetical order of the names.
+
+    Args:
+        about: what the tensors belong to, such as their step; hashed with them.
+    """
+    digest = hashlib.sha256(json.dumps([dict(about or {}), len(tensors)], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, str(tensors[name].dtype), list(tensors[name].shape)]).encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def hash_bytes(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names and bytes of tensors alone: verifies files of version 0.2 and earlier."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
