@@ -158,6 +158,12 @@ class TokenLoss:
             if value.is_floating_point() and value.dtype != self.dtype
         }
 
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """Frozen parameters, and buffers that a ``state_dict`` has: what the loss depends on beside ``theta``."""
+        names = self.model.state_dict().keys()
+        return {name: value for name, value in self._fixed.items() if name in names}
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the weights: they come in through ``theta``.
 

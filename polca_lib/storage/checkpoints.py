@@ -19,15 +19,11 @@ from torch import Tensor
 
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.artefacts import DamagedFile, explained, write_atomically
-from polca_lib.storage.hashing import hash_bytes, hash_tensors, hash_vector
+from polca_lib.storage.hashing import hash_tensors, hash_vector
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **about: object) -> None:
-    """Write tensors atomically as safetensors, with a SHA-256 of them and of ``about`` in the metadata.
-
-    Args:
-        about: what the tensors belong to, such as their step.
-    """
+    """Write tensors atomically as safetensors, with a SHA-256 of them and what they are ``about``, such as a step."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     record = {name: str(value) for name, value in about.items()}
     record["sha256"] = hash_tensors(tensors, record)
@@ -39,7 +35,7 @@ def load_tensors(path: Path, device: str = "cpu", **about: object) -> dict[str, 
     """Read the tensors that :func:`save_tensors` wrote, and verify their checksum.
 
     Args:
-        about: what the tensors must belong to. Files of version 0.2 and earlier do not say it.
+        about: what the tensors must be about. Files of version 0.2 and earlier do not say it.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -57,7 +53,7 @@ def load_tensors(path: Path, device: str = "cpu", **about: object) -> dict[str, 
         record = dict(json.loads(metadata.get("polca", "{}")))
     except (ValueError, TypeError):
         record = {}
-    older = metadata.keys() == {"sha256"} and metadata["sha256"] == hash_bytes(tensors)
+    older = metadata.keys() == {"sha256"} and metadata["sha256"] == hash_tensors(tensors)
     if not older and record.pop("sha256", None) != hash_tensors(tensors, record):
         raise DamagedFile(f"{path} is damaged (its checksum does not match); delete it to recompute it")
     for name, value in () if older else about.items():
@@ -161,20 +157,17 @@ class ChecksummedCheckpoints(Checkpoints):
 
     def at_hand(self, step: int) -> bool:
         # Checkpoints that others wrote may lack the method.
-        return getattr(self.inner, "at_hand", lambda step: True)(step)
+        return not hasattr(self.inner, "at_hand") or self.inner.at_hand(step)
 
     def theta(self, step: int) -> Float[Tensor, " d"]:
         theta = self.inner.theta(step)
-        # The first line is the hash of the weights, the second that of the weights, their dtype and the step.
-        lines = [hash_vector(theta), hash_tensors({"": theta}, {"step": str(step)})]
+        digest = hash_vector(theta)
         path = self.folder / f"{step:012d}.sha256"
-        stored = path.read_bytes().decode("ascii", "replace").split("\n") if path.exists() else None
-        if stored is None:
+        if not path.exists():
             with explained(path):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, "\n".join(lines).encode())
-        # Version 0.2 and earlier wrote the first line alone.
-        elif stored != lines[: max(1, len(stored))]:
+                write_atomically(path, digest.encode())
+        elif path.read_bytes() != digest.encode():
             raise DamagedFile(
                 f"{self.name(step)} is not what it was when it was first read (its checksum does not match); restore "
                 f"it, or use another folder than {self.folder.parent} for the new content"

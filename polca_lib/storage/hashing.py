@@ -26,23 +26,11 @@ def hash_file(path: Path) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> str:
-    """Hash names, dtypes, shapes and bytes of tensors, in alphabetical order of the names.
-
-    Args:
-        about: what the tensors belong to, such as their step; hashed with them.
-    """
-    digest = hashlib.sha256(json.dumps([dict(about or {}), len(tensors)], sort_keys=True).encode())
+    """Hash names and bytes of tensors; with ``about`` also that, dtypes and shapes (since version 0.3)."""
+    digest = hashlib.sha256(b"" if about is None else json.dumps([*about.items()]).encode())
     for name in sorted(tensors):
-        digest.update(json.dumps([name, str(tensors[name].dtype), list(tensors[name].shape)]).encode())
-        digest.update(_bytes(tensors[name]))
-    return digest.hexdigest()
-
-
-def hash_bytes(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names and bytes of tensors alone: verifies files of version 0.2 and earlier."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
+        kind = "" if about is None else f" {tensors[name].dtype} {tuple(tensors[name].shape)}"
+        digest.update(f"{name}{kind}".encode())
         digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 

@@ -90,7 +90,7 @@ class PieceStore:
         self._group = zarr.open_group(zarr_store(self.path), mode="r", zarr_format=2)
         about, key = self._group.attrs, key_of(self.path.parent)
         self._key: str | None = about.get("key")
-        if None not in (self._key, key) and self._key != key:
+        if self._key and key and self._key != key:
             raise DamagedFile(
                 f"{self.path} belongs to another stage or other settings than {self.path.parent / 'manifest.json'}: "
                 "were folders exchanged? Put it back, or delete it to recompute it"
@@ -149,7 +149,7 @@ class PieceStore:
             with zarr.config.set({"array.write_empty_chunks": True}):
                 for name in names:
                     self._writable[name][self._region(name, piece)] = values.get(name, np.nan)
-                if "_sha256" in self._group:
+                if self._key is not None:
                     self._writable["_sha256"][piece] = self._checksum(
                         piece, {name: values.get(name, np.nan) for name in names}
                     )
@@ -168,36 +168,42 @@ class PieceStore:
         return text
 
     def damaged(self) -> dict[int, list[Path]]:
-        """Read all finished pieces, and list the files that are lost, damaged or belong elsewhere, by piece."""
+        """Read all finished pieces, and list the files that are lost, damaged or in the wrong place, by piece."""
         damaged: dict[int, list[Path]] = {}
         for piece in np.flatnonzero(self.done()).tolist():
-            files, content = [self.path / name for name in self.files(piece)], {}
-            for file, (name, size) in zip(files, self._sizes(piece).items(), strict=True):
-                if (values := _values(file, size)) is None:
-                    damaged.setdefault(piece, []).append(file)
-                    continue
-                # Cut off what fills up the last chunk.
-                array, region = self._group[name], self._region(name, piece)
-                cut = zip(region, array.shape, strict=True)
-                cut = (0 if isinstance(at, int) else slice(len(range(n)[at])) for at, n in cut)
-                content[name] = np.frombuffer(values, array.dtype).reshape(array.chunks)[tuple(cut)]
-            # Check that the pieces were not exchanged; older stores do not know.
-            if piece not in damaged and "_sha256" in self._group:
-                mark = self.path / f"_sha256/{piece}.0"
-                stored = _values(mark, 32)
-                if stored is None:
-                    damaged[piece] = [mark]
-                elif stored != self._checksum(piece, content).tobytes():
-                    damaged[piece] = files
+            files = self.files(piece)
+            odd = [name for name, size in files.items() if not _is_sound(self.path / name, size)]
+            if odd or not self._is_in_place(piece):
+                damaged[piece] = [self.path / name for name in odd or files]
         return damaged
+
+    def _is_in_place(self, piece: int) -> bool:
+        """Whether a piece is the one that was written there; older stores do not tell."""
+        content = {name: self._group[name][self._region(name, piece)] for name in self._names(piece)}
+        try:
+            return self._key is None or (self._group["_sha256"][piece] == self._checksum(piece, content)).all()
+        except (RuntimeError, ValueError):
+            return False
+
+    def _checksum(self, piece: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """SHA-256 of the values of a piece and of the place they belong to, as 32 bytes."""
+        digest = hashlib.sha256(json.dumps([self._key, piece]).encode())
+        for name in sorted(values):
+            array, region = self._group[name], self._region(name, piece)
+            shape = [len(range(n)[at]) for n, at in zip(array.shape, region, strict=True) if isinstance(at, slice)]
+            digest.update(json.dumps([name, str(array.dtype), shape]).encode())
+            value = np.broadcast_to(np.asarray(values[name], array.dtype), shape)
+            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        return np.frombuffer(digest.digest(), np.uint8)
 
     def files(self, piece: int) -> dict[str, int]:
         """Paths of the files of a piece, relative to the store, and the size of their values in bytes."""
         files = {}
-        for name, size in self._sizes(piece).items():
+        for name in self._names(piece):
+            array = self._group[name]
             starts = [at if isinstance(at, int) else at.start or 0 for at in self._region(name, piece)]
-            chunk = [start // size for start, size in zip(starts, self._group[name].chunks, strict=True)]
-            files[f"{name}/{'.'.join(map(str, chunk))}"] = size
+            chunk = [start // size for start, size in zip(starts, array.chunks, strict=True)]
+            files[f"{name}/{'.'.join(map(str, chunk))}"] = math.prod(array.chunks) * array.dtype.itemsize
         return files
 
     def repair_pieces(self) -> list[Path]:
@@ -255,30 +261,9 @@ class PieceStore:
             indexers[self._block[0]] = self.blocks[part]
         return tuple(indexers.get(dim, slice(None)) for dim in self._dims[name])
 
-    def _sizes(self, piece: int) -> dict[str, int]:
-        """Size of the chunk of a piece in bytes, for each of its variables."""
-        arrays = {name: self._group[name] for name in self._names(piece)}
-        return {name: math.prod(array.chunks) * array.dtype.itemsize for name, array in arrays.items()}
-
-    def _checksum(self, piece: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """SHA-256 of the values of a piece and of the place they belong to, as 32 bytes."""
-        digest = hashlib.sha256(json.dumps([self._key, piece]).encode())
-        for name in sorted(values):
-            array, region = self._group[name], self._region(name, piece)
-            shape = [len(range(n)[at]) for n, at in zip(array.shape, region, strict=True) if isinstance(at, slice)]
-            digest.update(json.dumps([name, str(array.dtype), shape]).encode())
-            # A chunk of one value for all is written as many.
-            value = np.broadcast_to(np.asarray(values[name], array.dtype), shape)
-            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-        return np.frombuffer(digest.digest(), np.uint8)
-
 
 class _Stored(BackendArray):
-    """A variable that is read from disk on demand.
-
-    Raises:
-        DamagedFile: a file that is read is damaged.
-    """
+    """A variable that is read from disk on demand; raises DamagedFile."""
 
     def __init__(self, array: zarr.Array, path: Path):
         self._array, self._path, self.shape, self.dtype = array, path, array.shape, array.dtype
@@ -286,23 +271,22 @@ class _Stored(BackendArray):
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
-    def _read(self, key: tuple[int | slice | np.ndarray, ...]) -> np.ndarray:
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
         try:
             return self._array.oindex[key]
         except (RuntimeError, ValueError) as error:
             raise DamagedFile(
-                f"{self._path} is damaged ({error}); compute the stage again with polca run, polca paper run or "
-                "verify = True, which replace the damaged pieces alone"
+                f"{self._path} is damaged ({error}); polca run, polca paper run or verify = True finds the damaged "
+                "pieces and computes them again"
             ) from None
 
 
-def _values(path: Path, size: int) -> bytes | None:
-    """Values of a chunk, or nothing if they are not ``size`` bytes or their checksum does not match."""
+def _is_sound(path: Path, size: int) -> bool:
+    """Whether a chunk has ``size`` bytes of values and its checksum matches."""
     try:
-        content = bytes(CHECKED.decode(path.read_bytes()))
-        return content if len(content) == size else None
+        return len(CHECKED.decode(path.read_bytes())) == size
     except (OSError, RuntimeError, ValueError):
-        return None
+        return False
 
 
 class StoreLayout(NamedTuple):
@@ -313,8 +297,7 @@ class StoreLayout(NamedTuple):
     dim: str
     sizes: Mapping[str, int]
     block: tuple[str, int] | None
-    key: str | None = None
-    checksums: bool = True  # of pieces; stores of version 0.2 and earlier have none
+    key: str | None = None  # of the artefact; stores of version 0.2 and earlier have none, nor checksums of pieces
 
     def write(self, path: Path) -> None:
         """Write coordinates and metadata; equal layouts give equal bytes."""
@@ -327,14 +310,11 @@ class StoreLayout(NamedTuple):
         # Write coordinates and attributes.
         self.template.to_zarr(zarr_store(path), mode="a", zarr_format=2, consolidated=False)
         group = zarr.open_group(zarr_store(path), mode="a", zarr_format=2)
-        group.attrs.update(pieces=list(self.variables), dim=self.dim, block=self.block, parts=parts)
-        if self.key is not None:
-            group.attrs["key"] = self.key
+        key = {} if self.key is None else {"key": self.key}
+        group.attrs.update(pieces=list(self.variables), dim=self.dim, block=self.block, parts=parts, **key)
         # Create the variables, one chunk per piece.
-        marks = {"_done": (("_piece",), "bool"), "_sha256": (("_piece", "_byte"), "uint8")}
+        marks = {"_done": (("_piece",), "bool")} | ({"_sha256": (("_piece", "_byte"), "uint8")} if key else {})
         for name, (dims, dtype) in {**self.variables, **marks}.items():
-            if name == "_sha256" and not self.checksums:
-                continue
             if name in group:  # in an object store, after an interrupted creation
                 continue
             # No compression: float32 values hardly shrink, and Blosc reads past the end of a truncated chunk.
@@ -361,9 +341,14 @@ def create(path: Path, layout: StoreLayout) -> None:
     Raises:
         DamagedFile: the store has pieces, but nothing says how they are divided.
     """
-    layout = layout._replace(key=key_of(path.parent))
-    if path.exists():  # only the checksums were lost, or the creation was interrupted
-        layout = _layout_as_created(path, layout)
+    layout = layout._replace(key=key_of(path.parent) or "")
+    try:  # if only the checksums were lost, keep the pieces as they are divided
+        about = json.loads((path / ".zattrs").read_text())
+        layout = layout._replace(block=about["block"], key=about.get("key"))
+    except (OSError, ValueError, KeyError):
+        if any((path / "_done").glob("[0-9]*")):
+            problem = f"{path / '.zattrs'} and {_checksums(path)} are lost or damaged; restore one of them"
+            raise DamagedFile(f"{problem}, or delete {path} to recompute it") from None
     if isinstance(path, Path):
         # Write to a temporary folder first, so that no store is left half-written.
         temporary = _temporary(path)
@@ -371,7 +356,7 @@ def create(path: Path, layout: StoreLayout) -> None:
         layout.write(temporary)
         if not path.exists():
             temporary.replace(path)
-        else:  # keep the pieces
+        else:
             shutil.copytree(temporary, path, dirs_exist_ok=True)
             shutil.rmtree(temporary)
     else:
@@ -383,21 +368,6 @@ def create(path: Path, layout: StoreLayout) -> None:
     checksums = {name: hash_file(path / name) for name in names if not name.startswith(chunks)}
     record = {"block": layout.block, "key": layout.key, "files": checksums}
     write_atomically(_checksums(path), json.dumps(record, indent=1).encode())
-
-
-def _layout_as_created(path: Path, layout: StoreLayout) -> StoreLayout:
-    """The layout with the blocks, key and checksums that an existing store has."""
-    try:
-        about = json.loads((path / ".zattrs").read_text())
-        checksums = (path / "_sha256" / ".zarray").exists()
-        return layout._replace(block=about["block"], key=about.get("key"), checksums=checksums)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        if any((path / "_done").glob("[0-9]*")):
-            raise DamagedFile(
-                f"{path / '.zattrs'} and {_checksums(path)} are lost or damaged; restore one of them, or delete {path} "
-                "to recompute it"
-            ) from None
-        return layout
 
 
 def damaged_metadata(path: Path) -> list[Path]:
@@ -421,8 +391,7 @@ def repair_metadata(path: Path, layout: StoreLayout) -> None:
     try:
         _remove(temporary)
         about = json.loads(_checksums(path).read_text())
-        checksums, key = "_sha256/.zarray" in about["files"], key_of(path.parent) if about.get("key") else None
-        layout._replace(block=about["block"], checksums=checksums, key=key).write(temporary)
+        layout._replace(block=about["block"], key=about.get("key")).write(temporary)
         for file in files:
             name = file.relative_to(path)
             if hash_file(temporary / name) != about["files"][name.as_posix()]:

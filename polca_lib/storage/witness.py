@@ -1,12 +1,8 @@
-"""A witness of a loss: its values and slopes on three examples, by which another loss is noticed.
-
-Code has no hash that means anything: a loss may call any function and read any file. Its values have.
-"""
+"""A witness of a loss: its values and slopes on a few examples. Code has no hash, so these tell whether it changed."""
 
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, direction, split_examples, to_device
-from polca_lib.storage.artefacts import write_atomically
 
 _EXAMPLES, _TOKENS = 3, 1000  # at most
-_RELATIVE, _ABSOLUTE = 1e-3, 1e-4  # tolerance: other devices, threads and dtypes round differently
-_OF_LARGEST = 1e-2  # tolerance of slopes, which are sums of many terms, relative to the largest
 
 
 class Witness(NamedTuple):
@@ -33,44 +26,42 @@ class Witness(NamedTuple):
     @classmethod
     def of(cls, token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, step: int) -> Witness:
         """The witness of a loss at the checkpoint ``theta`` of ``step``."""
-        losses, slopes = [], []
-        for example in islice(split_examples(batch, 1), _EXAMPLES):
-            example = to_device(example, theta.device)
+        losses, slopes, examples = torch.empty(0), torch.empty(0), 0
+        for example in (to_device(example, theta.device) for example in split_examples(batch, 1)):
             try:
                 pair = torch.func.jvp(lambda point: token_loss(point, example), (theta,), (direction(theta),))  # noqa: B023
             except (RuntimeError, NotImplementedError):  # TokenLoss.check says why
                 with torch.no_grad():
                     pair = token_loss(theta, example), torch.empty(0)
-            for values, part in zip((losses, slopes), pair, strict=True):
-                values += [float(f"{value:.7g}") for value in part.detach().flatten().tolist()]
-        return cls(step, losses[:_TOKENS], slopes[:_TOKENS])
+            new = (part.detach().cpu().flatten() for part in pair)
+            losses, slopes = (torch.cat(parts) for parts in zip((losses, slopes), new, strict=True))
+            examples += pair[0].numel() > 0  # an example may have no losses
+            if examples == _EXAMPLES:
+                break
+        return cls(step, *([float(f"{x:.7g}") for x in values[:_TOKENS].tolist()] for values in (losses, slopes)))
 
     def difference(self, other: Witness) -> str | None:
-        """The first large difference of ``other`` from this, in words, or nothing."""
+        """Where ``other`` is far from this, in words, or nothing; other devices and dtypes round differently."""
         if len(other.losses) != len(self.losses):
             return f"{len(other.losses)} token losses, not {len(self.losses)}, for the first examples"
-        for name, values, others in (("loss", self.losses, other.losses), ("slope", self.slopes, other.slopes)):
-            if len(values) != len(others):  # slopes are missing on one side
-                continue
-            old, new = np.array(values), np.array(others)
-            largest = np.nanmax(np.abs(old), initial=0.0) if name == "slope" else 0.0
-            far = ~np.isclose(new, old, _RELATIVE, _ABSOLUTE + _OF_LARGEST * largest, equal_nan=True)
-            if far.any():
-                token = int(far.argmax())
-                return (
-                    f"{name} {new[token]:.6g}, not {old[token]:.6g}, for token {token} (allowed difference: "
-                    f"{_RELATIVE:.1%} and {_ABSOLUTE + _OF_LARGEST * largest:.1g})"
-                )
+        # A slope is a sum of many terms: allow 1% of the largest.
+        slack = 0.01 * np.abs(np.nan_to_num(self.slopes)).max(initial=0)
+        for name, values, others, allowed in (
+            ("loss", self.losses, other.losses, 1e-4),
+            ("slope", self.slopes, other.slopes, 1e-4 + slack),
+        ):
+            if len(values) == len(others):  # slopes may be missing
+                close = np.isclose(others, values, rtol=1e-3, atol=allowed, equal_nan=True)
+                if not close.all():
+                    token = int(close.argmin())
+                    allowed = f"allowed difference: 0.1% and {allowed:.1g}"
+                    return f"{name} {others[token]:.6g}, not {values[token]:.6g}, for token {token} ({allowed})"
         return None
 
     @classmethod
     def read(cls, path: Path) -> Witness | None:
-        """The witness that :meth:`write` stored, or nothing if there is none or it is damaged."""
+        """The witness stored as JSON at ``path``; nothing if there is none or it is damaged."""
         try:
             return cls(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             return None
-
-    def write(self, path: Path) -> None:
-        """Store the witness as JSON."""
-        write_atomically(path, json.dumps(self._asdict()).encode())
