@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -317,11 +318,21 @@ class _WithoutWeights(cloudpickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if id(value) in self._trainable:
             return _empty_parameter, (tuple(value.shape), value.dtype)
+        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):  # torch refuses to pickle its class
+            return _parametrized, (type(value).__base__, list(value.parametrizations)), value.__dict__
         return super().reducer_override(value)
 
 
 def _empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _parametrized(base: type[nn.Module], names: Sequence[str]) -> nn.Module:
+    module = base.__new__(base)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
 
 
 def _from_pickle(content: bytes) -> TokenLoss:
