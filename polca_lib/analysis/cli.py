@@ -115,6 +115,7 @@ def run(
         from polca_lib.analysis.analysis import project_together
         from polca_lib.analysis.engine import parallel_backend
         from polca_lib.analysis.runfile import RunFile, open_analysis
+        from polca_lib.storage.artefacts import is_read_only
 
         run_file = RunFile.read(file)
         # The address of the file belongs to the engine of the file.
@@ -131,7 +132,10 @@ def run(
             if Stage.clusters in stages:
                 _ = [each.labels for each in analyses]
             if Stage.report in stages:
-                done["report"] = str(analysis.report(analysis.folder / "report.html", run_file.title))
+                page = analysis.folder / "report.html"
+                if not (page.exists() and is_read_only(analysis.folder)):
+                    page = analysis.report(page, run_file.title)
+                done["report"] = str(page)
         if stage is Stage.report:
             done["summary"] = analysis.findings.summary()
             done["beside"] = {each.settings.basis.kind: each.findings.summary() for each in controls}

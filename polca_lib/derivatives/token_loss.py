@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import torch
@@ -17,6 +20,7 @@ import torch.utils.checkpoint
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from polca_lib.derivatives.batches import (
@@ -317,12 +321,20 @@ class TokenLoss:
             if value.is_floating_point() and value.dtype != self.dtype
         }
 
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """Frozen parameters, and buffers that a ``state_dict`` has: what the loss depends on beside ``theta``."""
+        names = self.model.state_dict().keys()
+        return {name: value for name, value in self._fixed.items() if name in names}
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the weights: they come in through ``theta``."""
-        light = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.model.parameters() if p.requires_grad
-        }
-        return TokenLoss, (deepcopy(self.model, light), self.loss)
+        """Pickle without the weights: they come in through ``theta``.
+
+        Model and loss are pickled in one pass, so that closures, hooks and the loss reach the model that travels.
+        """
+        content = io.BytesIO()
+        _WithoutWeights(content, self.model).dump((self.model, self.loss))
+        return _from_pickle, (content.getvalue(),)
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` at parameters ``theta``, differentiable in ``theta``."""
@@ -362,6 +374,7 @@ class TokenLoss:
         """
         counts = self.check_data(theta, batch, name, texts)
         few = next(split_examples(as_batch(batch, name), 3))
+        self._check_parameters_are_used(theta, few)
         example, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
         try:
             torch.func.jvp(lambda point: self(point, example), (theta,), (tangent,))
@@ -417,6 +430,34 @@ class TokenLoss:
             )
         return counts
 
+    @torch.no_grad()
+    def _check_parameters_are_used(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
+        """Compare with the losses of the model when it really holds other weights, which are taken back at once."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if any(p.is_meta for p in trainable):  # a model without weights has none to hold on to
+            return
+        # Move all weights: at theta itself, a weight that is held on to may have the right value by chance.
+        point = theta + (0.1 * theta.square().mean().sqrt() + 0.01) * direction(theta)
+        given, before = self(point, batch), [(p.data, p.data.clone()) for p in trainable]
+        try:
+            for p, value in zip(trainable, self.unflatten(point).values(), strict=True):
+                if (p.dtype, p.device) == (value.dtype, value.device):
+                    p.data.copy_(value)  # in place, for those that share memory with it
+                else:
+                    p.data = value
+            held = self.at({}, batch)
+        finally:
+            for p, (data, values) in zip(trainable, before, strict=True):
+                p.data = data
+                p.data.copy_(values)
+        if given.shape != held.shape or not torch.allclose(given, held, 1e-3, 1e-4, equal_nan=True):
+            raise ValueError(
+                f"the loss does not follow the parameters it is given: it is {given.sum():.4g} in all for parameters "
+                f"that are passed in, and {held.sum():.4g} if the model holds them. A function or an attribute keeps "
+                "a weight (w = self.layer.weight, or its .data); reach it through its module at each call "
+                "(self.layer.weight), so that it can be replaced"
+            )
+
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
         """Named parameters as one vector, in the order of ``model.named_parameters()``.
 
@@ -469,6 +510,42 @@ class TokenLoss:
             name: piece.reshape((*piece.shape[:-1], *p.shape))
             for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
+
+
+class _WithoutWeights(cloudpickle.Pickler):
+    """Pickles the trainable parameters of a model as shapes alone, from wherever they are reached."""
+
+    def __init__(self, file: io.BytesIO, model: nn.Module):
+        super().__init__(file)
+        self._trainable = {id(p) for p in model.parameters() if p.requires_grad}
+
+    def reducer_override(self, value: Any) -> Any:
+        if id(value) in self._trainable:
+            return _empty_parameter, (tuple(value.shape), value.dtype)
+        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):  # torch refuses to pickle its class
+            return _parametrized, (type(value).__base__, list(value.parametrizations)), value.__dict__
+        return super().reducer_override(value)
+
+
+def _empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _parametrized(base: type[nn.Module], names: Sequence[str]) -> nn.Module:
+    module = base.__new__(base)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _from_pickle(content: bytes) -> TokenLoss:
+    return TokenLoss(*pickle.loads(content))
+
+
+def direction(theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """A fixed direction without structure: each parameter has a part in it, whatever its value."""
+    return torch.linspace(-1, 1, 102, dtype=theta.dtype).to(theta.device).repeat(len(theta) // 102 + 1)[: len(theta)]
 
 
 def _refuse_what_is_no_function(model: nn.Module) -> None:

@@ -92,6 +92,16 @@ class HuggingFaceRevisions(Checkpoints):
     def identity(self, step: int) -> str:
         return self._by_step[step].commit
 
+    def at_hand(self, step: int) -> bool:
+        """Whether the revision is in a local folder, or in the cache of the hub."""
+        if Path(self.repo).is_dir():
+            return True
+        from huggingface_hub import try_to_load_from_cache
+
+        commit, names = self._by_step[step].commit, ("model.safetensors", "model.safetensors.index.json")
+        cached = (try_to_load_from_cache(self.repo, name, revision=commit) for name in names)
+        return self._keep and any(isinstance(path, str) for path in cached)
+
     def theta(self, step: int) -> Float[Tensor, " d"]:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
