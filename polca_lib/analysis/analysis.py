@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from polca_lib.analysis.status import FILES
 from polca_lib.analysis.workers import project_runs
 from polca_lib.derivatives.batches import as_batch
 from polca_lib.derivatives.memory import checked_device
-from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, split_examples, to_device
+from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, to_device
 from polca_lib.method.basis import compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens
@@ -48,6 +49,7 @@ from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile,
 from polca_lib.storage.checkpoints import Checkpoints, ChecksummedCheckpoints
 from polca_lib.storage.columns import separate_columns
 from polca_lib.storage.hashing import hash_batch, hash_json, hash_table, hash_tensors
+from polca_lib.storage.names import few
 from polca_lib.storage.pieces import PieceStore, is_begun
 from polca_lib.storage.witness import Witness
 
@@ -304,6 +306,8 @@ class Analysis:
             "device": self.checkpoints.device,
             "torch threads": torch.get_num_threads(),
         }
+        if notes := self.checkpoints.notes():
+            rows["notes on checkpoints"] = "; ".join(notes)
         return provenance(rows | self._comparisons(), self._opened("basis", "projection", "clusters"))
 
     def _comparisons(self) -> dict[str, str]:
@@ -529,4 +533,14 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             project_runs(
                 paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
             )
+    _warn_of_equal_checkpoints(first.checkpoints)
     return [analysis.stored("projection") for analysis in analyses]
+
+
+def _warn_of_equal_checkpoints(checkpoints: Checkpoints) -> None:
+    for steps in getattr(checkpoints, "duplicates", list)():
+        warnings.warn(
+            f"checkpoints of steps {few(map(str, steps))} hold the same weights; if that is a mistake, leave some out "
+            "with the setting steps",
+            stacklevel=3,
+        )

@@ -77,10 +77,13 @@ def _subject(code: Code, folder: Path) -> Subject:
 def _checkpoints(run_file: RunFile, loss: TokenLoss) -> Checkpoints:
     """The checkpoints that a file names."""
     source, device = run_file.checkpoints, run_file.device
-    path = run_file.file.parent / source.path
+    path, names = run_file.file.parent / source.path, {"pattern": source.pattern, "rename": source.rename}
     if source.kind == "safetensors":
-        return SafetensorsFolder(path, loss, device, pattern=source.pattern)
+        return SafetensorsFolder(path, loss, device, **names)
     if source.kind == "state_dict":
-        return StateDictFolder(path, loss, device, pattern=source.pattern, key=source.key)
-    repo = str(path) if path.is_dir() else source.path
-    return HuggingFaceRevisions(repo, loss, device, revisions=source.revisions, keep=source.keep, stage=source.stage)
+        return StateDictFolder(path, loss, device, key=source.key, **names)
+    repo, of_hub = (
+        str(path) if path.is_dir() else source.path,
+        source.model_dump(include={"revisions", "keep", "stage"}),
+    )
+    return HuggingFaceRevisions(repo, loss, device, **of_hub, **names)

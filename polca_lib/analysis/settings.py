@@ -127,11 +127,22 @@ class Source(Section):
 
     kind: Literal["safetensors", "state_dict", "huggingface"]
     path: str = Field(description="a folder, or a repository on the Hugging Face hub such as EleutherAI/pythia-70m")
-    pattern: str | None = Field(None, description="regular expression for file names, with one group: the step")
+    pattern: str | None = Field(None, description="regular expression for names, with one group: the step")
+    rename: dict[str, str] = Field({}, description="regular expressions and replacements for names of parameters")
     key: str | None = Field(None, description="key of the state_dict in its file; common keys are found without it")
     revisions: tuple[str, ...] | None = Field(None, description="revisions to use; all that name a step if not given")
     stage: str | None = Field(None, description="training stage, if revisions name several")
     keep: bool = Field(True, description="keep downloaded files after use")
+
+    @model_validator(mode="after")
+    def _kind_has_the_settings(self) -> Self:
+        unused = {"huggingface": {"key"}, "state_dict": {"revisions", "stage", "keep"}}
+        unused["safetensors"] = unused["state_dict"] | {"key"}
+        if wrong := sorted(self.model_fields_set & unused[self.kind]):
+            raise ValueError(
+                f"checkpoints.{wrong[0]} has no meaning with checkpoints.kind = {self.kind!r}; leave it out"
+            )
+        return self
 
 
 class EngineSettings(Section):

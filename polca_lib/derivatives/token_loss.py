@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import reduce
 from typing import Any
 
@@ -458,23 +459,27 @@ class TokenLoss:
                 "(self.layer.weight), so that it can be replaced"
             )
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Each name of a parameter or buffer, with the first name of its tensor: tied parameters have several."""
+        return self._tied | {name: name for name in self._fixed}
+
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
         """Named parameters as one vector, in the order of ``model.named_parameters()``.
 
         Args:
             parameters: all trainable parameters. Other names of tied parameters, frozen parameters and buffers may be
-                there, as in a ``state_dict``; they must equal the model's.
+                there, as in a ``state_dict``; they must equal the model's. On device ``meta``, names and shapes alone
+                are checked.
 
         Raises:
-            ValueError: a parameter is missing, unknown or of another shape; tied parameters differ; or a frozen
+            ValueError: a parameter is missing, unknown or of another shape or kind; tied parameters differ; or a frozen
                 parameter or a buffer differs from the model's.
         """
         values: dict[str, Tensor] = {}
-        unknown = []
+        first_names = self.names
         for name, value in parameters.items():
-            first_name = self._tied.get(name, name)
-            if first_name not in self.parameters and first_name not in self._fixed:
-                unknown.append(name)
+            if (first_name := first_names.get(name)) is None:
                 continue
             expected = self.parameters.get(first_name, self._fixed.get(first_name))
             if value.shape != expected.shape:
@@ -483,25 +488,37 @@ class TokenLoss:
                 )
             if first_name in self._fixed:
                 self._check_fixed(name, value, expected)
-            elif first_name in values and not torch.equal(values[first_name], value):
+            elif not value.is_floating_point():
+                raise ValueError(f"parameter {name!r} holds {value.dtype}; allowed: floating-point numbers")
+            elif first_name in values and not value.is_meta and not torch.equal(values[first_name], value):
                 raise ValueError(
                     f"parameters {first_name!r} and {name!r} are tied in the model, but differ in the checkpoint"
                 )
             else:
                 values[first_name] = value
-        if odd := sorted(unknown + [name for name in self.parameters if name not in values]):
-            raise ValueError(f"parameters {odd[:3]} are in the checkpoint or in the model, but not in both")
+        unknown = [name for name in parameters if name not in first_names]
+        if (missing := [name for name in self.parameters if name not in values]) or unknown:
+            raise ValueError(describe_names(missing, unknown))
         return torch.cat([values[name].reshape(-1).to(self.dtype) for name in self.parameters])
 
     @staticmethod
     def _check_fixed(name: str, value: Tensor, expected: Tensor) -> None:
         """Refuse frozen parameters and buffers that differ from the model's; integer counters may differ."""
-        if value.is_floating_point() and not torch.equal(value.to(expected), expected):
-            raise ValueError(
-                f"{name!r} is frozen, or a buffer, but differs from the model's own. POLCA explains changes of "
-                "trainable parameters alone: set requires_grad, load this checkpoint into the model first, or train "
-                "without running statistics"
-            )
+        if value.is_meta or (value.ndim == 0 and not value.is_floating_point()):
+            return
+        if expected.is_meta:
+            raise ValueError(f"{name!r} is frozen, but the model has no values for it; load them into the model first")
+        # The checkpoint may round what the model has, or the model what the checkpoint has. NaN equals NaN.
+        value = value.to(expected.device)
+        for dtype in (value.dtype, expected.dtype):
+            first, second = value.to(dtype), expected.to(dtype)
+            if ((first == second) | ((first != first) & (second != second))).all():
+                return
+        raise ValueError(
+            f"{name!r} is frozen, or a buffer, but differs from the model's own. POLCA explains changes of "
+            "trainable parameters alone: set requires_grad, load this checkpoint into the model first, or train "
+            "without running statistics"
+        )
 
     def unflatten(self, theta: Float[Tensor, "*vector d"]) -> dict[str, Float[Tensor, "*vector ..."]]:
         """Views of ``theta``, or of vectors in rows, by parameter name."""
@@ -568,3 +585,23 @@ def _refuse_what_is_no_function(model: nn.Module) -> None:
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise ValueError(f"module {name!r} has max_norm = {module.max_norm}, which changes weights as it goes")
+
+
+def describe_names(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """Say which side lacks which names, those with a similar name on the other side first, and what to do."""
+
+    def side(text: str, names: Sequence[str], others: Sequence[str]) -> str:
+        nearest = {name: get_close_matches(name, others[:500], n=1) for name in names[:100]}
+        shown = sorted(nearest, key=lambda name: not nearest[name])[:3]
+        told = [repr(name) + "".join(f" (nearest: {near!r})" for near in nearest[name]) for name in shown]
+        return f"{text} {', '.join(told)}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    told = [side("the checkpoint lacks", missing, unknown)] if missing else []
+    told += [side("the model lacks", unknown, missing)] if unknown else []
+    if any("parametrizations." in name for name in (*missing, *unknown)):
+        told.append("one side has parametrized weights: apply the same parametrization to the model")
+    if any("_flat_param" in name for name in unknown):
+        told.append("the checkpoint holds FSDP's flat parameters: save a full state_dict")
+    return (
+        "; ".join(told) + ". Build the model that was trained, or set rename, which maps regular expressions to names"
+    )

@@ -20,6 +20,7 @@ from torch import Tensor
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.artefacts import DamagedFile, explained, write_atomically
 from polca_lib.storage.hashing import hash_tensors, hash_vector
+from polca_lib.storage.names import align
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **about: object) -> None:
@@ -99,13 +100,21 @@ class Checkpoints(Protocol):
         """Whether :meth:`theta` only reads a file: nothing is downloaded or trained."""
         return True
 
+    def notes(self) -> list[str]:
+        """What was left aside or ignored in reading, for the provenance of the results."""
+        return []
 
-def flatten(checkpoints: Checkpoints, step: int, tensors: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
-    """Flatten the tensors of a checkpoint; the ValueError for a wrong model names the checkpoint."""
+
+def flatten(
+    checkpoints: Checkpoints, step: int, tensors: Mapping[str, Tensor], rename: Mapping[str, str] | None = None
+) -> Float[Tensor, " d"]:
+    """Flatten the tensors of a checkpoint, see :func:`polca_lib.storage.names.align`; errors name the checkpoint."""
     try:
-        return checkpoints.token_loss.flatten(tensors).to(checkpoints.device)
+        aligned, _ = align(tensors, checkpoints.token_loss, rename)
+        theta = checkpoints.token_loss.flatten(aligned).detach()
+        return theta if theta.is_meta else theta.to(checkpoints.device)
     except ValueError as error:
-        raise ValueError(f"{checkpoints.name(step)} does not fit the model: {error}") from None
+        raise type(error)(f"{checkpoints.name(step)} does not fit the model: {error}") from None
 
 
 def file_sizes(files: Iterable[Path], folder: Path) -> str:
@@ -162,14 +171,44 @@ class ChecksummedCheckpoints(Checkpoints):
     def theta(self, step: int) -> Float[Tensor, " d"]:
         theta = self.inner.theta(step)
         digest = hash_vector(theta)
-        path = self.folder / f"{step:012d}.sha256"
+        path = self._path(step)
         if not path.exists():
             with explained(path):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, digest.encode())
+            self._refuse_all_equal(step)
         elif path.read_bytes() != digest.encode():
             raise DamagedFile(
                 f"{self.name(step)} is not what it was when it was first read (its checksum does not match); restore "
                 f"it, or use another folder than {self.folder.parent} for the new content"
             )
         return theta
+
+    def notes(self) -> list[str]:
+        """See :meth:`Checkpoints.notes`; equal checkpoints are noted, too."""
+        equal = [f"the same weights at steps {', '.join(map(str, steps))}" for steps in self.duplicates()]
+        return [*getattr(self.inner, "notes", list)(), *equal]
+
+    def duplicates(self) -> list[list[int]]:
+        """Groups of steps with the same weights, among the checkpoints that were read so far."""
+        groups: dict[str, list[int]] = {}
+        for step in self.steps:
+            if digest := self._digest(step):
+                groups.setdefault(digest, []).append(step)
+        return [steps for steps in groups.values() if len(steps) > 1]
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:012d}.sha256"
+
+    def _digest(self, step: int) -> str | None:
+        """Checksum of the weights at ``step``; none before the first read."""
+        path = self._path(step)
+        return path.read_text().split("\n")[0] if path.exists() else None
+
+    def _refuse_all_equal(self, step: int) -> None:
+        steps = self.steps
+        if len(steps) > 1 and all(self._digest(other) == self._digest(step) for other in steps):
+            raise ValueError(
+                f"all {len(steps)} checkpoints hold the same weights, from {self.name(steps[0])} to "
+                f"{self.name(steps[-1])}: there is no change to explain; check how they were saved"
+            )
