@@ -158,9 +158,21 @@ class Analysis:
         texts = () if table is None or "text" not in table else list(table["text"])
         batch = to_device(self.validation, theta.device)
         counts = self.checkpoints.token_loss.check(theta, batch, "validation", texts)
-        added = _numbered(counts)
         if table is None:
             self._keep_counts(counts)
+        return self.with_places(counts)
+
+    def with_places(self, counts: Int[np.ndarray, " example"]) -> pd.DataFrame:
+        """The token table, with example and position of each token.
+
+        Args:
+            counts: number of losses of each example.
+
+        Raises:
+            ValueError: the table has another number of rows.
+        """
+        table, added = self._token_table, _numbered(counts)
+        if table is None:
             return added
         if len(table) != len(added):
             least, most, examples = counts.min(), counts.max(), f"{len(counts)} examples"
@@ -199,7 +211,7 @@ class Analysis:
         _ = self.tokens
         if self.hessian is not None and self.settings.basis.kind in HESSIAN_KINDS:
             theta = self.checkpoints.theta(self.steps[0])
-            self._hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
+            self.hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
         with self._basis.at_work():
             if self.hessian is not None:  # else the basis is refused
                 self._compare_loss("basis", at_work=True)
@@ -211,11 +223,11 @@ class Analysis:
                 steps=self._births,
                 seed=self.settings.seed,
                 memory=self.settings.memory,
-                hessian_loss=None if self.settings.basis.targets == "answer" else self._hessian_token_loss,
+                hessian_loss=None if self.settings.basis.targets == "answer" else self.hessian_token_loss,
             )
 
     @property
-    def _hessian_token_loss(self) -> TokenLoss:
+    def hessian_token_loss(self) -> TokenLoss:
         """The loss whose Hessian is taken."""
         token_loss = self.checkpoints.token_loss
         return TokenLoss(token_loss.model, self.hessian_loss) if self.settings.basis.targets == "all" else token_loss
@@ -464,7 +476,7 @@ class Analysis:
         if key not in self._witnesses:
             loss, batch = self.checkpoints.token_loss, self.validation
             if stage == "basis":
-                loss, batch = self._hessian_token_loss, self.hessian
+                loss, batch = self.hessian_token_loss, self.hessian
             self._witnesses[key] = Witness.of(loss, self.checkpoints.theta(step), batch, step)
         return self._witnesses[key]
 

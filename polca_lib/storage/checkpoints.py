@@ -100,6 +100,10 @@ class Checkpoints(Protocol):
         """Whether :meth:`theta` only reads a file: nothing is downloaded or trained."""
         return True
 
+    def header(self, step: int) -> Mapping[str, Tensor] | None:
+        """Names, shapes and dtypes of a checkpoint, on device ``meta``; None if they can only be read with values."""
+        return None
+
     def notes(self) -> list[str]:
         """What was left aside or ignored in reading, for the provenance of the results."""
         return []
