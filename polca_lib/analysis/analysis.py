@@ -338,8 +338,8 @@ class Analysis:
     def _basis_provenance(self) -> dict[str, object]:
         """What the settings alone do not tell about the basis: its tolerance, and fewer vectors than asked for."""
         rows: dict[str, object] = {"basis: tolerance": self.tolerance} if "_basis" in self.__dict__ else {}
-        basis, asked = self.__dict__.get("basis", self.__dict__.get("projections")), self._basis_settings.n_vectors
-        if basis is not None and basis.sizes["vector"] < asked:
+        basis = self.__dict__.get("basis", self.__dict__.get("projections"))
+        if basis is not None and basis.sizes["vector"] < (asked := self._basis_settings.n_vectors):
             rows["basis: vectors"] = f"{basis.sizes['vector']} of {asked}"
         return rows
 
