@@ -26,8 +26,6 @@ _SUSPECTS = {
     "_linalg_slogdet": "torch.linalg.slogdet",
     "_linalg_solve_ex": "torch.linalg.solve",
     "cholesky_inverse": "torch.cholesky_inverse",
-    "cholesky_solve": "torch.cholesky_solve",
-    "cumprod": "torch.cumprod",
     "linalg_householder_product": "torch.linalg.householder_product",
     "native_batch_norm": "torch.nn.functional.batch_norm",
     "native_layer_norm": "torch.native_layer_norm",
@@ -95,8 +93,16 @@ def check_derivatives(
         derive: computes losses and derivatives, by default as forward mode does.
 
     Raises:
-        ValueError: a derivative is wrong. The message names operations that may be the reason.
+        ValueError: torch has no such derivatives, or wrong ones. The message names operations that may be the reason.
     """
+    mode = "forward" if derive is by_jvp else "reverse"
+    try:
+        derive(token_loss, theta, batch, vectors, order)
+    except (RuntimeError, NotImplementedError) as failure:
+        raise ValueError(
+            f"the model or the loss has no derivatives of order {order} in {mode} mode ({failure}); write the part "
+            "that lacks them with elementary operations of torch, or give its autograd.Function derivatives"
+        ) from failure
     precise, length = token_loss.in_float64(), theta.double().norm().item() or 1.0
     examples = pytree.tree_map(
         lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, batch
