@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from polca_lib.analysis.plan import plan
     from polca_lib.analysis.settings import AnalysisSettings
     from polca_lib.derivatives.projection import project
-    from polca_lib.derivatives.token_loss import Subject, TokenLoss
+    from polca_lib.derivatives.token_loss import MaskedLoss, Shared, Subject, TokenLoss
     from polca_lib.method.basis import compute_basis
     from polca_lib.method.breakthroughs import breakthrough_step
     from polca_lib.method.clustering import cluster_tokens
@@ -27,7 +27,7 @@ __version__ = "0.2.0"
 
 _MODULES = {
     # One function and its derivatives
-    "derivatives.token_loss": ("TokenLoss", "Subject"),
+    "derivatives.token_loss": ("TokenLoss", "Subject", "MaskedLoss", "Shared"),
     "derivatives.projection": ("project",),
     # The method
     "method.basis": ("compute_basis",),

@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from polca_lib.analysis.settings import ProjectionSettings
+from polca_lib.derivatives.batches import as_batch, map_examples
 from polca_lib.derivatives.memory import rounded_budget, rows_that_fit
 from polca_lib.derivatives.strategy import choose, differentiate
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples, to_device
-from polca_lib.method.settings import HESSIAN_KINDS, BasisSettings
+from polca_lib.method.settings import HESSIAN_KINDS, BasisSettings, check_n_vectors
 
 _GRAPH, _HVP = 3, 4  # cost of building the graph of a Hessian and of a product with it, in forward passes
 _COMPARE_SECONDS = 0.3  # compare the ways to differentiate only if a forward pass is faster than this
 _RUN_SECONDS = 30.0  # run the model at all only if a forward pass is expected to be faster than this
 _PROBE_SECONDS = 8.0  # approximate length of the probe
+_COUNTED = 32  # examples that stand for all if their losses can't be counted without data
 _MATRIX_SIZE = 1024  # of the products that measure the speed of a device
 _WAYS = {
     "jvp": "forward mode",
@@ -135,11 +137,14 @@ def plan(
     for name, value, least in (("checkpoints", checkpoints, 2), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"{name} = {value}; allowed: {least} or more")
-    if n_vectors is None or n_vectors > n_parameters:
-        raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {n_parameters}, the number of parameters")
+    if n_vectors is None:
+        raise ValueError(f"basis.n_vectors = None; allowed: 1 to {n_parameters}, the number of parameters")
+    check_n_vectors(n_vectors, n_parameters)
+    validation = as_batch(validation, "validation")
+    hessian_batch = validation if hessian_batch is None else as_batch(hessian_batch, "hessian")
     budget = rounded_budget(device) if memory is None else memory
-    examples, (per_example, forward) = n_examples(validation), on_paper(token_loss, next(split_examples(validation, 1)))
-    tokens, sampled = examples * per_example, projection.curvature and not projection.curvature_of_all
+    examples, (per_example, forward) = n_examples(validation), on_paper(token_loss, validation)
+    tokens, sampled = round(examples * per_example), projection.curvature and not projection.curvature_of_all
     probed = probe(token_loss, validation, forward, n_vectors, projection, device, budget, operations_per_second)
 
     # Operations of the projections: derivatives of all examples, curvature of a sample, loss inside the basis.
@@ -155,14 +160,14 @@ def plan(
     if basis.kind in HESSIAN_KINDS:
         births, most = math.ceil(n_vectors / basis.k), basis.max_products
         products = births * most
-        sample = n_examples(validation if hessian_batch is None else hessian_batch)
+        sample = n_examples(hessian_batch)
         hessian = float(sample * forward * births * (_GRAPH + _HVP * most))
         hessian += products * 4.0 * n_parameters * (most / 2 + n_vectors / 2)
 
     # Bytes: a random basis stores a mixing matrix and an axis basis stores indices; the others store vectors.
     vector = n_parameters * token_loss.dtype.itemsize
     stored = {"random": 8 * n_vectors**2, "parameters": 8 * n_vectors}.get(basis.kind, n_vectors * vector)
-    curved = projection.curvature_examples * per_example if sampled else tokens * projection.curvature
+    curved = round(projection.curvature_examples * per_example) if sampled else tokens * projection.curvature
     numbers = (tokens + curved) * n_vectors + (1 + projection.inside_loss) * tokens + 2 * n_vectors + 1
 
     # Blocks: each worker keeps a single block in memory, but reads several blocks again at each checkpoint.
@@ -282,8 +287,10 @@ def probe(
     )
 
 
-def on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
-    """Count the losses of one example, and the operations of a forward pass on it, without data if possible.
+def on_paper(token_loss: TokenLoss, batch: Batch) -> tuple[float, int]:
+    """Count the losses of an example, and the operations of a forward pass on it, without data if possible.
+
+    Ragged losses depend on the data: the number is then the mean over a sample of the examples.
 
     Raises:
         ValueError: the model has neither data nor a loss that works without data.
@@ -294,6 +301,7 @@ def on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
             losses = loss(theta, batch)
         return losses.numel(), counter.get_total_flops()
 
+    one = next(split_examples(batch, 1))
     try:
         copy = cloudpickle.loads(cloudpickle.dumps(token_loss))
         empty = TokenLoss(copy.model.to("meta"), copy.loss)
@@ -304,7 +312,10 @@ def on_paper(token_loss: TokenLoss, one: Batch) -> tuple[int, int]:
                 f"operations can't be counted without data ({error}), but the model has buffers on device meta; "
                 "fill the buffers, or build a model of transformers with attn_implementation='eager'"
             ) from error
-        return count(token_loss, torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype), one)
+        theta = torch.zeros(token_loss.n_parameters, dtype=token_loss.dtype)
+        some = map_examples(lambda t: t[:: math.ceil(len(t) / _COUNTED)], batch)
+        losses, operations = zip(*(count(token_loss, theta, one) for one in split_examples(some, 1)), strict=True)
+        return sum(losses) / len(losses), max(operations)
 
 
 def _timed(function: Callable[[], object]) -> float:

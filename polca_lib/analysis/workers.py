@@ -13,20 +13,20 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polca_lib.analysis.engine import carry_out
+from polca_lib.analysis.engine import EngineFailure, carry_out
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.derivatives.memory import rounded_budget, rows_that_fit
 from polca_lib.derivatives.projection import project
 from polca_lib.derivatives.strategy import Strategy, choose
-from polca_lib.derivatives.token_loss import Batch, split_examples, to_device
+from polca_lib.derivatives.token_loss import Batch, n_examples, split_examples, to_device
 from polca_lib.method.vectors import inner_products, read_vectors
 from polca_lib.storage.checkpoints import Checkpoints
+from polca_lib.storage.columns import as_coordinates, token_table
 from polca_lib.storage.pieces import PieceStore
-
-_MAX_TEXT = 1000  # characters of a text in the token table; the longest text sets the size of the whole column
+from polca_lib.storage.witness import Witness
 
 
 def project_runs(
@@ -39,6 +39,7 @@ def project_runs(
     settings: Sequence[ProjectionSettings],
     memory: int | None = None,
     folders: Sequence[str] = (),
+    witness: Witness | None = None,
 ) -> list[xr.Dataset]:
     """<grad L(x; theta_t), b> and b^T H(x; theta_t) b for all checkpoints t, tokens x and vectors b.
 
@@ -49,13 +50,16 @@ def project_runs(
         paths: Zarr folder of the projections on each basis.
         steps: steps to project, in training order.
         batch: examples whose tokens are decomposed.
-        tokens: one row per token of ``batch``; each column becomes a coordinate.
+        tokens: one row per token of ``batch``; each column becomes a coordinate, see
+            :mod:`polca_lib.storage.columns`.
         bases: results of :func:`polca_lib.method.basis.compute_basis`.
         settings: settings for each basis. Several bases need one ``mode``, one ``precision`` and no curvature of all
             tokens.
         memory: bytes for each worker; half of the free memory of the device if not given. Vectors that need more than
             half of it are processed in blocks. A resumed run keeps its first value.
         folders: folders with modules that the model or the loss need, see :class:`polca_lib.analysis.engine.Portable`.
+        witness: of the loss on ``batch`` in this process, with which every worker compares its own; computed if not
+            given.
 
     Returns:
         For each basis a dataset with attributes ``memory`` (bytes) and ``threads`` of each worker, and variables:
@@ -71,6 +75,7 @@ def project_runs(
     Raises:
         ValueError: these settings can't be used together.
         NonFiniteProjection: a checkpoint gives NaN or infinity; finished pieces stay.
+        EngineFailure: a worker computes another loss than this process.
     """
     modes = {(each.mode, each.precision) for each in settings}
     curvature_of_all = any(each.curvature_of_all for each in settings)
@@ -92,6 +97,9 @@ def project_runs(
         store.repair_pieces()
     # Resume with the memory and threads that the stores began with, so that all pieces round alike.
     job, together = replace(job, **{name: stores[0].attrs[name] for name in ("memory", "threads")}), _together(stores)
+    if witness is None and _missing(stores):
+        witness = Witness.of(checkpoints.token_loss, checkpoints.theta(steps[0]), batch, steps[0])
+    job = replace(job, witness=witness)
     try:
         carry_out(
             job,
@@ -148,6 +156,7 @@ class ProjectionJob:
     settings: Sequence[ProjectionSettings]
     memory: int
     threads: int
+    witness: Witness | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def open_store(self, index: int, tokens: pd.DataFrame, cut: tuple[str, int] | None) -> PieceStore:
@@ -164,12 +173,12 @@ class ProjectionJob:
             sample = to_device(next(split_examples(self.batch, settings.curvature_examples)), self.checkpoints.device)
             with torch.no_grad():
                 sizes["sample"] = len(self.checkpoints.token_loss(self.checkpoints.theta(self.steps[0]), sample))
-        coords: dict[str, Any] = {"step": self.steps, "token": np.arange(len(tokens))}
-        for name, column in tokens.items():
-            # Zarr stores numbers and booleans as they are, and all other values as text.
-            plain = pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
-            values = column.to_numpy() if plain else np.array([str(value)[:_MAX_TEXT] for value in column])
-            coords[name] = "token", values
+                if not sizes["sample"]:
+                    raise ValueError(
+                        f"the first {settings.curvature_examples} examples have no target, so that there is no "
+                        "curvature of a sample; raise projection.curvature_examples"
+                    )
+        coords: dict[str, Any] = {"step": self.steps, "token": np.arange(len(tokens)), **as_coordinates(tokens)}
         coords |= {name: values for name, values in self.bases[index].coords.items() if values.dims == ("vector",)}
         template = xr.Dataset(coords=coords, attrs={"memory": self.memory, "threads": self.threads})
         variables = {name: (names, "float32") for name, names in dims.items()}
@@ -196,7 +205,20 @@ class _Session:
         self._batch = to_device(job.batch, job.checkpoints.device)
         self._thetas: dict[int, Tensor] = {}
         self._vectors: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
-        self._strategies: dict[tuple[int, int], Strategy] = {}
+        self._strategies: dict[tuple[int, int, int], Strategy] = {}
+        self._compare_loss()
+
+    def _compare_loss(self) -> None:
+        """Refuse to work with a model or a loss that changed on its way to this worker."""
+        if (expected := self._job.witness) is None:
+            return
+        found = Witness.of(self._job.checkpoints.token_loss, self._theta(expected.step), self._batch, expected.step)
+        if problem := expected.difference(found):
+            raise EngineFailure(
+                f"a worker computes {problem} of {self._job.checkpoints.name(expected.step)}: the model or the loss is "
+                "another one there. It may use a global variable, a file or the environment, or other versions are "
+                'installed; hand everything in through the model or the loss, or use engine = "in-process"'
+            )
 
     def carry_out(self, task: ProjectionTask) -> None:
         """Compute, check and write the pieces of a task."""
@@ -212,16 +234,36 @@ class _Session:
         if parts == 1 or task.part == parts - 1:
             self._move(task, theta, change, pieces)
         for basis_index, piece in zip(task.bases, pieces, strict=True):
-            if not all(torch.isfinite(value).all() for value in piece.values()):
-                raise NonFiniteProjection(
-                    f"{job.checkpoints.name(step)} gives a loss or derivative that is not finite; finished projections "
-                    "are kept. Check the checkpoint, or leave it out (setting steps)"
-                )
+            for name, value in piece.items():
+                if not torch.isfinite(value).all():
+                    raise NonFiniteProjection(self._blame(task, name, ~torch.isfinite(value)))
             # A task for several bases may include pieces that are already done.
             store = self._stores[basis_index]
             number = task.index * store.parts + task.part
             if not store.is_done(number):
                 store.write(number, **{name: value.detach().cpu().numpy() for name, value in piece.items()})
+
+    def _blame(self, task: ProjectionTask, name: str, odd: Bool[Tensor, ...]) -> str:
+        """Say which values of a variable are not finite, since which step, and what to check."""
+        job, kept = self._job, "finished projections are kept"
+        where = job.checkpoints.name(job.steps[task.index])
+        rows = odd.flatten(1).any(1) if odd.ndim > 1 else odd
+        if name not in ("loss", "inside_loss", "gradient", "curvature") or rows.all():
+            advice = "check the checkpoint, or leave it out (setting steps)"
+            return f"{where} gives a {name} that is not finite; {kept}. All are: {advice}"
+        # The first such token, as the token table names it.
+        index = int(rows.nonzero()[0])
+        table = token_table(self._stores[task.bases[0]].dataset())
+        known = [f"{column} {table[column][index]!r}" for column in ("example", "position", "text") if column in table]
+        since = ""
+        if name == "loss":
+            losses = ((step, self._losses(task, self._theta(step, keep=False))[index]) for step in job.steps)
+            since = f" (since step {next(step for step, loss in losses if not loss.isfinite())})"
+        return (
+            f"{where} gives a {name} that is not finite for token {index}: {', '.join(known)}{since}, and for "
+            f"{int(rows.sum()) - 1} more of {len(rows)} tokens; {kept}. The other tokens are finite: check these "
+            "data, such as a row that is masked as a whole, and leave them out, or this checkpoint (setting steps)"
+        )
 
     def _differentiate(
         self, task: ProjectionTask, theta: Tensor, change: Tensor | None, pieces: list[dict[str, Tensor]]
@@ -274,14 +316,14 @@ class _Session:
         """Losses of all tokens, in batches of the same size as the derivatives."""
         settings, first = self._job.settings[task.bases[0]], task._replace(part=0)
         order = 2 if settings.curvature_of_all else 1
-        strategy = self._strategies.get((self._rows(first)[-1].stop, order))
+        strategy = self._strategies.get((self._rows(first)[-1].stop, order, n_examples(self._batch)))
         strategy = strategy or self._strategy(self._batch, self._read(first), settings, order)
         batches = split_examples(self._batch, strategy.pass_examples)
         return torch.cat([self._job.checkpoints.token_loss(theta, batch) for batch in batches])
 
     def _strategy(self, batch: Batch, vectors: Tensor, settings: ProjectionSettings, order: int) -> Strategy:
         """The way to differentiate; chosen at the first checkpoint, whatever the order of tasks."""
-        key, token_loss = (len(vectors), order), self._job.checkpoints.token_loss
+        key, token_loss = (len(vectors), order, n_examples(batch)), self._job.checkpoints.token_loss
         if key not in self._strategies:
             theta = self._theta(self._job.steps[0], keep=False)
             memory = max(1, self._job.memory - len(vectors) * token_loss.n_parameters * token_loss.dtype.itemsize)

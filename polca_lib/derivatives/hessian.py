@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polca_lib.derivatives.batches import as_batch
 from polca_lib.derivatives.finite_differences import by_backward, check_derivatives
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples
@@ -38,6 +39,7 @@ class HessianOperator:
         self._token_loss = token_loss
         self._theta = theta.detach().clone().requires_grad_()
         budget = default_budget(theta.device) if memory is None else memory
+        batch = as_batch(batch)
         examples = n_examples(batch)
         most = min(examples, _CHUNK)
         size = fit(lambda n: self._peak(next(split_examples(batch, n))), budget, most)

@@ -29,6 +29,20 @@ def default_budget(device: str | torch.device) -> int:
     return max(0, min(psutil.virtual_memory().available, within)) // 2
 
 
+def checked_device(device: str) -> str:
+    """Return ``device`` if this machine has it and can compute on it.
+
+    Raises:
+        ValueError: the device is unknown, missing, or lacks float64, which sums need (``mps``).
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    allowed = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    if device not in allowed:
+        reason = "has no float64, which sums need" if device == "mps" else "is not on this machine"
+        raise ValueError(f"device = {device!r} {reason}; allowed: {', '.join(allowed)}")
+    return device
+
+
 def rounded_budget(device: str | torch.device) -> int:
     """:func:`default_budget` rounded down to a power of two, so that a resumed run rarely gets another budget."""
     return 2 ** math.floor(math.log2(max(1, default_budget(device))))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from polca_lib.derivatives.batches import as_batch
 from polca_lib.derivatives.strategy import Mode, Precision, Strategy, choose, differentiate, relative_difference
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, split_examples
 
@@ -59,6 +60,7 @@ def project(
     Raises:
         ValueError: shapes do not fit, a setting is not allowed, or memory is too small.
     """
+    batch = as_batch(batch)
     if vectors.ndim != 2 or vectors.shape[1] != token_loss.n_parameters:
         raise ValueError(
             f"vectors have shape {tuple(vectors.shape)}; allowed: (any, {token_loss.n_parameters}), "
@@ -73,7 +75,10 @@ def project(
     loss, (gradient, *second) = differentiate(strategy, token_loss, theta, batch, vectors)
     error = 0.0
     if strategy.precision == "bfloat16":
-        examples, every = next(split_examples(batch, _SAMPLE[0])), math.ceil(len(vectors) / _SAMPLE[1])
-        exact = differentiate(strategy.in_full(), token_loss, theta, examples, vectors[::every])[1][0]
+        every = math.ceil(len(vectors) / _SAMPLE[1])
+        for examples in split_examples(batch, _SAMPLE[0]):  # the first may have no targets
+            exact = differentiate(strategy.in_full(), token_loss, theta, examples, vectors[::every])[1][0]
+            if len(exact):
+                break
         error = relative_difference(gradient[: len(exact), ::every], exact)
     return Projected(loss, gradient, second[0] if curvature else None, error)

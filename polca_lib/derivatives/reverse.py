@@ -138,6 +138,7 @@ def project_reverse(
     chunk_examples: int,
     pass_examples: int,
     n_vectors: int | None = None,
+    batched: bool = True,
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, "token vector"]]:
     """Losses, and <grad L(x), b> by reverse mode.
 
@@ -151,20 +152,21 @@ def project_reverse(
         chunk_examples: examples whose signals are in memory at a time.
         pass_examples: examples in one pass through the model.
         n_vectors: number of vectors for which to decide whether gradients are formed; ``len(vectors)`` if not given.
+        batched: see :func:`polca_lib.derivatives.signals.signals`; otherwise ``pass_examples`` must be 1.
     """
     # Weights must have the memory order that the structure was found with.
     parameters = token_loss.unflatten(theta.contiguous())
     directions = token_loss.unflatten(vectors)
     weights = weights_of(structure, parameters, dtype)
-    losses, gradients = [], []
+    losses, gradients = [], [theta.new_zeros(0, len(vectors))]
     for chunk in split_examples(batch, chunk_examples):
         with record_function("signals"):
             passes = split_examples(chunk, pass_examples)
-            parts = [
-                signals(token_loss, parameters, structure, weights, part, n_vectors or len(vectors)) for part in passes
-            ]
-        with torch.no_grad(), record_function("project_signals"):
-            gradients.append(project_signals(structure, parameters, directions, parts))
+            width = n_vectors or len(vectors)
+            parts = [signals(token_loss, parameters, structure, weights, part, width, batched) for part in passes]
         losses += [part.loss.flatten() for part in parts]
+        parts = [part for part in parts if part.loss.numel()]  # an example may have no target
+        with torch.no_grad(), record_function("project_signals"):
+            gradients += [project_signals(structure, parameters, directions, parts)] if parts else []
         del parts  # free the signals before those of the next chunk are computed
     return torch.cat(losses), torch.cat(gradients)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from polca_lib.derivatives.batches import by_example
 from polca_lib.derivatives.products import Derived, ModelStructure, WatchProducts
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples
 
@@ -121,20 +121,25 @@ def signals(
     weights: list[Weight],
     batch: Batch,
     n_vectors: int,
+    batched: bool = True,
 ) -> Signals:
-    """Run one forward pass and one backward pass per target token, for all examples at once."""
+    """Run one forward pass and one backward pass per target token, for all examples at once.
+
+    With ``batched`` off, ``batch`` is one example, which goes without ``vmap``: ragged losses allow none.
+    """
     n = n_examples(batch)
     signal_of: dict[int, Tensor] = {}  # by product, of the last backward pass
 
-    def run(other_parameters: dict[str, Tensor], probe: Tensor, example: Batch) -> tuple[Tensor, list[Tensor]]:
+    def run(other_parameters: dict[str, Tensor], probe: Tensor, one: Batch) -> tuple[Tensor, list[Tensor]]:
         entered = []
 
         def at_product(index: int, x: Tensor, _: Derived, bias: Tensor | None) -> Tensor:
             entered.append(x)
-            result = _Product.apply(x, probe, *weights[index], partial(signal_of.__setitem__, index))
+            arguments = probe, *weights[index], partial(signal_of.__setitem__, index)
+            # Without vmap, stand in for its dimension of examples.
+            result = _Product.apply(x, *arguments) if batched else _Product.apply(x[None], *arguments)[0]
             return result if bias is None else result + bias
 
-        batch_of_one = pytree.tree_map(lambda t: t[None], example)
         with WatchProducts({**parameters, **other_parameters}, at_product):
             return token_loss.at({**parameters, **other_parameters}, batch_of_one), entered
 
@@ -144,17 +149,23 @@ def signals(
             k: parameters[k].expand(n, *parameters[k].shape).requires_grad_() for k in structure.other_parameters
         }
         probe = next(iter(parameters.values())).new_zeros(n, requires_grad=True)
-        loss, entered = vmap(run)(other_parameters, probe, batch)
+        if batched:
+            loss, entered = by_example(run, batch, other_parameters, probe)
+        else:
+            loss, entered = run({name: value[0] for name, value in other_parameters.items()}, probe[0], batch)
+            loss, entered = loss[None], [x[None] for x in entered]
+    if not loss.numel():
+        return Signals(loss.detach(), [], {})
     # Run one backward pass per target token; each product stores its signal in signal_of.
     entered = [x.detach().flatten(1, -2) for x in entered]
     by_token: list[list[Tensor]] = [[] for _ in weights]
     by_name: dict[str, list[Tensor]] = {name: [] for name in other_parameters}
-    for token, one_hot in enumerate(torch.eye(structure.tokens, dtype=loss.dtype, device=loss.device)):
+    for token, one_hot in enumerate(torch.eye(loss.shape[1], dtype=loss.dtype, device=loss.device)):
         token_gradients = torch.autograd.grad(
             loss,
             [*other_parameters.values(), probe],
             one_hot.expand(n, -1),
-            retain_graph=token + 1 < structure.tokens,
+            retain_graph=token + 1 < loss.shape[1],
             materialize_grads=True,
         )
         for gradients_of_name, gradient in zip(by_name.values(), token_gradients[:-1], strict=True):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from polca_lib.derivatives.batches import common_count, count_losses, map_examples
 from polca_lib.derivatives.finite_differences import check_derivatives
 from polca_lib.derivatives.forward import Derivatives, Signals, by_jvp, trace
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
@@ -55,6 +57,7 @@ class Strategy:
     pass_examples: int = 2  # in one pass through the model
     chunk_examples: int = 2  # whose signals are in memory at a time, in reverse mode
     chunk_vectors: int = 2  # in one pass, in forward mode
+    batched: bool = True  # whether vmap takes examples together in reverse mode; ragged losses go one by one
     traced: GraphModule | None = None  # derivatives of pass_examples examples, as a graph
     unfit: dict[str, str] = field(default_factory=dict)  # ways that do not fit this model, and why
 
@@ -111,6 +114,11 @@ def choose(
     if memory is not None and memory <= 0:
         raise ValueError(f"memory = {memory}; allowed: a positive number of bytes")
     budget = default_budget(theta.device) if memory is None else memory
+    # Ragged losses: try, and measure memory, on the examples with most tokens.
+    uniform = common_count(partial(token_loss, theta), batch) is not None
+    if not uniform:
+        most_first = np.argsort(-count_losses(partial(token_loss, theta), batch), kind="stable")
+        batch = map_examples(lambda t: t[torch.from_numpy(most_first).to(t.device)], batch)
     example, pair, few_vectors = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
     pass_operations = _operations(token_loss, theta, example)
     cost = {"pass": pass_operations, "jvp": pass_operations * (1 + 2 * order * len(vectors))}
@@ -140,7 +148,7 @@ def choose(
         if mode == "reverse" or (mode == "auto" and plain.cost["reverse"] < forward):
             try:
                 _check_other_parameters(token_loss, structure, budget)
-                reverse = replace(plain, mode="reverse", precision=precision, structure=structure)
+                reverse = replace(plain, mode="reverse", precision=precision, structure=structure, batched=uniform)
                 if usable(reverse, "reverse"):
                     return _sized(reverse, token_loss, theta, batch, vectors, budget)
             except ValueError as failure:  # too little memory: forward mode may need less
@@ -167,7 +175,7 @@ def choose(
         plain.unfit["traced"] = f"{type(failure).__name__}: {failure}"
         return sized
     # Try the graph on the examples in another order: it must be valid for any batch of this shape.
-    return traced if usable(traced, "traced", pytree.tree_map(lambda t: t.flip(0), part)) else sized
+    return traced if usable(traced, "traced", map_examples(lambda t: t.flip(0), part)) else sized
 
 
 def differentiate(
@@ -187,8 +195,9 @@ def differentiate(
             vectors,
             dtype=theta.dtype if strategy.precision == "float32" else torch.bfloat16,
             chunk_examples=strategy.chunk_examples,
-            pass_examples=strategy.pass_examples,
+            pass_examples=strategy.pass_examples if strategy.batched else 1,
             n_vectors=strategy.n_vectors,
+            batched=strategy.batched,
         )
         return loss, [gradient]
     losses, derivatives = [], []
@@ -284,7 +293,9 @@ def _sized(
         dtype = theta.dtype if strategy.precision == "float32" else torch.bfloat16
         parameters = token_loss.unflatten(theta)
         matrices = weights_of(strategy.structure, parameters, dtype)
-        signal_bytes = signals(token_loss, parameters, strategy.structure, matrices, example, len(vectors)).nbytes
+        structure, batched = strategy.structure, strategy.batched
+        example_signals = signals(token_loss, parameters, structure, matrices, example, len(vectors), batched)
+        signal_bytes = max(1, example_signals.nbytes)
         # Leave 3/8 of the budget for what the measurement misses: fragmentation, and buffers of products.
         spare = budget * 5 // 8 - peak(passing, width)
         chunk = min(total, passing * (1 + max(0, spare // (signal_bytes * passing))))

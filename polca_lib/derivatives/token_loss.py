@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import reduce
 from typing import Any
 
+import cloudpickle
+import numpy as np
 import pandas as pd
 import torch
 import torch.utils.checkpoint
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-Batch = Any
-"""A tensor, or a nest of tensors, whose first dimension is the example."""
+from polca_lib.derivatives.batches import (
+    Batch,
+    Shared,
+    as_batch,
+    losses_by_example,
+    n_examples,
+    split_examples,
+    to_device,
+    token_name,
+    unshared,
+)
+
+__all__ = ["Batch", "Loss", "MaskedLoss", "Shared", "Subject", "TokenLoss", "n_examples", "split_examples", "to_device"]
 
 # (model, batch) -> the loss of each target token, (n_tokens,), example by example, in nats
 Loss = Callable[[nn.Module, Batch], Tensor]
+
+_ZEROS = 0.01  # share of losses that are exactly zero from which on a mask is missed
 
 
 class _Composed(TorchFunctionMode):
@@ -221,8 +239,8 @@ class Subject:
 
     Args:
         model: any module; its weights are not used.
-        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats.
-        validation: examples whose tokens are decomposed.
+        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats; see :class:`TokenLoss`.
+        validation: examples whose tokens are decomposed, see :func:`polca_lib.derivatives.batches.as_batch`.
         hessian: sample of the training data; a basis of the Hessian needs it.
         tokens: one row per token of ``validation``.
         hessian_loss: loss whose Hessian is taken with ``basis.targets = "all"``.
@@ -236,6 +254,32 @@ class Subject:
     hessian_loss: Loss | None = None
 
 
+@dataclass(frozen=True)
+class MaskedLoss:
+    """L(x) of the targets x that ``mask`` keeps, so that padding is not a token.
+
+    For a loss that is 0 at padding (``ignore_index``): ``MaskedLoss(loss, lambda batch: batch["labels"] != -100)``.
+
+    Args:
+        loss: as of :class:`TokenLoss`, of all targets.
+        mask: ``batch -> bool``, True for each target that counts, as many in all as ``loss`` has losses. Workers need
+            a function that can be pickled.
+    """
+
+    loss: Loss
+    mask: Callable[[Batch], Bool[Tensor, ...]]
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Float[Tensor, " tokens"]:
+        """Losses of the targets that count."""
+        losses, keep = self.loss(model, batch), self.mask(batch).flatten()
+        if keep.shape != losses.shape or keep.dtype != torch.bool:
+            raise ValueError(
+                f"mask gives {tuple(keep.shape)} of {keep.dtype} for losses of shape {tuple(losses.shape)}; allowed: "
+                "one bool for each loss, in the same order (of labels shifted as in the loss)"
+            )
+        return losses[keep]
+
+
 class TokenLoss:
     """L(x; theta): the loss of every target token x as a function of the flat vector of trainable parameters.
 
@@ -244,7 +288,8 @@ class TokenLoss:
 
     Args:
         model: any module without active dropout. It is never changed: parameters come in through ``theta``.
-        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats.
+        loss: ``(model, batch) -> losses (n_tokens,)``, example-major, in nats. Examples may have different numbers of
+            losses, also none.
 
     Raises:
         ValueError: the model has active dropout, normalises over the batch, or has no floating-point parameters to
@@ -280,12 +325,20 @@ class TokenLoss:
             if value.is_floating_point() and value.dtype != self.dtype
         }
 
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """Frozen parameters, and buffers that a ``state_dict`` has: what the loss depends on beside ``theta``."""
+        names = self.model.state_dict().keys()
+        return {name: value for name, value in self._fixed.items() if name in names}
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the weights: they come in through ``theta``."""
-        light = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.model.parameters() if p.requires_grad
-        }
-        return TokenLoss, (deepcopy(self.model, light), self.loss)
+        """Pickle without the weights: they come in through ``theta``.
+
+        Model and loss are pickled in one pass, so that closures, hooks and the loss reach the model that travels.
+        """
+        content = io.BytesIO()
+        _WithoutWeights(content, self.model).dump((self.model, self.loss))
+        return _from_pickle, (content.getvalue(),)
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` at parameters ``theta``, differentiable in ``theta``."""
@@ -295,7 +348,7 @@ class TokenLoss:
         """Loss of each target token of ``batch`` for named parameters."""
         state = {f"model.{name}": value for name, value in parameters.items()} | self._cast
         with _differentiable():
-            return torch.func.functional_call(self._module, state, (batch,))
+            return torch.func.functional_call(self._module, state, (unshared(batch),))
 
     def in_float64(self) -> TokenLoss:
         """The same function, computed in float64 for parameters and examples in float64."""
@@ -305,37 +358,27 @@ class TokenLoss:
         precise._cast = {name: value.double() for name, value in fixed.items() if value.is_floating_point()}
         return precise
 
-    def check(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
-        """Check that the loss depends on the parameters alone, token by token.
+    def check(
+        self, theta: Float[Tensor, " d"], batch: Batch, name: str = "batch", texts: Sequence[object] = ()
+    ) -> Int[np.ndarray, " example"]:
+        """Check that the loss depends on the parameters alone, token by token, and is finite.
 
         Args:
             theta: parameters, shape (d,).
-            batch: examples; at most three are used.
+            batch: examples; the losses of all are counted, at most three are used for the rest.
+            name: of the batch in messages.
+            texts: of the tokens, for messages.
+
+        Returns:
+            Number of losses of each example.
 
         Raises:
-            ValueError: the losses are not one number per token, change from call to call, or depend on the rest of the
-                batch; or the model has no derivatives in forward mode. The message says what to do.
+            ValueError: the losses are not one number per token, are not finite, change from call to call, or depend on
+                the rest of the batch; or the model has no derivatives in forward mode. The message says what to do.
         """
-        few = next(split_examples(batch, 3))
-        with torch.no_grad():
-            together, again = self(theta, few), self(theta, few)
-            if together.ndim != 1 or not together.is_floating_point() or together.numel() % n_examples(few):
-                raise ValueError(
-                    f"the loss of {n_examples(few)} examples has shape {tuple(together.shape)} and dtype "
-                    f"{together.dtype}; allowed: one floating-point number for each target token, example by example, "
-                    'as many for each: reduction="none", then flatten()'
-                )
-            if not torch.equal(together, again) and not torch.isnan(together).any():
-                raise ValueError(
-                    f"two calls of the loss differ, by {(together - again).abs().max():.2g} nats at most: something is "
-                    "drawn at random, such as dropout; call model.eval(), and switch off what draws elsewhere"
-                )
-            alone = torch.cat([self(theta, example) for example in split_examples(few, 1)])
-            if alone.shape != together.shape or not torch.allclose(alone, together, 1e-3, 1e-4, equal_nan=True):
-                raise ValueError(
-                    "the loss of an example alone differs from its loss in a batch: it depends on the other examples "
-                    "(normalisation over the batch, or a mean over it?), and can't be taken apart"
-                )
+        counts = self.check_data(theta, batch, name, texts)
+        few = next(split_examples(as_batch(batch, name), 3))
+        self._check_parameters_are_used(theta, few)
         example, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
         try:
             torch.func.jvp(lambda point: self(point, example), (theta,), (tangent,))
@@ -344,24 +387,102 @@ class TokenLoss:
                 f"the model has no derivatives in forward mode ({error}); write the part that lacks them with plain "
                 "operations of torch, or give its autograd.Function a jvp"
             ) from error
+        return counts
+
+    @torch.no_grad()
+    def check_data(
+        self, theta: Float[Tensor, " d"], batch: Batch, name: str = "batch", texts: Sequence[object] = ()
+    ) -> Int[np.ndarray, " example"]:
+        """The part of :meth:`check` that needs no derivatives."""
+        batch = as_batch(batch, name)
+        few = next(split_examples(batch, 3))
+        together, again = self(theta, few), self(theta, few)
+        if together.ndim != 1 or not together.is_floating_point():
+            raise ValueError(
+                f"the loss of {n_examples(few)} examples of {name} has shape {tuple(together.shape)} and dtype "
+                f"{together.dtype}; allowed: one floating-point number for each target token, example by example: "
+                'reduction="none", then flatten()'
+            )
+        if not torch.equal(together, again) and not torch.isnan(together).any():
+            raise ValueError(
+                f"two calls of the loss differ, by {(together - again).abs().max():.2g} nats at most: something is "
+                "drawn at random, such as dropout; call model.eval(), and switch off what draws elsewhere"
+            )
+        alone = torch.cat([self(theta, example).reshape(-1) for example in split_examples(few, 1)])
+        if alone.shape != together.shape or not torch.allclose(alone, together, 1e-3, 1e-4, equal_nan=True):
+            raise ValueError(
+                f"the loss of an example of {name} alone differs from its loss in a batch: it depends on the other "
+                "examples (normalisation over the batch, or a mean over it?), and can't be taken apart"
+            )
+        losses, counts = losses_by_example(lambda part: self(theta, part), batch)
+        if not len(losses):
+            raise ValueError(f"{name} has no loss in {len(counts)} examples; allowed: at least one target token")
+        if len(odd := (~losses.isfinite()).nonzero()[:, 0].tolist()):
+            what = f"{losses[odd[0]].item()} for {token_name(odd[0], counts, texts)} of {name}"
+            cause = "these data (a row that is masked as a whole, or a target out of range?); mend or leave them out"
+            if len(odd) == len(losses):
+                cause = "the model or its first checkpoint, as no loss is finite"
+            raise ValueError(
+                f"the loss is {what}, and not finite for {len(odd):,} of {len(losses):,} tokens, at the first "
+                f"checkpoint already; check {cause}"
+            )
+        if (share := (losses == 0).double().mean().item()) >= _ZEROS:
+            warnings.warn(
+                f"{share:.0%} of the losses of {name} are exactly 0.0, as where targets are padding (ignore_index): "
+                "each counts as a token; leave them out with polca_lib.MaskedLoss(loss, mask)",
+                stacklevel=2,
+            )
+        return counts
+
+    @torch.no_grad()
+    def _check_parameters_are_used(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
+        """Compare with the losses of the model when it really holds other weights, which are taken back at once."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if any(p.is_meta for p in trainable):  # a model without weights has none to hold on to
+            return
+        # Move all weights: at theta itself, a weight that is held on to may have the right value by chance.
+        point = theta + (0.1 * theta.square().mean().sqrt() + 0.01) * direction(theta)
+        given, before = self(point, batch), [(p.data, p.data.clone()) for p in trainable]
+        try:
+            for p, value in zip(trainable, self.unflatten(point).values(), strict=True):
+                if (p.dtype, p.device) == (value.dtype, value.device):
+                    p.data.copy_(value)  # in place, for those that share memory with it
+                else:
+                    p.data = value
+            held = self.at({}, batch)
+        finally:
+            for p, (data, values) in zip(trainable, before, strict=True):
+                p.data = data
+                p.data.copy_(values)
+        if given.shape != held.shape or not torch.allclose(given, held, 1e-3, 1e-4, equal_nan=True):
+            raise ValueError(
+                f"the loss does not follow the parameters it is given: it is {given.sum():.4g} in all for parameters "
+                f"that are passed in, and {held.sum():.4g} if the model holds them. A function or an attribute keeps "
+                "a weight (w = self.layer.weight, or its .data); reach it through its module at each call "
+                "(self.layer.weight), so that it can be replaced"
+            )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Each name of a parameter or buffer, with the first name of its tensor: tied parameters have several."""
+        return self._tied | {name: name for name in self._fixed}
 
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
         """Named parameters as one vector, in the order of ``model.named_parameters()``.
 
         Args:
             parameters: all trainable parameters. Other names of tied parameters, frozen parameters and buffers may be
-                there, as in a ``state_dict``; they must equal the model's.
+                there, as in a ``state_dict``; they must equal the model's. On device ``meta``, names and shapes alone
+                are checked.
 
         Raises:
-            ValueError: a parameter is missing, unknown or of another shape; tied parameters differ; or a frozen
+            ValueError: a parameter is missing, unknown or of another shape or kind; tied parameters differ; or a frozen
                 parameter or a buffer differs from the model's.
         """
         values: dict[str, Tensor] = {}
-        unknown = []
+        first_names = self.names
         for name, value in parameters.items():
-            first_name = self._tied.get(name, name)
-            if first_name not in self.parameters and first_name not in self._fixed:
-                unknown.append(name)
+            if (first_name := first_names.get(name)) is None:
                 continue
             expected = self.parameters.get(first_name, self._fixed.get(first_name))
             if value.shape != expected.shape:
@@ -370,25 +491,37 @@ class TokenLoss:
                 )
             if first_name in self._fixed:
                 self._check_fixed(name, value, expected)
-            elif first_name in values and not torch.equal(values[first_name], value):
+            elif not value.is_floating_point():
+                raise ValueError(f"parameter {name!r} holds {value.dtype}; allowed: floating-point numbers")
+            elif first_name in values and not value.is_meta and not torch.equal(values[first_name], value):
                 raise ValueError(
                     f"parameters {first_name!r} and {name!r} are tied in the model, but differ in the checkpoint"
                 )
             else:
                 values[first_name] = value
-        if odd := sorted(unknown + [name for name in self.parameters if name not in values]):
-            raise ValueError(f"parameters {odd[:3]} are in the checkpoint or in the model, but not in both")
+        unknown = [name for name in parameters if name not in first_names]
+        if (missing := [name for name in self.parameters if name not in values]) or unknown:
+            raise ValueError(describe_names(missing, unknown))
         return torch.cat([values[name].reshape(-1).to(self.dtype) for name in self.parameters])
 
     @staticmethod
     def _check_fixed(name: str, value: Tensor, expected: Tensor) -> None:
         """Refuse frozen parameters and buffers that differ from the model's; integer counters may differ."""
-        if value.is_floating_point() and not torch.equal(value.to(expected), expected):
-            raise ValueError(
-                f"{name!r} is frozen, or a buffer, but differs from the model's own. POLCA explains changes of "
-                "trainable parameters alone: set requires_grad, load this checkpoint into the model first, or train "
-                "without running statistics"
-            )
+        if value.is_meta or (value.ndim == 0 and not value.is_floating_point()):
+            return
+        if expected.is_meta:
+            raise ValueError(f"{name!r} is frozen, but the model has no values for it; load them into the model first")
+        # The checkpoint may round what the model has, or the model what the checkpoint has. NaN equals NaN.
+        value = value.to(expected.device)
+        for dtype in (value.dtype, expected.dtype):
+            first, second = value.to(dtype), expected.to(dtype)
+            if ((first == second) | ((first != first) & (second != second))).all():
+                return
+        raise ValueError(
+            f"{name!r} is frozen, or a buffer, but differs from the model's own. POLCA explains changes of "
+            "trainable parameters alone: set requires_grad, load this checkpoint into the model first, or train "
+            "without running statistics"
+        )
 
     def unflatten(self, theta: Float[Tensor, "*vector d"]) -> dict[str, Float[Tensor, "*vector ..."]]:
         """Views of ``theta``, or of vectors in rows, by parameter name."""
@@ -397,6 +530,44 @@ class TokenLoss:
             name: piece.reshape((*piece.shape[:-1], *p.shape))
             for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
+
+
+class _WithoutWeights(cloudpickle.Pickler):
+    """Pickles the trainable parameters of a model as shapes alone, from wherever they are reached."""
+
+    def __init__(self, file: io.BytesIO, model: nn.Module):
+        super().__init__(file)
+        self._trainable = {id(p) for p in model.parameters() if p.requires_grad}
+
+    def reducer_override(self, value: Any) -> Any:
+        if id(value) in self._trainable:
+            return _empty_parameter, (tuple(value.shape), value.dtype)
+        if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return type(None), ()  # an activation that a module noted in a pass that is over
+        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):  # torch refuses to pickle its class
+            return _parametrized, (type(value).__base__, list(value.parametrizations)), value.__dict__
+        return super().reducer_override(value)
+
+
+def _empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _parametrized(base: type[nn.Module], names: Sequence[str]) -> nn.Module:
+    module = base.__new__(base)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _from_pickle(content: bytes) -> TokenLoss:
+    return TokenLoss(*pickle.loads(content))
+
+
+def direction(theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """A fixed direction without structure: each parameter has a part in it, whatever its value."""
+    return torch.linspace(-1, 1, 102, dtype=theta.dtype).to(theta.device).repeat(len(theta) // 102 + 1)[: len(theta)]
 
 
 def _refuse_what_is_no_function(model: nn.Module) -> None:
@@ -421,17 +592,21 @@ def _refuse_what_is_no_function(model: nn.Module) -> None:
             raise ValueError(f"module {name!r} has max_norm = {module.max_norm}, which changes weights as it goes")
 
 
-def n_examples(batch: Batch) -> int:
-    """Number of examples in ``batch``."""
-    return len(pytree.tree_leaves(batch)[0])
+def describe_names(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """Say which side lacks which names, those with a similar name on the other side first, and what to do."""
 
+    def side(text: str, names: Sequence[str], others: Sequence[str]) -> str:
+        nearest = {name: get_close_matches(name, others[:500], n=1) for name in names[:100]}
+        shown = sorted(nearest, key=lambda name: not nearest[name])[:3]
+        told = [repr(name) + "".join(f" (nearest: {near!r})" for near in nearest[name]) for name in shown]
+        return f"{text} {', '.join(told)}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-def split_examples(batch: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive parts of ``batch`` with ``size`` examples each; the last may be shorter."""
-    for start in range(0, n_examples(batch), size):
-        yield pytree.tree_map(lambda t: t[start : start + size], batch)  # noqa: B023
-
-
-def to_device(batch: Batch, device: str | torch.device) -> Batch:
-    """The batch with all its tensors on ``device``."""
-    return pytree.tree_map(lambda tensor: tensor.to(device), batch)
+    told = [side("the checkpoint lacks", missing, unknown)] if missing else []
+    told += [side("the model lacks", unknown, missing)] if unknown else []
+    if any("parametrizations." in name for name in (*missing, *unknown)):
+        told.append("one side has parametrized weights: apply the same parametrization to the model")
+    if any("_flat_param" in name for name in unknown):
+        told.append("the checkpoint holds FSDP's flat parameters: save a full state_dict")
+    return (
+        "; ".join(told) + ". Build the model that was trained, or set rename, which maps regular expressions to names"
+    )

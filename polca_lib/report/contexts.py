@@ -7,6 +7,7 @@ import xarray as xr
 from polca_lib.method.clustering import by_vector, medoid, scale
 from polca_lib.method.settings import Scaling
 from polca_lib.report.findings import members, shown
+from polca_lib.storage.columns import token_table
 
 NEAREST = 10
 """Number of tokens shown per cluster, as in the paper."""
@@ -49,18 +50,17 @@ def contexts(near: pd.DataFrame, projections: xr.Dataset) -> pd.DataFrame:
 
     Without a column ``text``, ``target`` lists the other columns of the token table.
     """
-    coords = {name: coord.values for name, coord in projections.coords.items() if coord.dims == ("token",)}
-    if not {"text", "example"} <= coords.keys():
-        names = [name for name in coords if name != "token"]
-        targets = [", ".join(f"{shown(name)} {shown(coords[name][i])}" for name in names) for i in near["token"]]
+    table = token_table(projections)
+    if not {"text", "example"} <= {*table}:
+        targets = [", ".join(f"{shown(name)} {shown(table[name][i])}" for name in table) for i in near["token"]]
         return near.assign(before="", target=targets, after="")
     # Sort the tokens by example and position.
-    places = pd.DataFrame({"example": coords["example"], "position": coords.get("position", coords["token"])})
+    places = pd.DataFrame({"example": table["example"], "position": table.get("position", table.index)})
     order = places.sort_values(["example", "position"], kind="stable").index.to_numpy()
-    rank, example = np.argsort(order), places["example"].to_numpy()
+    rank, example, texts = np.argsort(order), places["example"].to_numpy(), table["text"].to_numpy()
 
     def text(token: int, start: int, stop: int) -> str:
         window = order[max(0, rank[token] + start) : max(0, rank[token] + stop)]
-        return "".join(shown(coords["text"][i]) for i in window if example[i] == example[token])
+        return "".join(shown(texts[i]) for i in window if example[i] == example[token])
 
     return near.assign(**{name: [text(token, *bounds) for token in near["token"]] for name, bounds in _PARTS.items()})

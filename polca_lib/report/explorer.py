@@ -9,6 +9,7 @@ import hashlib
 import html
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -181,7 +182,7 @@ def _check(summary: xr.Dataset, clusters: pd.DataFrame, contexts: pd.DataFrame) 
     rows = list(zip(clusters["vector"], clusters["cluster"], strict=True))
     named, texts = set(rows), set(zip(contexts["vector"], contexts["cluster"], strict=True))
     for keys, problem in (
-        ({key for key in rows if rows.count(key) > 1}, "has more than one row in clusters: keep one"),
+        ({key for key, count in Counter(rows).items() if count > 1}, "has more than one row in clusters: keep one"),
         (drawn - named, "has curves in summary, but no row in clusters: add one"),
         (named - drawn, "has a row in clusters, but no curve in summary: make both from the same labels"),
         (texts - named, "has contexts, but no row in clusters: make both from the same labels"),

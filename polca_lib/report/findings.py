@@ -1,6 +1,7 @@
 """Tables of the results of a run: its clusters, their composition, their breakthroughs, and a summary."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +12,15 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.breakthroughs import mark_hidden
-from polca_lib.method.clustering import DROPPED, by_vector, is_decreasing
+from polca_lib.method.clustering import DROPPED, by_vector, is_decreasing, moves
 from polca_lib.method.decomposition import completeness
 from polca_lib.method.settings import ClusteringSettings
+from polca_lib.storage.columns import token_table
 
 _LONGEST = 80  # characters of a displayed value
 _TOP = 5  # displayed values per column of a cluster
 _KINDS = 50  # most values of a column that describes tokens
-_PLACES = ("token", "example", "position", "step", "vector")  # coordinates that do not describe tokens
+_PLACES = ("example", "position")  # columns that do not describe tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,8 @@ class Findings:
         after = int(self.projections["step"][-1]) if self.hidden_after is None else self.hidden_after
         try:
             table = mark_hidden(table, self.labels, self.curves, self.clustering.breakthrough_window, after)
-        except ValueError:  # too few checkpoints for the window
+        except ValueError as error:  # too few checkpoints for the window, or it does not fit their cadence
+            warnings.warn(f"breakthroughs are left out: clustering.breakthrough_{error}", stacklevel=2)
             table = table.assign(breakthrough=np.nan, hidden=False)
         table["hidden"] = table["hidden"].astype(bool)
         return table.sort_values(["hidden", "tokens"], ascending=False, kind="stable").reset_index(drop=True)
@@ -74,7 +77,8 @@ class Findings:
         """One row per vector.
 
         Columns ``vector``, ``birth_step``, ``eigenvalue``, ``change`` (of the mean projected loss, nats), ``falls``,
-        and the numbers of tokens ``dropped`` and ``clustered``, and of ``clusters``.
+        and the numbers of tokens ``still`` (without movement, see :func:`polca_lib.method.clustering.moves`),
+        ``dropped`` (these and those that do not fall) and ``clustered``, and of ``clusters``.
         """
         mean, labels = self.curves.mean("token"), by_vector(self.labels)
         table = pd.DataFrame({"vector": self.curves["vector"].values})
@@ -83,6 +87,7 @@ class Findings:
         return table.assign(
             change=mean.isel(step=-1).values,
             falls=is_decreasing(mean, self.clustering.falls_by).values,
+            still=(~by_vector(moves(self.curves))).sum("token").values,
             dropped=(labels == DROPPED).sum("token").values,
             clustered=(labels >= 1).sum("token").values,
             clusters=labels.max("token").clip(0).values,
@@ -95,8 +100,9 @@ class Findings:
             ``tokens``, ``vectors``, ``checkpoints``, ``first_step``, ``last_step``, ``loss_start``, ``loss_end``
             (nats), ``order``, ``scaling``, ``hidden_after``; ``claimed`` (sum of the projected losses divided by the
             true change), ``inside`` (share of the true change after movement inside the basis; None if not measured),
-            ``correlation`` (of both sums over tokens); ``vectors_falling``, ``vectors_with_clusters``, ``clusters``,
-            ``hidden_breakthroughs``; and ``breakthroughs``, a dictionary for each cluster.
+            ``correlation`` (of both sums over tokens); ``still`` (curves of a token along a vector that do not move);
+            ``vectors_falling``, ``vectors_with_clusters``, ``clusters``, ``hidden_breakthroughs``; and
+            ``breakthroughs``, a dictionary for each cluster.
         """
         shares, clusters = self.completeness.attrs, self.clusters
         loss, steps = self.projections["loss"].mean("token").values, self.projections["step"].values
@@ -114,6 +120,7 @@ class Findings:
             "claimed": _plain(shares["share"]),
             "inside": _plain(shares.get("share_inside")),
             "correlation": _plain(shares["correlation"]),
+            "still": int(self.vectors["still"].sum()),
             "vectors_falling": int(self.vectors["falls"].sum()),
             "vectors_with_clusters": int(clusters["vector"].nunique()),
             "clusters": len(clusters),
@@ -125,7 +132,7 @@ class Findings:
 def members(labels: xr.DataArray) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield vector, number and token mask of each cluster in ``labels``, (token,) or (vector, token)."""
     for row in by_vector(labels):
-        for number in range(1, int(row.values.max(initial=0)) + 1):
+        for number in np.unique(row.values[row.values >= 1]).tolist():
             yield int(row["vector"]), number, row.values == number
 
 
@@ -140,11 +147,11 @@ def shown(value: object) -> str:
 def _kinds_of(projections: xr.Dataset) -> dict[str, np.ndarray]:
     """Columns of the token table that describe tokens: ``text``, and columns with few values."""
     columns = {}
-    for name, coordinate in projections.coords.items():
-        if coordinate.dims == ("token",) and name not in _PLACES:
-            values = np.array([shown(value) for value in coordinate.values.tolist()], dtype=object)
+    for name, column in token_table(projections).items():
+        if name not in _PLACES:
+            values = np.array([shown(value) for value in column.tolist()], dtype=object)
             if name == "text" or len(set(values)) <= _KINDS:
-                columns[str(name)] = values
+                columns[name] = values
     return columns
 
 

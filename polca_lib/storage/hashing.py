@@ -25,11 +25,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names and bytes of tensors, in alphabetical order of the names."""
-    digest = hashlib.sha256()
+def hash_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> str:
+    """Hash names and bytes of tensors; with ``about`` also that, dtypes and shapes (since version 0.3)."""
+    digest = hashlib.sha256(b"" if about is None else json.dumps([*about.items()]).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        kind = "" if about is None else f" {tensors[name].dtype} {tuple(tensors[name].shape)}"
+        digest.update(f"{name}{kind}".encode())
         digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 
@@ -40,12 +41,13 @@ def hash_vector(vector: Tensor) -> str:
 
 
 def hash_batch(batch: Any) -> str:
-    """Hash structure, dtypes, shapes and bytes of all tensors of a nested batch."""
+    """Hash structure, dtypes, shapes and bytes of all tensors of a nested batch, and what else it holds."""
     leaves, structure = pytree.tree_flatten(batch)
     digest = hashlib.sha256(str(structure).encode())
     for leaf in leaves:
-        digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-        digest.update(_bytes(leaf))
+        tensor = isinstance(leaf, Tensor)
+        digest.update((f"{leaf.dtype} {tuple(leaf.shape)}" if tensor else repr(leaf)).encode())
+        digest.update(_bytes(leaf) if tensor else b"")
     return digest.hexdigest()
 
 
