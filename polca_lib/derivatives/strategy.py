@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from polca_lib.derivatives.batches import common_count, count_losses, map_examples
+from polca_lib.derivatives.batches import count_losses, map_examples
 from polca_lib.derivatives.forward import Derivatives, Signals, by_jvp, trace
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
 from polca_lib.derivatives.products import MatrixProduct, ModelStructure, model_structure, single_target_signals
@@ -114,9 +114,9 @@ def choose(
         raise ValueError(f"memory = {memory}; allowed: a positive number of bytes")
     budget = default_budget(theta.device) if memory is None else memory
     # Ragged losses: try, and measure memory, on the examples with most tokens.
-    uniform = common_count(partial(token_loss, theta), batch) is not None
-    if not uniform:
-        most_first = np.argsort(-count_losses(partial(token_loss, theta), batch), kind="stable")
+    counts, batched = count_losses(partial(token_loss, theta), batch)
+    if len(set(counts)) > 1:
+        most_first = np.argsort(-counts, kind="stable")
         batch = map_examples(lambda t: t[torch.from_numpy(most_first).to(t.device)], batch)
     one, pair, few = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
     once = _operations(token_loss, theta, one)
@@ -144,7 +144,7 @@ def choose(
         if mode == "reverse" or (mode == "auto" and plain.cost["reverse"] < forward):
             try:
                 _check_other_parameters(token_loss, seen, budget)
-                reverse = replace(plain, mode="reverse", precision=precision, structure=seen, batched=uniform)
+                reverse = replace(plain, mode="reverse", precision=precision, structure=seen, batched=batched)
                 if usable(reverse, "reverse"):
                     return _sized(reverse, token_loss, theta, batch, vectors, budget)
             except ValueError as failure:  # too little memory: forward mode may do with less
