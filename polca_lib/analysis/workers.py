@@ -236,9 +236,7 @@ class _Session:
             where += f" for {int(rows.sum()):,} of {len(rows):,} tokens, such as {token}"
             where += "" if since is None else f", whose loss is not finite since step {since}"
             if not rows.all():
-                advice = (
-                    "The other tokens are finite: check these data (is a row masked as a whole?), or leave them out"
-                )
+                advice = "The other tokens are finite: check these data (a row masked as a whole?), or leave them out"
         return f"{where}; finished projections are kept. {advice}"
 
     def _differentiate(
