@@ -87,6 +87,13 @@ def check_parameters(notebooks: list[Path], parameters: dict[str, Any]) -> None:
     for name in parameters:
         if name not in known:
             raise ValueError(f"no notebook has a parameter {name!r}; allowed: {', '.join(known)}")
+    kinds = {"str": str, "int": int, "bool": bool, "list": list}
+    for notebook in notebooks:
+        for name, about in papermill.inspect_notebook(str(notebook)).items():
+            kind = kinds.get(about["inferred_type_name"], object)
+            if name in parameters and not isinstance(parameters[name], kind):
+                example = f", such as [{parameters[name]}]" if kind is list else ""
+                raise ValueError(f"{name} = {parameters[name]!r}; allowed: {about['inferred_type_name']}{example}")
     RunSettings.from_preset(**{name: parameters[name] for name in ("preset", "seed", "device") if name in parameters})
 
 

@@ -36,11 +36,12 @@ def run(
     overrides: Overrides = [],  # noqa: B006  (typer makes a new one each time)
     beside: Annotated[str, typer.Option(metavar="KINDS", help="other bases, such as random,parameters")] = "",
 ) -> None:
-    """Compute all stages of a run, on its own basis and on those named."""
+    """Compute missing or damaged stages of a run, on its own basis and on those named."""
     with reported_errors():
         from polca_lib.analysis.analysis import project_together
 
         first = _run(task, preset, seed, device, overrides)
+        first.verify = True
         projection = first.settings.projection
         # Curvature of all tokens costs a pass of its own.
         measured = projection.curvature and not projection.curvature_of_all

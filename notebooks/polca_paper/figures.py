@@ -108,6 +108,8 @@ def polca_clusters(summary: xr.Dataset, vectors: Iterable[int], hidden_after: in
     Raises:
         ValueError: a vector that is not in the basis.
     """
+    if not isinstance(vectors, Iterable):
+        raise ValueError(f"vectors = {vectors!r}; allowed: a list, such as [{vectors}]")
     vectors = list(vectors)
     if unknown := set(vectors) - set(summary["vector"].values.tolist()):
         raise ValueError(f"vectors = {sorted(unknown)} are not in the basis; allowed: 1 to {summary.sizes['vector']}")

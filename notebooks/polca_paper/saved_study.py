@@ -56,6 +56,9 @@ class SavedStudy:
                 f"{self.path} holds no study; there are {', '.join(known) or 'none'}. `polca paper study` makes one"
             )
         self.provenance = json.loads((self.path / "provenance.json").read_text())
+        # Studies of version 0.2 and before say it in their settings only.
+        tolerance = self.provenance["settings"]["run"]["basis"]["tolerance"]
+        self.provenance.setdefault("stages", {}).setdefault("basis: tolerance", str(tolerance))
 
     def has(self, name: str) -> bool:
         """Whether the study has a table."""
@@ -95,5 +98,11 @@ def saved_settings(provenance: dict) -> RunSettings:
 
 
 def load_tables(names: Iterable[str], table: str, setting: str = "addition") -> pd.DataFrame:
-    """The same table of several studies, one below the other."""
+    """The same table of several studies, one below the other.
+
+    Raises:
+        ValueError: ``names`` is not a list.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(f"studies = {names!r}; allowed: a list of names, such as [{names!r}]")
     return pd.concat([SavedStudy(name, setting=setting).table(table) for name in names], ignore_index=True)

@@ -35,6 +35,12 @@ def complete(study: Study, name: str, only: Iterable[str] = ()) -> None:
         raise ValueError(f"tables {sorted(unknown)} are unknown; allowed: {', '.join(book.TABLES)}")
     path = study_folder(name, setting)
     record = path / "provenance.json"
+    if record.exists() and study.run.settings.basis.tolerance is None:
+        # Finish a study with the tolerance it was begun with, which may be the default of an earlier version.
+        kept = {"tolerance": saved_settings(json.loads(record.read_text())).basis.tolerance}
+        settings = study.run.settings
+        basis = settings.basis.model_copy(update=kept)
+        study.run = study.run.with_settings(settings.model_copy(update={"basis": basis}))
     if not record.exists():
         path.mkdir(parents=True, exist_ok=True)
         _write(record, {"settings": study.settings, "tables": {}, "software": software()})

@@ -54,8 +54,10 @@ class Study:
     @property
     def settings(self) -> dict[str, object]:
         """Everything that tables depend on."""
+        run = self.run.settings.model_dump(mode="json")
+        run["basis"]["tolerance"] = self.run.tolerance
         return {
-            "run": self.run.settings.model_dump(mode="json"),
+            "run": run,
             "bases": sorted(self.bases),
             "ablation_curvature": self.ablation_curvature,
             "variants": self.variants,

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from polca_lib.method.settings import FORMER_TOLERANCE, TOLERANCE
 from polca_lib.storage.artefacts import differences
 from polca_lib.tasks.settings import RunSettings
 from polca_paper.claims import CLAIMS, Claim, NotRun, verdict
@@ -51,7 +52,10 @@ def scale_of(study: SavedStudy) -> str:
     settings = study.settings
     preset = RunSettings.from_preset(settings.preset, task=settings.task)
     changes = differences(preset.model_dump(mode="json"), settings.model_dump(mode="json"))
-    parts = [f"{name} = {ours}" for name, _, ours in changes if name not in ("seed", "device", "memory")]
+    apart = {"seed", "device", "memory"}
+    if preset.basis.tolerance is None and settings.basis.tolerance in (TOLERANCE, FORMER_TOLERANCE):
+        apart.add("basis.tolerance")  # the default of its version
+    parts = [f"{name} = {ours}" for name, _, ours in changes if name not in apart]
     return "; ".join([settings.preset, *parts])
 
 

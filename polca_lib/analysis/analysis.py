@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,19 +29,29 @@ from polca_lib.analysis.settings import AnalysisSettings
 from polca_lib.analysis.status import FILES
 from polca_lib.analysis.workers import project_runs
 from polca_lib.derivatives.batches import as_batch
-from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, split_examples, to_device
+from polca_lib.derivatives.memory import checked_device
+from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, to_device
 from polca_lib.method.basis import compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens
 from polca_lib.method.decomposition import projected_loss
-from polca_lib.method.settings import HESSIAN_KINDS, BasisKind, BasisSettings, ClusteringSettings
+from polca_lib.method.settings import (
+    FORMER_TOLERANCE,
+    HESSIAN_KINDS,
+    BasisKind,
+    BasisSettings,
+    ClusteringSettings,
+    check_n_vectors,
+)
 from polca_lib.report.findings import Findings
 from polca_lib.report.page import write_report
 from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile, provenance, write_atomically
 from polca_lib.storage.checkpoints import Checkpoints, ChecksummedCheckpoints
 from polca_lib.storage.columns import separate_columns
-from polca_lib.storage.hashing import hash_batch, hash_json, hash_table
-from polca_lib.storage.pieces import PieceStore
+from polca_lib.storage.hashing import hash_batch, hash_json, hash_table, hash_tensors
+from polca_lib.storage.names import few
+from polca_lib.storage.pieces import PieceStore, is_begun
+from polca_lib.storage.witness import Witness
 
 
 class Analysis:
@@ -86,6 +97,7 @@ class Analysis:
         self.hessian = None if hessian is None else as_batch(hessian, "hessian")
         self.hessian_loss = hessian_loss
         self._token_table, self._code, self.verify = tokens, tuple(code), verify
+        self._witnesses, self._compared = {}, {}
         self._check()
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
@@ -111,7 +123,7 @@ class Analysis:
         """The same analysis with other settings of basis, projection and clustering."""
         # Share what does not depend on these settings, so that the token table is checked only once.
         shared = {"folder", "checkpoints", "validation", "hessian", "hessian_loss", "verify"}
-        shared |= {"tokens", "_token_table", "_code"}
+        shared |= {"tokens", "_token_table", "_code", "_witnesses", "_compared"}
         analysis = object.__new__(type(self))
         analysis.__dict__.update({name: value for name, value in self.__dict__.items() if name in shared})
         analysis.settings = settings
@@ -119,12 +131,15 @@ class Analysis:
         return analysis
 
     def _check(self) -> None:
-        """Refuse what the settings alone tell: a missing loss, steps without a checkpoint."""
+        """Refuse what settings and steps tell: a missing loss, steps without a checkpoint, too many vectors."""
         if self.settings.basis.targets == "all" and self.hessian_loss is None:
             raise ValueError(
                 "basis.targets = 'all' needs hessian_loss, the loss of all tokens; allowed without: 'answer'"
             )
-        _ = self.steps
+        checked_device(str(self.checkpoints.device))
+        _ = self._births
+        check_n_vectors(self._basis_settings.n_vectors, self.checkpoints.token_loss.n_parameters)
+        self.settings.clustering.check(self.steps)
 
     @cached_property
     def steps(self) -> list[int]:
@@ -176,19 +191,18 @@ class Analysis:
     @cached_property
     def basis(self) -> xr.Dataset:
         """The basis, see :func:`polca_lib.method.basis.compute_basis`."""
-        path, hessian_loss = self._basis.path / FILES["basis"], None
+        path = self._basis.path / FILES["basis"]
+        self._compare_loss("basis")
         if self.stored("basis") is not None:
             return load_basis(path)
-        if self.settings.basis.targets == "all":
-            hessian_loss = TokenLoss(self.checkpoints.token_loss.model, self.hessian_loss)
         # Refuse data that can't be used before anything is computed from them.
         _ = self.tokens
         if self.hessian is not None and self.settings.basis.kind in HESSIAN_KINDS:
             theta = self.checkpoints.theta(self.steps[0])
-            (hessian_loss or self.checkpoints.token_loss).check_data(
-                theta, to_device(self.hessian, theta.device), "hessian"
-            )
+            self._hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
         with self._basis.at_work():
+            if self.hessian is not None:  # else the basis is refused
+                self._compare_loss("basis", at_work=True)
             return compute_basis(
                 path,
                 self._basis_settings,
@@ -197,8 +211,14 @@ class Analysis:
                 steps=self._births,
                 seed=self.settings.seed,
                 memory=self.settings.memory,
-                hessian_loss=hessian_loss,
+                hessian_loss=None if self.settings.basis.targets == "answer" else self._hessian_token_loss,
             )
+
+    @property
+    def _hessian_token_loss(self) -> TokenLoss:
+        """The loss whose Hessian is taken."""
+        token_loss = self.checkpoints.token_loss
+        return TokenLoss(token_loss.model, self.hessian_loss) if self.settings.basis.targets == "all" else token_loss
 
     @cached_property
     def projections(self) -> xr.Dataset:
@@ -281,11 +301,35 @@ class Analysis:
             "model": f"{type(loss.model).__name__}, {loss.n_parameters:,} parameters",
             "checkpoints": f"{len(self.steps)}, steps {self.steps[0]} to {self.steps[-1]}",
             "basis": f"{self.settings.basis.kind}, {self._basis_settings.n_vectors} vectors",
+            **self._basis_provenance,
             "seed": self.settings.seed,
             "device": self.checkpoints.device,
             "torch threads": torch.get_num_threads(),
         }
-        return provenance(rows, self._opened("basis", "projection", "clusters"))
+        if notes := self.checkpoints.notes():
+            rows["notes on checkpoints"] = "; ".join(notes)
+        return provenance(rows | self._comparisons(), self._opened("basis", "projection", "clusters"))
+
+    def _comparisons(self) -> dict[str, str]:
+        """Whether the loss is the one that each opened stage was computed with, by stage."""
+        opened = {
+            f"{stage}: loss": str(artefact.path) for stage, artefact in self._opened("basis", "projection").items()
+        }
+        return {name: self._compared[path] for name, path in opened.items() if path in self._compared}
+
+    @property
+    def tolerance(self) -> float:
+        """Relative residual at which Lanczos stops for the basis."""
+        return self.settings.basis.tolerance or self._basis.config["basis"]["tolerance"]
+
+    @property
+    def _basis_provenance(self) -> dict[str, object]:
+        """What the settings alone do not tell about the basis: its tolerance, and fewer vectors than asked for."""
+        rows: dict[str, object] = {"basis: tolerance": self.tolerance} if "_basis" in self.__dict__ else {}
+        basis, asked = self.__dict__.get("basis", self.__dict__.get("projections")), self._basis_settings.n_vectors
+        if basis is not None and basis.sizes["vector"] < asked:
+            rows["basis: vectors"] = f"{basis.sizes['vector']} of {asked}"
+        return rows
 
     def _opened(self, *stages: str) -> dict[str, Artefact]:
         """Artefacts of the stages that were used so far."""
@@ -300,7 +344,7 @@ class Analysis:
 
     @property
     def _basis_settings(self) -> BasisSettings:
-        """Settings of the basis, with the number of vectors."""
+        """Settings of the basis, with the number of vectors and the tolerance."""
         return self.settings.basis.resolved(self.checkpoints.steps)
 
     @property
@@ -322,7 +366,23 @@ class Analysis:
             "checkpoints": {str(step): self.checkpoints.identity(step) for step in read},
             "hessian": None if self.hessian is None else hash_batch(self.hessian),
         }
-        return Artefact.of_stage(self.folder, "basis", settings, {})
+        return self._open_basis(settings, {}, self._fixed)
+
+    def _open_basis(
+        self, config: dict[str, Any], parents: dict[str, str], later: dict[str, str] | None = None
+    ) -> Artefact:
+        """The artefact of the basis; that of an earlier version, made at its default tolerance, if none is given."""
+        if self.settings.basis.tolerance is None:
+            former = {**config, "basis": {**config["basis"], "tolerance": FORMER_TOLERANCE}}
+            if is_begun(Artefact.path_of(self.folder, "basis", former, parents) / FILES["basis"]):
+                config = former
+        return Artefact.of_stage(self.folder, "basis", config, parents, later)
+
+    @cached_property
+    def _fixed(self) -> dict[str, str]:
+        """Hash of frozen parameters and of buffers that a checkpoint has, if there are any; others are derived."""
+        values = {name: value for name, value in self.checkpoints.token_loss.fixed.items() if not value.is_meta}
+        return {"fixed": hash_tensors(values, {})} if values else {}
 
     @cached_property
     def _projection(self) -> Artefact:
@@ -338,7 +398,7 @@ class Analysis:
             "validation": hash_batch(self.validation),
             "tokens": hash_table(tokens),
         }
-        return Artefact.of_stage(self.folder, "projection", settings, {"basis": self._basis.key})
+        return Artefact.of_stage(self.folder, "projection", settings, {"basis": self._basis.key}, self._fixed)
 
     @cached_property
     def _clusters(self) -> Artefact:
@@ -361,25 +421,61 @@ class Analysis:
         results = PieceStore.load(path)
         return results if results is None else separate_columns(results)
 
-    def _check_loss_is_the_same(self) -> None:
-        """Compare the loss at the first checkpoint with a stored one, because code of a loss has no hash."""
-        path = self._projection.path / FILES["projection"]
+    def _compare_loss(self, stage: str, *, at_work: bool = False) -> None:
+        """Compare the loss with the one that a stage was begun with, because code has no hash.
+
+        Args:
+            stage: ``basis`` or ``projection``.
+            at_work: whether the stage is to be computed. Otherwise nothing is downloaded or trained to compare.
+
+        Raises:
+            ArtefactMismatch: they differ.
+        """
+        if stage == "basis" and self._basis_settings.kind not in HESSIAN_KINDS:
+            return  # does not depend on the loss
+        folder: Path = getattr(self, f"_{stage}").path
+        if self._compared.get(str(folder), "").startswith("as at"):
+            return
+        stored, losses, begun = Witness.read(folder / "witness.json"), None, is_begun(folder / FILES[stage])
+        if stored is None and stage == "projection":  # of version 0.2 or earlier
+            losses = self._first_losses(folder / FILES[stage])
+        step = stored.step if stored else self.steps[0]
+        if stored is None and losses is None and begun:
+            self._compared[str(folder)] = "not compared: no losses were stored that can be compared"
+        elif at_work or (begun and self.checkpoints.at_hand(step)):
+            with (
+                contextlib.nullcontext() if at_work else contextlib.suppress(OSError)
+            ):  # results open without checkpoints
+                witness = self._witness(stage, step)
+                if stored is None and losses is None:
+                    write_atomically(folder / "witness.json", json.dumps(witness._asdict()).encode())
+                stored = stored or Witness(step, (losses or witness.losses)[: len(witness.losses)], [])
+                if problem := stored.difference(witness):
+                    raise ArtefactMismatch(
+                        f"{folder} was begun with another loss: the model or its loss gives {problem}, at "
+                        f"{self.checkpoints.name(step)}. The loss, the forward pass or a frozen weight has changed; "
+                        "use another folder, or delete this one to recompute it"
+                    )
+                self._compared[str(folder)] = f"as at the start of the stage (step {step})"
+
+    def _witness(self, stage: str, step: int) -> Witness:
+        """The witness of the loss that a stage depends on."""
+        key = stage, stage == "basis" and self.settings.basis.targets, step
+        if key not in self._witnesses:
+            loss, batch = self.checkpoints.token_loss, self.validation
+            if stage == "basis":
+                loss, batch = self._hessian_token_loss, self.hessian
+            self._witnesses[key] = Witness.of(loss, self.checkpoints.theta(step), batch, step)
+        return self._witnesses[key]
+
+    def _first_losses(self, path: Path) -> list[float] | None:
+        """Losses that the projections at ``path`` hold of the first checkpoint, if they do."""
         try:
             store = PieceStore.open(path)
+            known = self.settings.projection.precision == "float32" and store.is_done(store.parts - 1)
+            return store.dataset()["loss"].isel(step=0).values.tolist() if known else None
         except (FileNotFoundError, DamagedFile):  # a later step repairs or refuses damaged files
-            return
-        if not store.done()[store.parts - 1] or not store.missing():
-            return
-        stored = store.dataset()["loss"].isel(step=0).values
-        theta, examples = self.checkpoints.theta(self.steps[0]), next(split_examples(self.validation, 3))
-        with torch.no_grad():
-            losses = self.checkpoints.token_loss(theta, to_device(examples, theta.device)).cpu().numpy()
-        if not np.allclose(losses, stored[: len(losses)], rtol=1e-3, atol=1e-5):
-            raise ArtefactMismatch(
-                f"the model or its loss gives {losses[0]:.4f} for the first token of "
-                f"{self.checkpoints.name(self.steps[0])}, but {path} began with {stored[0]:.4f}; use another folder, "
-                "or delete this one to recompute it"
-            )
+            return None
 
 
 def _numbered(counts: Int[np.ndarray, " example"]) -> pd.DataFrame:
@@ -412,20 +508,39 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             )
     # Group what is missing: one pass for each analysis with the curvature of all tokens, one pass for the others.
     by_path = {str(analysis._projection.path): analysis for analysis in analyses}  # the same one may be there twice
+    for analysis in by_path.values():
+        analysis._compare_loss("projection")
     missing = [analysis for analysis in by_path.values() if analysis.stored("projection") is None]
     groups = [[analysis] for analysis in missing if analysis.settings.projection.curvature_of_all]
     groups.append([analysis for analysis in missing if not analysis.settings.projection.curvature_of_all])
     for group in filter(None, groups):
+        # Refuse tokens and settings that do not fit before a basis is computed.
         tokens = first.tokens
+        for analysis in group:
+            analysis.settings.clustering.check(analysis.steps, len(tokens))
         bases = [analysis.basis for analysis in group]
         with contextlib.ExitStack() as stack:
             # Acquire locks in sorted order to avoid deadlock.
             for analysis in sorted(group, key=lambda analysis: str(analysis._projection.path)):
                 stack.enter_context(analysis._projection.at_work())
             for analysis in group:
-                analysis._check_loss_is_the_same()
+                analysis._compare_loss("basis", at_work=True)
+                analysis._compare_loss("projection", at_work=True)
             paths = [analysis._projection.path / FILES["projection"] for analysis in group]
             settings = [analysis.settings.projection for analysis in group]
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory
-            project_runs(paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code)
+            witness = first._witness("projection", first.steps[0])
+            project_runs(
+                paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
+            )
+    _warn_of_equal_checkpoints(first.checkpoints)
     return [analysis.stored("projection") for analysis in analyses]
+
+
+def _warn_of_equal_checkpoints(checkpoints: Checkpoints) -> None:
+    for steps in getattr(checkpoints, "duplicates", list)():
+        warnings.warn(
+            f"checkpoints of steps {few(map(str, steps))} hold the same weights; if that is a mistake, leave some out "
+            "with the setting steps",
+            stacklevel=3,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -114,6 +115,7 @@ def run(
         from polca_lib.analysis.analysis import project_together
         from polca_lib.analysis.engine import parallel_backend
         from polca_lib.analysis.runfile import RunFile, open_analysis
+        from polca_lib.storage.artefacts import is_read_only
 
         run_file = RunFile.read(file)
         # The address of the file belongs to the engine of the file.
@@ -130,7 +132,10 @@ def run(
             if Stage.clusters in stages:
                 _ = [each.labels for each in analyses]
             if Stage.report in stages:
-                done["report"] = str(analysis.report(analysis.folder / "report.html", run_file.title))
+                page = analysis.folder / "report.html"
+                if not (page.exists() and is_read_only(analysis.folder)):
+                    page = analysis.report(page, run_file.title)
+                done["report"] = str(page)
         if stage is Stage.report:
             done["summary"] = analysis.findings.summary()
             done["beside"] = {each.settings.basis.kind: each.findings.summary() for each in controls}
@@ -191,6 +196,7 @@ def _print(done: dict[str, Any], as_json: bool) -> None:
 def main() -> None:
     """Run the command, with the commands that other packages add."""
     sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
     for extension in entry_points(group="polca.commands"):
         # The package of the book is only installed with a checkout.
         with suppress(ModuleNotFoundError):

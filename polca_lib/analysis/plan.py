@@ -19,7 +19,7 @@ from polca_lib.derivatives.batches import as_batch, map_examples
 from polca_lib.derivatives.memory import rounded_budget, rows_that_fit
 from polca_lib.derivatives.strategy import choose, differentiate
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples, to_device
-from polca_lib.method.settings import HESSIAN_KINDS, BasisSettings
+from polca_lib.method.settings import HESSIAN_KINDS, BasisSettings, check_n_vectors
 
 _GRAPH, _HVP = 3, 4  # cost of building the graph of a Hessian and of a product with it, in forward passes
 _COMPARE_SECONDS = 0.3  # compare the ways to differentiate only if a forward pass is faster than this
@@ -137,8 +137,9 @@ def plan(
     for name, value, least in (("checkpoints", checkpoints, 2), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"{name} = {value}; allowed: {least} or more")
-    if n_vectors is None or n_vectors > n_parameters:
-        raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {n_parameters}, the number of parameters")
+    if n_vectors is None:
+        raise ValueError(f"basis.n_vectors = None; allowed: 1 to {n_parameters}, the number of parameters")
+    check_n_vectors(n_vectors, n_parameters)
     validation = as_batch(validation, "validation")
     hessian_batch = validation if hessian_batch is None else as_batch(hessian_batch, "hessian")
     budget = rounded_budget(device) if memory is None else memory

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from pathlib import Path
 
 from polca_lib.analysis.analysis import Analysis
 from polca_lib.analysis.settings import Code, RunFile
+from polca_lib.derivatives.memory import checked_device
 from polca_lib.derivatives.token_loss import Subject, TokenLoss
 from polca_lib.storage.checkpoint_folders import SafetensorsFolder, StateDictFolder
 from polca_lib.storage.checkpoints import Checkpoints
@@ -27,6 +29,7 @@ def open_analysis(file: str | Path | RunFile, *, verify: bool = False) -> Analys
         TypeError: its function does not return a subject.
     """
     run_file = file if isinstance(file, RunFile) else RunFile.read(Path(file))
+    checked_device(run_file.device)
     subject = _subject(run_file.code, run_file.file.parent)
     return Analysis(
         run_file.results,
@@ -46,6 +49,8 @@ def _subject(code: Code, folder: Path) -> Subject:
     module, _, name = code.setup.partition(":")
     # Import the module beside the file, even if one of the same name was imported from another folder.
     path, loaded = folder / f"{module.replace('.', '/')}.py", sys.modules.get(module)
+    if path.exists() and module.partition(".")[0] in sys.stdlib_module_names:
+        raise ImportError(f"code.setup = {code.setup!r}: {path.name} has the name of a module of Python; rename it")
     if loaded is not None and path.exists() and Path(loaded.__file__ or "") != path:
         del sys.modules[module]
         sys.path[:] = [entry for entry in sys.path if entry != str(folder)]
@@ -61,7 +66,9 @@ def _subject(code: Code, folder: Path) -> Subject:
         ) from error
     except AttributeError:
         raise ValueError(f"code.setup = {code.setup!r}, but module {module!r} has no {name!r}; correct it") from None
-    subject = function(**code.arguments)
+    # Relative paths among the arguments start from the file, as all other paths of the file do.
+    with contextlib.chdir(folder):
+        subject = function(**code.arguments)
     if not isinstance(subject, Subject):
         raise TypeError(f"code.setup = {code.setup!r} returns {type(subject).__name__}; allowed: polca_lib.Subject")
     return subject
@@ -70,10 +77,13 @@ def _subject(code: Code, folder: Path) -> Subject:
 def _checkpoints(run_file: RunFile, loss: TokenLoss) -> Checkpoints:
     """The checkpoints that a file names."""
     source, device = run_file.checkpoints, run_file.device
-    path = run_file.file.parent / source.path
+    path, names = run_file.file.parent / source.path, {"pattern": source.pattern, "rename": source.rename}
     if source.kind == "safetensors":
-        return SafetensorsFolder(path, loss, device, pattern=source.pattern)
+        return SafetensorsFolder(path, loss, device, **names)
     if source.kind == "state_dict":
-        return StateDictFolder(path, loss, device, pattern=source.pattern, key=source.key)
-    repo = str(path) if path.is_dir() else source.path
-    return HuggingFaceRevisions(repo, loss, device, revisions=source.revisions, keep=source.keep, stage=source.stage)
+        return StateDictFolder(path, loss, device, key=source.key, **names)
+    repo, of_hub = (
+        str(path) if path.is_dir() else source.path,
+        source.model_dump(include={"revisions", "keep", "stage"}),
+    )
+    return HuggingFaceRevisions(repo, loss, device, **of_hub, **names)

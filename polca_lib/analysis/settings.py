@@ -1,12 +1,14 @@
 """Settings of an analysis of any training run, in Python or in a TOML file.
 
-A file can only run code by naming a function under ``code.setup``.
+A file can only run code by naming a function under ``code.setup``, and that function may be any: run only files that
+you trust.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -110,7 +112,7 @@ class Code(Section):
     """The function that returns model, loss and data."""
 
     setup: str = Field(description="module:function that returns a polca_lib.Subject; modules beside the file go first")
-    arguments: dict[str, Any] = Field({}, description="keyword arguments of the function")
+    arguments: dict[str, Any] = Field({}, description="keyword arguments of the function; paths as in the rest")
 
     @field_validator("setup")
     @classmethod
@@ -125,11 +127,22 @@ class Source(Section):
 
     kind: Literal["safetensors", "state_dict", "huggingface"]
     path: str = Field(description="a folder, or a repository on the Hugging Face hub such as EleutherAI/pythia-70m")
-    pattern: str | None = Field(None, description="regular expression for file names, with one group: the step")
+    pattern: str | None = Field(None, description="regular expression for names, with one group: the step")
+    rename: dict[str, str] = Field({}, description="regular expressions and replacements for names of parameters")
     key: str | None = Field(None, description="key of the state_dict in its file; common keys are found without it")
     revisions: tuple[str, ...] | None = Field(None, description="revisions to use; all that name a step if not given")
     stage: str | None = Field(None, description="training stage, if revisions name several")
     keep: bool = Field(True, description="keep downloaded files after use")
+
+    @model_validator(mode="after")
+    def _kind_has_the_settings(self) -> Self:
+        unused = {"huggingface": {"key"}, "state_dict": {"revisions", "stage", "keep"}}
+        unused["safetensors"] = unused["state_dict"] | {"key"}
+        if wrong := sorted(self.model_fields_set & unused[self.kind]):
+            raise ValueError(
+                f"checkpoints.{wrong[0]} has no meaning with checkpoints.kind = {self.kind!r}; leave it out"
+            )
+        return self
 
 
 class EngineSettings(Section):
@@ -163,7 +176,7 @@ class RunFile(AnalysisSettings):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; polca init writes an example")
         try:
-            settings = tomllib.loads(path.read_text(encoding="utf-8"))
+            settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}; correct the syntax") from None
         try:
@@ -176,11 +189,13 @@ class RunFile(AnalysisSettings):
                 lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
             raise ValueError("\n".join(lines)) from None
         run_file._file = path.resolve()
+        if path.is_symlink():
+            warnings.warn(f"{path} is a link; paths in it are relative to {run_file._file.parent}", stacklevel=2)
         return run_file
 
     @property
     def file(self) -> Path:
-        """Path of the file."""
+        """Path of the file; if it is a link, of the file that it links to."""
         return self._file
 
     @property

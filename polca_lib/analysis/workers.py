@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polca_lib.analysis.engine import carry_out
+from polca_lib.analysis.engine import EngineFailure, carry_out
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.derivatives.memory import rounded_budget, rows_that_fit
 from polca_lib.derivatives.projection import project
@@ -26,6 +26,7 @@ from polca_lib.method.vectors import inner_products, read_vectors
 from polca_lib.storage.checkpoints import Checkpoints
 from polca_lib.storage.columns import as_coordinates, token_table
 from polca_lib.storage.pieces import PieceStore
+from polca_lib.storage.witness import Witness
 
 
 def project_runs(
@@ -38,6 +39,7 @@ def project_runs(
     settings: Sequence[ProjectionSettings],
     memory: int | None = None,
     folders: Sequence[str] = (),
+    witness: Witness | None = None,
 ) -> list[xr.Dataset]:
     """<grad L(x; theta_t), b> and b^T H(x; theta_t) b for all checkpoints t, tokens x and vectors b.
 
@@ -56,6 +58,8 @@ def project_runs(
         memory: bytes for each worker; half of the free memory of the device if not given. Vectors that need more than
             half of it are processed in blocks. A resumed run keeps its first value.
         folders: folders with modules that the model or the loss need, see :class:`polca_lib.analysis.engine.Portable`.
+        witness: of the loss on ``batch`` in this process, with which every worker compares its own; computed if not
+            given.
 
     Returns:
         For each basis a dataset with attributes ``memory`` (bytes) and ``threads`` of each worker, and variables:
@@ -71,6 +75,7 @@ def project_runs(
     Raises:
         ValueError: these settings can't be used together.
         NonFiniteProjection: a checkpoint gives NaN or infinity; finished pieces stay.
+        EngineFailure: a worker computes another loss than this process.
     """
     modes = {(each.mode, each.precision) for each in settings}
     curvature_of_all = any(each.curvature_of_all for each in settings)
@@ -92,6 +97,9 @@ def project_runs(
         store.repair_pieces()
     # Resume with the memory and threads that the stores began with, so that all pieces round alike.
     job, together = replace(job, **{name: stores[0].attrs[name] for name in ("memory", "threads")}), _together(stores)
+    if witness is None and _missing(stores):
+        witness = Witness.of(checkpoints.token_loss, checkpoints.theta(steps[0]), batch, steps[0])
+    job = replace(job, witness=witness)
     try:
         carry_out(
             job,
@@ -148,6 +156,7 @@ class ProjectionJob:
     settings: Sequence[ProjectionSettings]
     memory: int
     threads: int
+    witness: Witness | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def open_store(self, index: int, tokens: pd.DataFrame, cut: tuple[str, int] | None) -> PieceStore:
@@ -197,6 +206,19 @@ class _Session:
         self._thetas: dict[int, Tensor] = {}
         self._vectors: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
         self._strategies: dict[tuple[int, int, int], Strategy] = {}
+        self._compare_loss()
+
+    def _compare_loss(self) -> None:
+        """Refuse to work with a model or a loss that changed on its way to this worker."""
+        if (expected := self._job.witness) is None:
+            return
+        found = Witness.of(self._job.checkpoints.token_loss, self._theta(expected.step), self._batch, expected.step)
+        if problem := expected.difference(found):
+            raise EngineFailure(
+                f"a worker computes {problem} of {self._job.checkpoints.name(expected.step)}: the model or the loss is "
+                "another one there. It may use a global variable, a file or the environment, or other versions are "
+                'installed; hand everything in through the model or the loss, or use engine = "in-process"'
+            )
 
     def carry_out(self, task: ProjectionTask) -> None:
         """Compute, check and write the pieces of a task."""

@@ -17,10 +17,10 @@ from polca_lib.derivatives.token_loss import Batch, TokenLoss
 
 # Losses, and the first (and second) derivatives along all vectors.
 Derivatives = tuple[Float[Tensor, " token"], list[Float[Tensor, "token vector"]]]
-# By product: how the losses change with its output, and which token each position matters to.
+# By product: dL/dy at its output y, and the token that each position matters to.
 Signals = Mapping[int, tuple[Float[Tensor, "position leaving"], Int[Tensor, " position"]]]
 
-# Operations that may do nothing, and which argument their result then is.
+# Operations whose result may equal an argument, and the index of that argument.
 _aten = torch.ops.aten
 _COPIES = {_aten.detach.default: 0, _aten.alias.default: 0, _aten.clone.default: 0, _aten._to_copy.default: 0}
 _COPIES |= {_aten.copy.default: 1}
@@ -38,12 +38,12 @@ def by_jvp(
 ) -> Derivatives:
     """<grad L(x), b>, and with order 2 also b^T H(x) b, for all tokens x and vectors b, by ``torch.func.jvp``.
 
-    Passes along several vectors share the primal one under ``vmap``. First derivatives need not be carried through
-    products y = x W + c whose output matters to one token: with the signal dL/dy, the change of the loss is
+    Under ``vmap`` passes along several vectors share the pass for the loss. First derivatives need not be carried
+    through products y = x W + c whose output matters to a single token. With the signal dL/dy, the loss changes by
 
         <dL/dy, y'> = <dL/dy W^T, x'> + <dL/dy, x W' + c'>
 
-    That spares half of such a product, and everything behind it: in a language model, the logits.
+    That saves half of such a product and everything after it: in a language model, the logits.
 
     Args:
         token_loss: the loss.
@@ -51,8 +51,8 @@ def by_jvp(
         batch: examples.
         vectors: directions in rows.
         order: of the highest derivative, 1 or 2.
-        signals: of products whose output matters to one token, for order 1.
-        graph: of second derivatives, see :func:`trace`, for as many examples as it was traced on.
+        signals: of products whose output matters to a single token, for order 1.
+        graph: the derivatives as :func:`trace` returned them, for as many examples as it was traced on.
     """
     along = graph or _along(token_loss, order)
     loss, *derivatives = vmap(along, in_dims=(None, None, 0, None))(theta, batch, vectors, signals or {})
@@ -63,19 +63,19 @@ def by_jvp(
 def trace(
     token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, order: int, signals: Signals | None = None
 ) -> GraphModule:
-    """(theta, batch, b) -> L(x), <grad L(x), b>, b^T H(x) b as a graph in which nothing is computed twice.
+    """(theta, batch, b) -> L(x), <grad L(x), b>, b^T H(x) b as a graph that computes nothing twice.
 
     ``jvp`` nested in itself carries x' twice, and spends seven products on each product x W:
 
         (x W)' = x' W + x W',    (x W)'' = x'' W + 2 x' W'
 
-    Without repetition it is four. Tracing takes seconds; the graph holds for any theta and b, and any batch of this
-    shape. Tensors have no numbers while it is traced, so that none can end up in the graph.
+    Without repetition there are four. Tracing takes seconds; the graph is valid for any theta and b, and any batch of
+    this shape. Tracing uses tensors without values, so that no value of the batch can become a constant of the graph.
 
     Raises:
-        Exception: of torch, if what the model does depends on the numbers in a tensor.
+        Exception: of torch, if the operations of the model depend on the values in a tensor.
     """
-    # Only buffers and frozen parameters are there with their numbers: they are the same in each pass.
+    # Buffers and frozen parameters become constants of the graph: they are the same in each pass.
     tracer = make_fx(functionalize(_along(token_loss, order)), tracing_mode="fake", _allow_non_fake_inputs=True)
     traced = tracer(theta, batch, torch.ones_like(theta), signals or {})
     _merge(traced.graph)
@@ -84,7 +84,7 @@ def trace(
 
 
 def _along(token_loss: TokenLoss, order: int) -> Callable[[Tensor, Batch, Tensor, Signals], tuple]:
-    """Losses and derivatives at a point, along one vector."""
+    """Losses and derivatives at a point along a vector."""
 
     def along(theta: Tensor, batch: Batch, vector: Tensor, signals: Signals) -> tuple[Tensor, ...]:
         def slope(at: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,31 +102,32 @@ def _along(token_loss: TokenLoss, order: int) -> Callable[[Tensor, Batch, Tensor
 
 
 def _losses(token_loss: TokenLoss, theta: Tensor, batch: Batch, signals: Signals) -> tuple[Tensor, Tensor]:
-    """Numbers that change as the losses do, where not all products carry derivatives; and the losses."""
+    """Two values: one whose derivative is that of the losses, though some products carry none; and the losses."""
     if not signals:
         loss = token_loss(theta, batch)
         return loss, loss
-    taken: list[tuple[Tensor, Tensor]] = []
+    changes: list[tuple[Tensor, Tensor]] = []  # tokens of positions, and the change of their losses
 
     def at_product(index: int, x: Tensor, weight: Derived, bias: Tensor | None) -> Tensor:
         if index not in signals:
             return x @ weight.value if bias is None else x @ weight.value + bias
         signal, token = signals[index]
         y, change = _spare(signal, x, weight.value)
-        taken.append((token, change if bias is None else change + signal @ bias))
+        changes.append((token, change if bias is None else change + signal @ bias))
         return y if bias is None else y + bias.detach()
 
     parameters = token_loss.unflatten(theta)
     with WatchProducts(parameters, at_product):
         loss = changing = token_loss.at(parameters, batch)
-    for token, change in taken:
+    # Add to each loss the changes at the positions that matter to it.
+    for token, change in changes:
         changing = changing.index_add(0, token, change)
     return changing, loss
 
 
 def _spare(signal: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Float[Tensor, " position"]]:
-    """y = x W without derivatives, and a number at each position with the derivative <dL/dy, x' W + x W'>."""
-    # The narrower side carries W': logits along every vector would be large.
+    """y = x W without derivatives, and a value at each position whose derivative is <dL/dy, x' W + x W'>."""
+    # Multiply W' on the narrower side: logits along all vectors would be large.
     narrow, rows = weight.shape[0] < weight.shape[1], x.flatten(0, -2)
     y = x.detach() @ (weight.detach() if narrow else weight)
     entering = signal @ (weight if narrow else weight.detach()).T
@@ -136,13 +137,13 @@ def _spare(signal: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Float[Ten
 
 
 def _merge(graph: Graph) -> None:
-    """Let what is computed twice from the same be computed once."""
+    """Merge nodes that compute the same from the same arguments."""
     seen: dict[Any, Any] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         key = (node.target, _key(node.args), _key(node.kwargs))
-        # As nothing is changed in place, a copy that lies in memory as its source does is its source.
+        # Nothing is changed in place, so replace a copy with the memory layout of its source by the source.
         source = node.args[_COPIES[node.target]] if node.target in _COPIES else None
         same = source if source and _kind(source) == _kind(node) else seen.setdefault(key, node)
         if same is not node:
@@ -157,7 +158,7 @@ def _kind(node: Node) -> tuple:
 
 
 def _key(argument: Any) -> Any:
-    """What tells arguments of a node apart, 1 from 1.0, too."""
+    """An argument of a node with its type, which tells 1 from 1.0."""
     if isinstance(argument, dict):
         argument = tuple(argument.items())
     if isinstance(argument, tuple | list):

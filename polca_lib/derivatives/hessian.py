@@ -20,9 +20,9 @@ _Graph = tuple[Float[Tensor, " d"], int]  # the gradient of a sum of losses, dif
 class HessianOperator:
     """H v for the Hessian H of the mean loss over the tokens of ``batch`` at ``theta``.
 
-    The batch is cut into chunks of equal size, and each counts by its number of tokens. The graphs of the gradients
-    of as many chunks as fit are built once and kept, so that a product costs one backward pass through them; those
-    of the others are built anew for each product.
+    The batch is cut into chunks of equal size, weighted by their number of tokens. As many gradient graphs as fit into
+    memory are built once and stored, so that a product costs one backward pass through them. The graphs of the other
+    chunks are built again for each product.
 
     Args:
         token_loss: the loss.
@@ -42,10 +42,10 @@ class HessianOperator:
         examples = n_examples(batch)
         most = min(examples, _CHUNK)
         size = fit(lambda n: self._peak(next(split_examples(batch, n))), budget, most)
-        # If memory is short, half as many leave room to keep other graphs; very few would take longer than that saves.
+        # If memory is short, halve the chunk to leave room for stored graphs; chunks of very few examples are slow.
         size = size if size == most else max(min(size, 16), size // 2)
         self._chunks = list(split_examples(batch, math.ceil(examples / math.ceil(examples / size))))
-        self._kept = self._n_kept(budget)
+        self._n_stored = self._count_stored(budget)
         self.move_to(theta)
 
     def move_to(self, theta: Float[Tensor, " d"]) -> None:
@@ -53,7 +53,7 @@ class HessianOperator:
         self.products = 0
         self._theta = theta.detach().clone().requires_grad_()
         self._graphs: list[_Graph | None] = [None] * len(self._chunks)
-        for index in range(self._kept):
+        for index in range(self._n_stored):
             self._graphs[index] = self._gradient(self._chunks[index])
 
     def __call__(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -67,7 +67,7 @@ class HessianOperator:
             gradient, count = graph or self._gradient(chunk)
             total += torch.autograd.grad(gradient, self._theta, vector, retain_graph=graph is not None)[0]
             tokens += count
-            del gradient  # or it would be there while the next one is built
+            del gradient  # free it before the next graph is built
         return total / tokens
 
     def _gradient(self, chunk: Batch) -> _Graph:
@@ -75,12 +75,12 @@ class HessianOperator:
         return torch.autograd.grad(losses.sum(), self._theta, create_graph=True)[0], losses.numel()
 
     def _peak(self, chunk: Batch) -> int:
-        """Bytes it takes to build the graph of a chunk and make a product with it."""
+        """Bytes that building the graph of a chunk and a product with it take."""
         vector = self._theta.detach()
         return peak_bytes(lambda: self._product(vector, [chunk], [self._gradient(chunk)]), vector.device)
 
-    def _n_kept(self, budget: int) -> int:
-        """Number of graphs to keep, so that one more can be worked with."""
+    def _count_stored(self, budget: int) -> int:
+        """Number of graphs to store so that a product with another chunk still fits."""
         if len(self._chunks) == 1:
             return 1
         first = self._chunks[0]

@@ -24,18 +24,32 @@ def default_budget(device: str | torch.device) -> int:
         held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + held_back) // 2
     limits = [int(text) for file in _LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
-    # The group's own count of used bytes includes cached files, so subtract what this process uses instead.
+    # The group counts cached files as used, so subtract the memory of this process instead.
     within = min(limits, default=math.inf) - psutil.Process().memory_info().rss
     return max(0, min(psutil.virtual_memory().available, within)) // 2
 
 
+def checked_device(device: str) -> str:
+    """Return ``device`` if this machine has it and can compute on it.
+
+    Raises:
+        ValueError: the device is unknown, missing, or lacks float64, which sums need (``mps``).
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    allowed = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    if device not in allowed:
+        reason = "has no float64, which sums need" if device == "mps" else "is not on this machine"
+        raise ValueError(f"device = {device!r} {reason}; allowed: {', '.join(allowed)}")
+    return device
+
+
 def rounded_budget(device: str | torch.device) -> int:
-    """:func:`default_budget` rounded down to a power of two, so that a resumed run rarely gets another one."""
+    """:func:`default_budget` rounded down to a power of two, so that a resumed run rarely gets another budget."""
     return 2 ** math.floor(math.log2(max(1, default_budget(device))))
 
 
 def peak_bytes(function: Callable[[], object], device: str | torch.device) -> int:
-    """Run ``function`` and return the most bytes that its tensors held at one time.
+    """Run ``function`` and return the most bytes that its tensors held at a time.
 
     On a CPU, memory that an operation allocates and frees internally is not counted.
     """
@@ -60,7 +74,9 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self._known.update(_storages((args, kwargs)))
-        result = function(*args, **(kwargs or {}))
+        # Forward mode uses tensors of zeros without memory. Below this mode torch's kernels would read them, and crash.
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _materialised, (args, kwargs or {}))
+        result = function(*args, **kwargs)
         for storage in _storages(result):
             if storage not in self._known:
                 self._known.add(storage)
@@ -74,17 +90,21 @@ class _Meter(TorchDispatchMode):
         self.held -= size
 
 
+def _materialised(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor
+
+
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     storages = [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-    return [storage for storage in storages if storage.device.type != "meta"]  # those of a trace hold nothing
+    return [storage for storage in storages if storage.device.type != "meta"]  # tensors of a trace hold nothing
 
 
 def fit(measure: Callable[[int], int], budget: int, most: int) -> int:
     """max n <= ``most`` with ``measure(n)`` <= ``budget``: how many examples fit into ``budget`` bytes.
 
     The peak is a maximum over moments, each a constant plus a part proportional to n. It is therefore convex in n and
-    at most proportional to n. Extrapolating a line through two points would promise too much: follow it half of the
-    way, to at most twice as many examples, and measure again.
+    at most proportional to n. A line through two points overestimates what fits: go half of the way along it, to at
+    most twice as many examples, and measure again.
 
     Raises:
         ValueError: not even one fits.
@@ -95,16 +115,16 @@ def fit(measure: Callable[[int], int], budget: int, most: int) -> int:
             f"one example takes {peak:,} bytes at a time, but of memory only {budget:,} are left for it; "
             "raise memory, or use shorter examples or a smaller model"
         )
-    while (sure := n * budget // peak) < most:
+    while (certain := n * budget // peak) < most:
         likely = n + (budget - peak) // (2 * slope) if slope else 2 * n
-        more = int(max(sure, min(likely, 2 * n, most)))
+        more = int(max(certain, min(likely, 2 * n, most)))
         if more <= 1.1 * n:
-            return sure
-        its_peak = measure(more)
-        slope = (its_peak - peak) / (more - n)
-        if its_peak > budget:  # between the two, the peak lies below their chord
+            return certain
+        more_peak = measure(more)
+        slope = (more_peak - peak) / (more - n)
+        if more_peak > budget:  # the peak is convex: between n and more it lies below the chord
             return n + int((budget - peak) // slope)
-        n, peak = more, its_peak
+        n, peak = more, more_peak
     return most
 
 

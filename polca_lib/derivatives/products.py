@@ -1,4 +1,4 @@
-"""The matrix products of data with weights in a model, found by watching one forward pass."""
+"""Find the products of data with weight matrices in a model by watching a forward pass."""
 
 from __future__ import annotations
 
@@ -37,21 +37,20 @@ class MatrixProduct:
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """Matrix products of a model, found with one example."""
+    """Matrix products in the forward pass of an example."""
 
     products: tuple[MatrixProduct, ...]
     other_parameters: frozenset[str]  # parameters used in any other way: biases, scales, embeddings
     tokens: int  # target tokens of the example
     single_target: frozenset[int]
-    """Products where the output at a position matters to one target token alone. After the last mixing of positions all
-    products are such."""
+    """Products whose output at each position matters to a single target, as after the last mixing of positions."""
 
 
 class WatchProducts(TorchFunctionMode):
-    """Intercepts products of data with weights; ``at_product`` carries them out.
+    """Intercept products of data with weights and let ``at_product`` compute them.
 
     Args:
-        parameters: by name; tensors computed from them alone count as weights, too.
+        parameters: by name; tensors computed from parameters alone are weights, too.
         at_product: ``(index, x, weight, bias) -> x @ weight.value + bias``; the bias may be None.
     """
 
@@ -61,7 +60,7 @@ class WatchProducts(TorchFunctionMode):
         at_product: Callable[[int, Tensor, Derived, Tensor | None], Tensor],
     ):
         super().__init__()
-        # Keyed by id(); the values keep the tensors alive, so that Python reuses no id.
+        # Keyed by id(). The values hold the tensors, so that Python does not reuse an id.
         self._derived = {
             id(p): Derived(p, frozenset([name]), lambda named, name=name: named[name]) for name, p in parameters.items()
         }
@@ -129,14 +128,14 @@ class WatchProducts(TorchFunctionMode):
 
 
 def model_structure(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: Batch) -> ModelStructure:
-    """Find the matrix products of a model, and those whose output positions each matter to one token alone.
+    """Find the matrix products of a model, and those where each output position matters to a single token.
 
     Args:
         token_loss: the loss.
         theta: parameters, shape (d,).
         example: a batch of one example.
     """
-    # Look at a random point: at the given one a signal may happen to be zero.
+    # Take a random point: at theta a signal may happen to be zero.
     random = torch.Generator(theta.device).manual_seed(0)
     noise = torch.randn(theta.shape, generator=random, dtype=theta.dtype, device=theta.device)
     parameters = token_loss.unflatten(theta.detach() + theta.abs().mean() * noise)
@@ -149,15 +148,15 @@ def model_structure(token_loss: TokenLoss, theta: Float[Tensor, " d"], example: 
 
     with torch.no_grad(), WatchProducts(parameters, note) as watch:
         tokens = token_loss.at(parameters, example).numel()
-    found = single_target_signals(token_loss, parameters, example, range(len(products)))
-    single_target = frozenset(index for index, (signal, token) in found.items() if token is not None and signal.any())
+    signals = single_target_signals(token_loss, parameters, example, range(len(products)))
+    single_target = frozenset(index for index, (signal, token) in signals.items() if token is not None and signal.any())
     return ModelStructure(tuple(products), frozenset(watch.other_parameters), tokens, single_target)
 
 
 def single_target_signals(
     token_loss: TokenLoss, parameters: Mapping[str, Tensor], batch: Batch, products: Collection[int]
 ) -> dict[int, tuple[Float[Tensor, "position leaving"], Int[Tensor, " position"] | None]]:
-    """d(sum of losses)/dy at the outputs y of products, and the one token that each position matters to.
+    """d(sum of losses)/dy at the outputs y of products, and the token that each position matters to.
 
     Args:
         token_loss: the loss.
@@ -166,7 +165,7 @@ def single_target_signals(
         products: indices of products.
 
     Returns:
-        By product: the gradient, and the target tokens, or None if some position matters to several.
+        By product: the gradient, and the token of each position, or None if a position matters to several.
     """
     probes: dict[int, Tensor] = {}
 
@@ -182,20 +181,21 @@ def single_target_signals(
         loss = token_loss.at(parameters, batch)
     if not probes or not len(loss):
         return {}
-    # Weight token j by w_j: the signals of positions that matter to it alone are then multiplied by w_j.
+    # Take the signals of sum_j L_j and of sum_j w_j L_j. Where a position matters to token j alone, their ratio is w_j.
     weights = 1 + torch.arange(len(loss), dtype=loss.dtype, device=loss.device) / len(loss)
     plain, weighted = (
         torch.autograd.grad(loss, list(probes.values()), w, retain_graph=True, materialize_grads=True)
         for w in (torch.ones_like(weights), weights)
     )
-    found = {}
-    for index, one, other in zip(probes, plain, weighted, strict=True):
-        one, other = one.flatten(0, -2), other.flatten(0, -2)
-        size = one.square().sum(1)
-        ratio = torch.where(size > 0, (one * other).sum(1) / size, 1.0)
+    result = {}
+    for index, signal, weighted_signal in zip(probes, plain, weighted, strict=True):
+        signal, weighted_signal = signal.flatten(0, -2), weighted_signal.flatten(0, -2)
+        # Estimate the ratio at each position by least squares, and round it to the nearest w_j.
+        size = signal.square().sum(1)
+        ratio = torch.where(size > 0, (signal * weighted_signal).sum(1) / size, 1.0)
         token = ((ratio - 1) * len(loss)).round().long().clamp(0, len(loss) - 1)
-        rest = (other - weights[token][:, None] * one).norm(dim=1)
-        # Deviations that are tiny beside the largest signal are rounding.
-        known = bool((rest <= 1e-4 * size.sqrt() + 1e-7 * size.max().sqrt()).all())
-        found[index] = (one, token if known else None)
-    return found
+        # It is a single token's if nothing is left beyond rounding.
+        residual = (weighted_signal - weights[token][:, None] * signal).norm(dim=1)
+        is_single = bool((residual <= 1e-4 * size.sqrt() + 1e-7 * size.max().sqrt()).all())
+        result[index] = (signal, token if is_single else None)
+    return result

@@ -39,9 +39,9 @@ def project(
     """Derivatives of each token's loss along each vector.
 
     In forward mode a pass along b yields <grad L(x), b> for all tokens x at once, and b^T H(x) b with it. In reverse
-    mode the gradient of each token is formed piece by piece and multiplied with the vectors, or the vectors are taken
-    to the activations first, whichever is less; that is cheaper when few positions are targets. Of gradients with
-    respect to weights that multiply data nothing but tiles is ever held.
+    mode the gradient of each token is formed tile by tile and multiplied with the vectors, or the vectors are
+    multiplied with the activations first, whichever takes fewer operations. Reverse mode is cheaper when few positions
+    are targets. Gradients with respect to weights that multiply data are never held as a whole.
 
     Args:
         token_loss: the loss.
@@ -49,10 +49,10 @@ def project(
         batch: examples.
         vectors: directions in rows, of unit length if the results are to be per unit of length.
         curvature: also second derivatives, in forward mode.
-        mode: ``auto`` takes the one with fewer operations, see :func:`polca_lib.derivatives.strategy.choose`.
+        mode: ``auto`` takes the mode with fewer operations, see :func:`polca_lib.derivatives.strategy.choose`.
         precision: ``float32`` multiplies in the dtype of the model. With ``bfloat16``, reverse mode rounds the
             operands of its products with the vectors, and of its backward passes, to 8 bits; sums stay in float32
-            but for one rounding a piece. Forward mode, and hence curvature, is never rounded.
+            except for one rounding per tile. Forward mode, and hence curvature, is never rounded.
         memory: bytes to take beyond the arguments; half of what the device has free if not given.
         strategy: as ``choose`` returned it for the same model, vectors of the same number and settings; chosen here
             if not given.

@@ -47,19 +47,21 @@ def project_signals(
         for result, part in zip(results, parts, strict=True):
             result += part.gradients[name].reshape(len(result), -1) @ directions[name].reshape(n_vectors, -1).T
     for index, product in enumerate(structure.products):
+        # Leave out vectors that do not change this weight.
         weights, by_rows = _pushed(product.weight, parameters, directions), lies_by_rows(product.weight.value)
         rows = _touching(weights)
         weights = weights[rows]
-        some = len(weights) < n_vectors
-        sums = [result.new_zeros(len(result), len(weights)) for result in results] if some else results
+        is_subset = len(weights) < n_vectors
+        sums = [result.new_zeros(len(result), len(weights)) for result in results] if is_subset else results
+        # Add <dL/dW, B> in the way that each part chose for its factors.
         factors = [part.factors[index] for part in parts]
         for kind, add in ((FormedGradients, _add_formed), (JacobianProducts, _add_passed)):
-            own = [pair for pair in zip(sums, factors, strict=True) if isinstance(pair[1], kind)]
-            if own and len(weights):
-                add(weights, by_rows, own)
-        if some:
-            for result, own_sum in zip(results, sums, strict=True):
-                result[:, rows] += own_sum
+            of_kind = [pair for pair in zip(sums, factors, strict=True) if isinstance(pair[1], kind)]
+            if of_kind and len(weights):
+                add(weights, by_rows, of_kind)
+        if is_subset:
+            for result, product_sum in zip(results, sums, strict=True):
+                result[:, rows] += product_sum
     return torch.cat(results)
 
 
@@ -68,8 +70,8 @@ def _touching(weights: Float[Tensor, "vector entering leaving"]) -> slice | Int[
     touches = weights[:, 0, 0] != 0  # for most vectors this is enough
     touches[~touches] = weights[~touches].flatten(1).any(dim=1)
     rows = touches.nonzero()[:, 0]
-    side_by_side = len(rows) > 0 and rows[-1] - rows[0] < len(rows)
-    return slice(int(rows[0]), int(rows[-1]) + 1) if side_by_side else rows  # a slice gives a view, rows a copy
+    contiguous = len(rows) > 0 and rows[-1] - rows[0] < len(rows)
+    return slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows  # a slice gives a view, rows a copy
 
 
 def _add_formed(
@@ -87,7 +89,7 @@ def _add_formed(
         for j, tile in enumerate(rows.split(width, dim=2)):
             tile = tile.to(dtype, memory_format=torch.contiguous_format).flatten(1)
             for (result, factors), left in zip(parts, lefts, strict=True):
-                # Reuse the memory of the last tile: fresh memory would cost more than the product.
+                # Reuse the memory of the last tile: allocating would take longer than the product.
                 formed = torch.bmm(left, factors.right[j].flatten(0, 1), out=formed.resize_(0))
                 gradients = formed.view(len(result), -1)
                 # The same product in two orders: each dtype is faster in one of them.
@@ -146,13 +148,14 @@ def project_reverse(
         structure: of the model, see :func:`polca_lib.derivatives.products.model_structure`.
         batch: examples.
         vectors: directions in rows.
-        dtype: of the operands of matrix products on the way back and with the vectors.
-        chunk_examples: examples whose signals are kept at one time.
-        pass_examples: examples that go through the model at one time.
-        n_vectors: how many vectors to choose for between forming gradients and not; as many as there are if not given.
+        dtype: of the operands of matrix products in backward passes and with the vectors.
+        chunk_examples: examples whose signals are in memory at a time.
+        pass_examples: examples in one pass through the model.
+        n_vectors: number of vectors for which to decide whether gradients are formed; ``len(vectors)`` if not given.
         batched: see :func:`polca_lib.derivatives.signals.signals`; otherwise ``pass_examples`` must be 1.
     """
-    parameters = token_loss.unflatten(theta.contiguous())  # weights must have the memory order of the structure
+    # Weights must have the memory order that the structure was found with.
+    parameters = token_loss.unflatten(theta.contiguous())
     directions = token_loss.unflatten(vectors)
     weights = weights_of(structure, parameters, dtype)
     losses, gradients = [], [theta.new_zeros(0, len(vectors))]
@@ -165,5 +168,5 @@ def project_reverse(
         parts = [part for part in parts if part.loss.numel()]  # an example may have no target
         with torch.no_grad(), record_function("project_signals"):
             gradients += [project_signals(structure, parameters, directions, parts)] if parts else []
-        del parts  # free them before the next chunk is built
+        del parts  # free the signals before those of the next chunk are computed
     return torch.cat(losses), torch.cat(gradients)

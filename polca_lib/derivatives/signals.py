@@ -2,8 +2,8 @@
 
     dL(x)/dW = sum over positions p of a_p s_p^T
 
-Both factors are small. They are kept for many examples, cut into blocks as :mod:`polca_lib.derivatives.reverse` needs
-them.
+Both factors are small. They are stored for many examples, cut into the blocks that
+:mod:`polca_lib.derivatives.reverse` multiplies.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ class _Product(torch.autograd.Function):
 class FormedGradients(NamedTuple):
     """Factors of gradients with respect to a matrix in memory order: left @ right, for each token.
 
-    Both are cut into the blocks of its tiles. All tokens of an example share the activations that enter a product:
-    there, ``own`` is 1.
+    Both are cut into the blocks of its tiles. All tokens of an example share the activations that enter a product, so
+    the dimension ``token`` of that factor has size 1.
     """
 
-    left: list[Float[Tensor, "example own rows position"]]
-    right: list[Float[Tensor, "example own position columns"]]
+    left: list[Float[Tensor, "example token rows position"]]
+    right: list[Float[Tensor, "example token position columns"]]
 
     def batches(self, block: int) -> Float[Tensor, "batch rows position"]:
         """Left factors to multiply with ``right``, its first two dimensions flattened."""
-        left, own = self.left[block], self.right[0].shape[1]
-        return left.flatten(1, 2) if own == 1 else left.expand(-1, own, -1, -1).flatten(0, 1)
+        left, tokens = self.left[block], self.right[0].shape[1]
+        return left.flatten(1, 2) if tokens == 1 else left.expand(-1, tokens, -1, -1).flatten(0, 1)
 
 
 class JacobianProducts(NamedTuple):
@@ -100,7 +100,7 @@ class Signals:
 
     loss: Float[Tensor, "example token"]
     factors: list[FormedGradients | JacobianProducts]  # at each product, in the dtype of products
-    gradients: dict[str, Float[Tensor, "example token ..."]]  # of the parameters used other_parameters
+    gradients: dict[str, Float[Tensor, "example token ..."]]  # with respect to other parameters
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +109,7 @@ class Signals:
 
 
 def weights_of(structure: ModelStructure, parameters: dict[str, Tensor], dtype: torch.dtype) -> list[Weight]:
-    """The matrices of all products at ``parameters``; ``dtype`` is that of products on the way back."""
+    """The matrices of all products at ``parameters``; ``dtype`` is that of the backward pass."""
     values = [product.weight.build(parameters).detach() for product in structure.products]
     return [Weight(value, value.to(dtype)) for value in values]
 
@@ -128,23 +128,23 @@ def signals(
     With ``batched`` off, ``batch`` is one example, which goes without ``vmap``: ragged losses allow none.
     """
     n = n_examples(batch)
-    kept: dict[int, Tensor] = {}  # the signals that the last pass back brought to each product
+    signal_of: dict[int, Tensor] = {}  # by product, of the last backward pass
 
     def run(other_parameters: dict[str, Tensor], probe: Tensor, one: Batch) -> tuple[Tensor, list[Tensor]]:
         entered = []
 
         def at_product(index: int, x: Tensor, _: Derived, bias: Tensor | None) -> Tensor:
             entered.append(x)
-            arguments = probe, *weights[index], partial(kept.__setitem__, index)
+            arguments = probe, *weights[index], partial(signal_of.__setitem__, index)
             # Without vmap, stand in for its dimension of examples.
             result = _Product.apply(x, *arguments) if batched else _Product.apply(x[None], *arguments)[0]
             return result if bias is None else result + bias
 
         with WatchProducts({**parameters, **other_parameters}, at_product):
-            return token_loss.at({**parameters, **other_parameters}, one), entered
+            return token_loss.at({**parameters, **other_parameters}, batch_of_one), entered
 
     with torch.enable_grad():
-        # One copy an example, without memory of its own, so that gradients come out by example.
+        # Expand without copying: gradients with respect to the expanded parameters are gradients by example.
         other_parameters = {
             k: parameters[k].expand(n, *parameters[k].shape).requires_grad_() for k in structure.other_parameters
         }
@@ -156,24 +156,25 @@ def signals(
             loss, entered = loss[None], [x[None] for x in entered]
     if not loss.numel():
         return Signals(loss.detach(), [], {})
+    # Run one backward pass per target token; each product stores its signal in signal_of.
     entered = [x.detach().flatten(1, -2) for x in entered]
     by_token: list[list[Tensor]] = [[] for _ in weights]
     by_name: dict[str, list[Tensor]] = {name: [] for name in other_parameters}
     for token, one_hot in enumerate(torch.eye(loss.shape[1], dtype=loss.dtype, device=loss.device)):
-        found = torch.autograd.grad(
+        token_gradients = torch.autograd.grad(
             loss,
             [*other_parameters.values(), probe],
             one_hot.expand(n, -1),
             retain_graph=token + 1 < loss.shape[1],
             materialize_grads=True,
         )
-        for own, gradient in zip(by_name.values(), found[:-1], strict=True):
-            own.append(gradient)
+        for gradients_of_name, gradient in zip(by_name.values(), token_gradients[:-1], strict=True):
+            gradients_of_name.append(gradient)
         for index, (x, weight) in enumerate(zip(entered, weights, strict=True)):
-            if index not in kept:  # no way back leads through it
-                kept[index] = weight.low.new_zeros(()).expand(*x.shape[:2], weight.low.shape[1])
-            by_token[index].append(kept[index])
-        kept.clear()
+            if index not in signal_of:  # the loss does not depend on this product
+                signal_of[index] = weight.low.new_zeros(()).expand(*x.shape[:2], weight.low.shape[1])
+            by_token[index].append(signal_of[index])
+        signal_of.clear()
     # Release each product's activations and signals as soon as its factors are cut.
     factors = [_factors(weight, entered.pop(0), by_token.pop(0), n_vectors) for weight in weights]
     gradients = {name: torch.stack(by_name.pop(name), dim=1) for name in other_parameters}
@@ -201,16 +202,17 @@ def _factors(
     n_vectors: int,
 ) -> FormedGradients | JacobianProducts:
     dtype, tokens = weight.low.dtype, len(by_token)
-    # In the last layers most positions carry no signal: those behind the last mixing of positions.
+    # Drop positions without a signal: after the last mixing of positions most of them have none.
     active = torch.stack([((s.amax(2) != 0) | (s.amin(2) != 0)).any(0) for s in by_token]).any(0)
     x = activations.to(dtype)
     if not active.all():
         x, by_token = x[:, active], [s[:, active] for s in by_token]
     height, width = tile_shape(dtype, x.device)
+    # Take the way with fewer operations, if what it holds at a time is at most a tile per token.
     passed, formed = operations(x.shape[1], tokens, n_vectors, len(weight.value))
-    # In either way, what is in memory at a time is no more than a tile for each token.
     if passed <= formed and x.shape[1] * n_vectors <= height * width:
         return JacobianProducts(x.flatten(0, 1), torch.stack(by_token, dim=2).flatten(0, 1))
+    # Cut both factors into the blocks of tiles.
     if lies_by_rows(weight.value):
         left = [block.mT.unsqueeze(1).contiguous() for block in x.split(height, dim=2)]
         right = [torch.stack(blocks, dim=1) for blocks in zip(*(s.split(width, dim=2) for s in by_token), strict=True)]

@@ -1,4 +1,4 @@
-"""Which way of differentiating is cheapest for a model and a set of vectors, and how much goes into memory at once."""
+"""Choose the cheapest way of differentiating a model along vectors, and how much goes into memory at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from polca_lib.derivatives.batches import count_losses, map_examples
+from polca_lib.derivatives.finite_differences import check_derivatives
 from polca_lib.derivatives.forward import Derivatives, Signals, by_jvp, trace
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
 from polca_lib.derivatives.products import MatrixProduct, ModelStructure, model_structure, single_target_signals
@@ -26,21 +27,20 @@ from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split
 Mode = Literal["auto", "forward", "reverse"]
 Precision = Literal["float32", "bfloat16"]
 
-# On a CPU more at once does not help; other_parameters only memory limits it. Measured on two cores.
+# On a CPU more at once does not help; elsewhere only memory limits it. Measured on two cores.
 _CPU_TOKENS = {"forward": 512, "reverse": 128}
 _CPU_VECTORS = 16
-# Anywhere: among more, tokens side by side could not be told apart by their weights (see
-# products.single_target_signals).
+# On any device: among more tokens, neighbours could not be told apart by their weights, see single_target_signals.
 _TOKENS = 4096
 
-
+# How far derivatives may differ from those of plain jvp, by precision.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 
-# What else there is to do beside the products, in their terms; measured on two cores, at several widths. A pass back
-# for a token has the operations of a pass forward, but in small products, and much that is none.
+# Factors of time to operations, measured on two cores at several widths. A backward pass for a token has the operations
+# of a forward pass, but in small products, and with more besides products.
 _BACKWARD = 4
-_SPARED = 0.85  # what first derivatives that spare products may take of plain jvp to be worth it
-# Operations at one checkpoint from which on it pays to trace them, which takes seconds.
+_SPARED = 0.85  # sparing products must take less than this part of the operations of plain jvp
+# Operations per checkpoint from which on tracing, which takes seconds, pays.
 _TRACED = 1e9
 
 
@@ -51,12 +51,12 @@ class Strategy:
     mode: Literal["forward", "reverse"]
     order: int  # of the highest derivative
     precision: Precision
-    structure: ModelStructure | None  # of the model: in reverse mode, and forward where products are spared
+    structure: ModelStructure | None  # of the model: in reverse mode, and in forward mode where products are spared
     n_vectors: int  # to differentiate along in all
-    cost: dict[str, float]  # for one example and all vectors, in operations of matrix products; by way, and of a pass
-    pass_examples: int = 2  # through the model at one time
-    chunk_examples: int = 2  # whose signals are kept at one time, in reverse mode
-    chunk_vectors: int = 2  # differentiated along at one time, in forward mode
+    cost: dict[str, float]  # for an example and all vectors, in operations of matrix products; by way, and of a pass
+    pass_examples: int = 2  # in one pass through the model
+    chunk_examples: int = 2  # whose signals are in memory at a time, in reverse mode
+    chunk_vectors: int = 2  # in one pass, in forward mode
     batched: bool = True  # whether vmap takes examples together in reverse mode; ragged losses go one by one
     traced: GraphModule | None = None  # derivatives of pass_examples examples, as a graph
     unfit: dict[str, str] = field(default_factory=dict)  # ways that do not fit this model, and why
@@ -82,11 +82,11 @@ def choose(
     With F operations in a forward pass on an example with m target tokens, d parameters and K vectors, forward mode
     takes (1 + 2K) F, or (1 + 4K) F with second derivatives, and less where products matter to single tokens (see
     :func:`polca_lib.derivatives.forward.by_jvp`); reverse mode takes (1 + m) F, and for each of its products the less
-    of two ways, see :func:`polca_lib.derivatives.signals.operations`. A pass back for a token counts as several, as it
-    takes longer than its operations say. Where there is much to do, forward mode is traced, see
+    of two ways, see :func:`polca_lib.derivatives.signals.operations`. A backward pass for a token counts as several, as
+    it takes longer than its operations say. Where there is much to do, forward mode is traced, see
     :func:`polca_lib.derivatives.forward.trace`. Each way is first tried on a few examples and two vectors, against
-    plain ``jvp``; what fails or differs is not used. No time is measured: with the same memory, the choice is the same
-    whenever a run is resumed.
+    plain ``jvp``; a way that fails or differs is not used. Plain ``jvp`` is checked against finite differences. No time
+    is measured: with the same memory, a resumed run makes the same choice.
 
     Args:
         token_loss: the loss.
@@ -94,12 +94,13 @@ def choose(
         batch: examples.
         vectors: directions in rows.
         order: 2 if second derivatives are wanted; they come from forward mode.
-        mode: to force one.
-        precision: of the operands of matrix products in reverse mode; forward mode is always in the model's own.
+        mode: ``forward`` or ``reverse`` to force a mode.
+        precision: of the operands of matrix products in reverse mode; forward mode always uses the model's.
         memory: bytes to take beyond the arguments; half of what the device has free if not given.
 
     Raises:
-        ValueError: an argument is not allowed, the mode forced does not fit the model, or memory is too small.
+        ValueError: an argument is not allowed, the mode forced does not fit the model, or memory is too small; or torch
+            has no such derivatives of the model, or wrong ones.
     """
     for name, value, allowed in (
         ("mode", mode, ("auto", "forward", "reverse")),
@@ -118,19 +119,28 @@ def choose(
     if len(set(counts)) > 1:
         most_first = np.argsort(-counts, kind="stable")
         batch = map_examples(lambda t: t[torch.from_numpy(most_first).to(t.device)], batch)
-    one, pair, few = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
-    once = _operations(token_loss, theta, one)
-    plain = Strategy("forward", order, "float32", structure=None, n_vectors=len(vectors), cost={"pass": once})
-    plain.cost["jvp"] = once * (1 + 2 * order * len(vectors))
+    example, pair, few_vectors = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
+    pass_operations = _operations(token_loss, theta, example)
+    cost = {"pass": pass_operations, "jvp": pass_operations * (1 + 2 * order * len(vectors))}
+    plain = Strategy("forward", order, "float32", structure=None, n_vectors=len(vectors), cost=cost)
+
+    try:
+        differentiate(plain, token_loss, theta, pair, few_vectors)
+    except (RuntimeError, NotImplementedError) as failure:
+        raise ValueError(
+            f"the model or the loss has no derivatives of order {order} in forward mode ({failure}); write the part "
+            "that lacks them with elementary operations of torch, or give its autograd.Function a jvp"
+        ) from failure
+    check_derivatives(token_loss, theta, pair, few_vectors, order)
 
     def usable(strategy: Strategy, name: str, part: Batch = pair) -> bool:
         tolerance = _TOLERANCE[strategy.precision]
         simple = replace(strategy, mode="forward", structure=None, traced=None)
-        reference = differentiate(simple, token_loss, theta, part, few)[1]
+        references = differentiate(simple, token_loss, theta, part, few_vectors)[1]
         try:
-            found = differentiate(strategy, token_loss, theta, part, few)[1]
-            error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, reference, strict=True))
-        except Exception as failure:  # of whatever a model does
+            derivatives = differentiate(strategy, token_loss, theta, part, few_vectors)[1]
+            error = max(map(relative_difference, derivatives, references))
+        except Exception as failure:  # a model may raise anything
             plain.unfit[name] = f"{type(failure).__name__}: {failure}"
             return False
         if not error <= tolerance:
@@ -138,34 +148,40 @@ def choose(
         return error <= tolerance
 
     if order == 1:
-        seen = model_structure(token_loss, theta, one)
-        plain.cost.update(_costs(seen, once, len(vectors), token_loss))
+        # First derivatives: count the operations of all ways, and take the cheapest one that proves right.
+        structure = model_structure(token_loss, theta, example)
+        plain.cost.update(_costs(structure, pass_operations, len(vectors), token_loss))
         forward = min(plain.cost["jvp"], plain.cost["spared"])
         if mode == "reverse" or (mode == "auto" and plain.cost["reverse"] < forward):
             try:
-                _check_other_parameters(token_loss, seen, budget)
-                reverse = replace(plain, mode="reverse", precision=precision, structure=seen, batched=batched)
+                _check_other_parameters(token_loss, structure, budget)
+                reverse = replace(plain, mode="reverse", precision=precision, structure=structure, batched=batched)
                 if usable(reverse, "reverse"):
                     return _sized(reverse, token_loss, theta, batch, vectors, budget)
-            except ValueError as failure:  # too little memory: forward mode may do with less
+            except ValueError as failure:  # too little memory: forward mode may need less
                 if mode == "reverse":
                     raise
                 plain.unfit["reverse"] = str(failure)
         if mode == "reverse":
             raise ValueError(f"mode = 'reverse' does not fit this model ({plain.unfit['reverse']}); use 'forward'")
-        spared = replace(plain, structure=seen)
+        spared = replace(plain, structure=structure)
         if plain.cost["spared"] < plain.cost["jvp"] and usable(spared, "spared"):
             plain = spared
     sized = _sized(plain, token_loss, theta, batch, vectors, budget)
+    # Trace forward mode where there is much to do.
     if plain.cost["jvp"] * n_examples(batch) < _TRACED:
         return sized
     part = next(split_examples(batch, sized.pass_examples))
+    part_signals = _signals(sized, token_loss, theta, part)
+    if len(part_signals) < len(_spared(sized)):  # then the graph would not be tried, see differentiate
+        plain.unfit["traced"] = "a product to spare matters to several tokens in the first examples"
+        return sized
     try:
-        traced = replace(sized, traced=trace(token_loss, theta, part, order, _signals(sized, token_loss, theta, part)))
-    except Exception as failure:  # of whatever a model does
+        traced = replace(sized, traced=trace(token_loss, theta, part, order, part_signals))
+    except Exception as failure:  # a model may raise anything
         plain.unfit["traced"] = f"{type(failure).__name__}: {failure}"
         return sized
-    # Tried on the same examples in another order, for the graph must hold for any.
+    # Try the graph on the examples in another order: it must be valid for any batch of this shape.
     return traced if usable(traced, "traced", map_examples(lambda t: t.flip(0), part)) else sized
 
 
@@ -176,7 +192,7 @@ def differentiate(
     batch: Batch,
     vectors: Float[Tensor, "vector d"],
 ) -> Derivatives:
-    """Carry a strategy out."""
+    """Losses and derivatives, computed as ``strategy`` says."""
     if strategy.mode == "reverse":
         loss, gradient = project_reverse(
             token_loss,
@@ -193,16 +209,16 @@ def differentiate(
         return loss, [gradient]
     losses, derivatives = [], []
     for part in split_examples(batch, strategy.pass_examples):
-        signals = _signals(strategy, token_loss, theta, part)
-        # Without the graph goes what it was not traced for: a last part that is shorter, or other products to spare.
-        same = n_examples(part) == strategy.pass_examples and len(signals) == len(_spared(strategy))
-        graph = strategy.traced if same else None
+        part_signals = _signals(strategy, token_loss, theta, part)
+        # The graph is valid for as many examples, and the same products to spare, as it was traced with.
+        fits_graph = n_examples(part) == strategy.pass_examples and len(part_signals) == len(_spared(strategy))
+        graph = strategy.traced if fits_graph else None
         blocks = [
-            by_jvp(token_loss, theta, part, block, strategy.order, signals, graph)
+            by_jvp(token_loss, theta, part, block, strategy.order, part_signals, graph)
             for block in vectors.split(strategy.chunk_vectors)
         ]
         losses.append(blocks[0][0])
-        derivatives.append([torch.cat(block, dim=1) for block in zip(*(found for _, found in blocks), strict=True)])
+        derivatives.append([torch.cat(block, dim=1) for block in zip(*(second for _, second in blocks), strict=True)])
     return torch.cat(losses), [torch.cat(parts) for parts in zip(*derivatives, strict=True)]
 
 
@@ -212,40 +228,41 @@ def _spared(strategy: Strategy) -> Collection[int]:
 
 
 def _signals(strategy: Strategy, token_loss: TokenLoss, theta: Tensor, part: Batch) -> Signals:
-    """Their signals for some examples; without products whose output matters to several tokens here."""
+    """Signals of the products to spare; those that matter to several tokens in this part are left out."""
     if not _spared(strategy):
         return {}
-    found = single_target_signals(token_loss, token_loss.unflatten(theta), part, _spared(strategy))
-    return {index: (signal, token) for index, (signal, token) in found.items() if token is not None}
+    all_signals = single_target_signals(token_loss, token_loss.unflatten(theta), part, _spared(strategy))
+    return {index: (signal, token) for index, (signal, token) in all_signals.items() if token is not None}
 
 
-def _operations(token_loss: TokenLoss, theta: Tensor, one: Batch) -> int:
+def _operations(token_loss: TokenLoss, theta: Tensor, example: Batch) -> int:
+    """Operations of matrix products in a forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        token_loss(theta, one)
+        token_loss(theta, example)
     return counter.get_total_flops()
 
 
-def _costs(seen: ModelStructure, once: int, n_vectors: int, token_loss: TokenLoss) -> dict[str, float]:
-    """Of first derivatives forward with products spared, and in reverse, now that the products are known."""
-    single_target = sum(_product_operations(seen.products[index]) for index in seen.single_target)
-    other_parameters = sum(token_loss.parameters[name].numel() for name in seen.other_parameters)
-    products = seen.tokens * n_vectors * other_parameters
-    for product in seen.products:
-        ways = operations(math.prod(product.shape[:-1]), seen.tokens, n_vectors, len(product.weight.value))
+def _costs(structure: ModelStructure, pass_operations: int, n_vectors: int, token_loss: TokenLoss) -> dict[str, float]:
+    """Operations of first derivatives in forward mode with products spared, and in reverse mode."""
+    single_target = sum(_product_operations(structure.products[index]) for index in structure.single_target)
+    other_parameters = sum(token_loss.parameters[name].numel() for name in structure.other_parameters)
+    products = structure.tokens * n_vectors * other_parameters
+    for product in structure.products:
+        ways = operations(math.prod(product.shape[:-1]), structure.tokens, n_vectors, len(product.weight.value))
         products += product.weight.value.numel() * min(ways)
     return {
         # Two backward passes tell which token a position matters to.
-        "spared": (once * (1 + 2 * n_vectors + 4) - single_target * n_vectors) / _SPARED,
-        "reverse": once * (1 + _BACKWARD * seen.tokens) + 2 * products,
+        "spared": (pass_operations * (1 + 2 * n_vectors + 4) - single_target * n_vectors) / _SPARED,
+        "reverse": pass_operations * (1 + _BACKWARD * structure.tokens) + 2 * products,
     }
 
 
-def _check_other_parameters(token_loss: TokenLoss, seen: ModelStructure, budget: int) -> None:
-    """Gradients with respect to parameters that do not multiply data are formed as a whole, at least for the trial."""
-    whole = 2 * seen.tokens * sum(token_loss.parameters[name].nbytes for name in seen.other_parameters)
+def _check_other_parameters(token_loss: TokenLoss, structure: ModelStructure, budget: int) -> None:
+    """Raise a ValueError if two examples' gradients with respect to other parameters, formed as a whole, don't fit."""
+    whole = 2 * structure.tokens * sum(token_loss.parameters[name].nbytes for name in structure.other_parameters)
     if whole > budget:
         raise ValueError(
-            f"gradients with respect to {sorted(seen.other_parameters)} take {whole:,} bytes for two examples in "
+            f"gradients with respect to {sorted(structure.other_parameters)} take {whole:,} bytes for two examples in "
             f"reverse mode, but of memory only {budget:,} are left; raise memory, or use mode = 'forward'"
         )
 
@@ -259,37 +276,40 @@ def _sized(
 ) -> Strategy:
     """Fill in how many examples and vectors go into memory, by measuring what a few take."""
     on_cpu, total = theta.device.type == "cpu", n_examples(batch)
-    one = next(split_examples(batch, 1))
+    example = next(split_examples(batch, 1))
     with torch.no_grad():
-        tokens = len(token_loss(theta, one))
+        tokens = len(token_loss(theta, example))
     most = min(total, max(1, (_CPU_TOKENS[strategy.mode] if on_cpu else _TOKENS) // max(1, tokens)))
 
     def peak(n: int, width: int) -> int:
         tried = replace(strategy, pass_examples=n, chunk_examples=n, chunk_vectors=width)
-        part, some = next(split_examples(batch, n)), vectors if strategy.mode == "reverse" else vectors[:width]
-        return peak_bytes(lambda: differentiate(tried, token_loss, theta, part, some), theta.device)
+        part, block = next(split_examples(batch, n)), vectors if strategy.mode == "reverse" else vectors[:width]
+        return peak_bytes(lambda: differentiate(tried, token_loss, theta, part, block), theta.device)
 
+    # Forward mode: double the number of vectors per pass while two examples would fit.
     width = len(vectors)
     if strategy.mode == "forward":
         widest, width = min(width, _CPU_VECTORS) if on_cpu else width, 1
         while width < widest and peak(1, width) * min(2, widest / width) <= budget:
             width = min(2 * width, widest)
+    # Then as many examples per pass as fit.
     passing = fit(lambda n: peak(n, width), budget, most)
     chunk = passing
     if strategy.mode == "reverse":
-        # Further examples add to the peak what is kept of them.
+        # Reverse mode: each further example in a chunk adds the bytes of its signals to the peak.
         dtype = theta.dtype if strategy.precision == "float32" else torch.bfloat16
         parameters = token_loss.unflatten(theta)
         matrices = weights_of(strategy.structure, parameters, dtype)
         structure, batched = strategy.structure, strategy.batched
-        kept = max(1, signals(token_loss, parameters, structure, matrices, one, len(vectors), batched).nbytes)
-        # A process takes more than its tensors: pieces that are kept and freed do not pack, and products need buffers.
+        example_signals = signals(token_loss, parameters, structure, matrices, example, len(vectors), batched)
+        signal_bytes = max(1, example_signals.nbytes)
+        # Leave 3/8 of the budget for what the measurement misses: fragmentation, and buffers of products.
         spare = budget * 5 // 8 - peak(passing, width)
-        chunk = min(total, passing * (1 + max(0, spare // (kept * passing))))
+        chunk = min(total, passing * (1 + max(0, spare // (signal_bytes * passing))))
     return replace(strategy, pass_examples=passing, chunk_examples=chunk, chunk_vectors=width)
 
 
-def relative_difference(one: Tensor, two: Tensor) -> float:
-    """Root mean square of the difference, relative to that of ``two``; zero if there is none."""
-    difference = (one - two).square().mean()
-    return 0.0 if difference == 0 or not one.numel() else (difference / two.square().mean()).sqrt().item()
+def relative_difference(value: Tensor, reference: Tensor) -> float:
+    """Root mean square of the difference, relative to that of ``reference``; zero if there is none."""
+    difference = (value - reference).square().mean()
+    return 0.0 if difference == 0 or not value.numel() else (difference / reference.square().mean()).sqrt().item()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import reduce
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import torch
+import torch.utils.checkpoint
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from polca_lib.derivatives.batches import (
@@ -38,9 +45,9 @@ _ZEROS = 0.01  # share of losses that are exactly zero from which on a mask is m
 
 
 class _Composed(TorchFunctionMode):
-    """Composes some functions from elementary operations, so that forward mode has their second derivatives.
+    """Compose some functions from elementary operations, so that forward mode has their second derivatives.
 
-    Those of torch's layer norm are wrong (pytorch issue 196700); SiLU and Mish have none.
+    Those of torch's layer norm (pytorch issue 196700) and instance norm are wrong. The others have none, or neither.
     """
 
     def __torch_function__(
@@ -57,21 +64,87 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(dims, keepdim=True)
-    scaled = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    scaled = scaled if weight is None else scaled * weight
-    return scaled if bias is None else scaled + bias
+    return _scaled(_standardised(input, tuple(range(-len(normalized_shape), 0)), eps), weight, bias)
 
 
-def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    product = input * input.sigmoid()
-    return input.copy_(product) if inplace else product
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    if not use_input_stats:
+        return nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    weight, bias = (p if p is None else p.reshape(-1, *[1] * (input.ndim - 2)) for p in (weight, bias))
+    return _scaled(_standardised(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 
-def _mish(input: Tensor, inplace: bool = False) -> Tensor:
-    product = input * nn.functional.softplus(input).tanh()
-    return input.copy_(product) if inplace else product
+def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    dims = [index for index in range(v.ndim) if dim == -1 or index != dim % v.ndim]
+    return v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=dim != -1))
+
+
+def _activation(formula: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def function(input: Tensor, inplace: bool = False) -> Tensor:
+        return input.copy_(formula(input)) if inplace else formula(input)
+
+    return function
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+def _reduced(loss: Tensor, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    size = (input - target).abs()
+    loss = torch.where(size <= delta, size.square() / 2, delta * (size - delta / 2))
+    weights = torch.ones_like(loss) if weight is None else weight.expand_as(loss)
+    return (loss * weights).sum() / weights.sum() if reduction == "mean" else _reduced(loss * weights, reduction)
+
+
+def _soft_margin_loss(
+    input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean"
+) -> Tensor:
+    return _reduced(-nn.functional.logsigmoid(input * target), reduction, size_average, reduce)
+
+
+def _binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    positive = target if pos_weight is None else target * pos_weight
+    log_sigmoid = nn.functional.logsigmoid
+    loss = -(positive * log_sigmoid(input) + (1 - target) * log_sigmoid(-input))
+    return _reduced(loss if weight is None else loss * weight, reduction, size_average, reduce)
 
 
 def _embedding(
@@ -87,13 +160,65 @@ def _embedding(
     return nn.functional.embedding(input, weight)
 
 
+def _unfused(recurrent: Callable[..., Any]) -> Callable[..., Any]:
+    """Without the fused kernels of oneDNN and cuDNN, which have no forward-mode derivative."""
+
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            return recurrent(*arguments, **keywords)
+
+    return function
+
+
+_functional = nn.functional
 _COMPOSED = {
-    nn.functional.embedding: _embedding,
-    nn.functional.layer_norm: _layer_norm,
+    _functional.embedding: _embedding,
+    _functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
-    nn.functional.silu: _silu,
-    nn.functional.mish: _mish,
+    _functional.instance_norm: _instance_norm,
+    torch.instance_norm: _instance_norm,
+    torch._weight_norm: _weight_norm,
+    _functional.silu: _activation(lambda x: x * x.sigmoid()),
+    _functional.mish: _activation(lambda x: x * _functional.softplus(x).tanh()),
+    _functional.hardsigmoid: _activation(lambda x: _functional.relu6(x + 3) / 6),
+    _functional.glu: _glu,
+    _functional.huber_loss: _huber_loss,
+    _functional.soft_margin_loss: _soft_margin_loss,
+    _functional.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
+    torch.cdist: lambda x1, x2, p=2.0, compute_mode=None: torch.linalg.vector_norm(
+        x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1
+    ),
+    **{function: _unfused(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
+
+
+class _NoCheckpoint:
+    """Stands in for torch's reentrant gradient checkpointing: computes activations once."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _no_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
+    """Stands in for torch's gradient checkpointing that is not reentrant."""
+    yield
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Have models compute with operations that have derivatives in both modes."""
+    checkpoints = torch.utils.checkpoint
+    stand_ins = {"CheckpointFunction": _NoCheckpoint, "_checkpoint_without_reentrant_generator": _no_checkpoint}
+    originals = {name: getattr(checkpoints, name) for name in stand_ins}
+    # Checkpointed activations would be computed again in the backward pass, with the weights of the model, not theta.
+    vars(checkpoints).update(stand_ins)
+    try:
+        # Fused attention kernels have no forward-mode derivative.
+        with sdpa_kernel(SDPBackend.MATH), _Composed():
+            yield
+    finally:
+        vars(checkpoints).update(originals)
 
 
 class _LossModule(nn.Module):
@@ -197,12 +322,20 @@ class TokenLoss:
             if value.is_floating_point() and value.dtype != self.dtype
         }
 
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """Frozen parameters, and buffers that a ``state_dict`` has: what the loss depends on beside ``theta``."""
+        names = self.model.state_dict().keys()
+        return {name: value for name, value in self._fixed.items() if name in names}
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the weights: they come in through ``theta``."""
-        light = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.model.parameters() if p.requires_grad
-        }
-        return TokenLoss, (deepcopy(self.model, light), self.loss)
+        """Pickle without the weights: they come in through ``theta``.
+
+        Model and loss are pickled in one pass, so that closures, hooks and the loss reach the model that travels.
+        """
+        content = io.BytesIO()
+        _WithoutWeights(content, self.model).dump((self.model, self.loss))
+        return _from_pickle, (content.getvalue(),)
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` at parameters ``theta``, differentiable in ``theta``."""
@@ -211,9 +344,16 @@ class TokenLoss:
     def at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " tokens"]:
         """Loss of each target token of ``batch`` for named parameters."""
         state = {f"model.{name}": value for name, value in parameters.items()} | self._cast
-        # Fused attention kernels have no forward-mode derivative.
-        with sdpa_kernel(SDPBackend.MATH), _Composed():
+        with _differentiable():
             return torch.func.functional_call(self._module, state, (unshared(batch),))
+
+    def in_float64(self) -> TokenLoss:
+        """The same function, computed in float64 for parameters and examples in float64."""
+        precise = copy(self)
+        precise.dtype = torch.float64
+        fixed = {f"model.{name}": value for name, value in self._fixed.items()}
+        precise._cast = {name: value.double() for name, value in fixed.items() if value.is_floating_point()}
+        return precise
 
     def check(
         self, theta: Float[Tensor, " d"], batch: Batch, name: str = "batch", texts: Sequence[object] = ()
@@ -235,6 +375,7 @@ class TokenLoss:
         """
         counts = self.check_data(theta, batch, name, texts)
         few = next(split_examples(as_batch(batch, name), 3))
+        self._check_parameters_are_used(theta, few)
         example, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
         try:
             torch.func.jvp(lambda point: self(point, example), (theta,), (tangent,))
@@ -290,23 +431,55 @@ class TokenLoss:
             )
         return counts
 
+    @torch.no_grad()
+    def _check_parameters_are_used(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
+        """Compare with the losses of the model when it really holds other weights, which are taken back at once."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if any(p.is_meta for p in trainable):  # a model without weights has none to hold on to
+            return
+        # Move all weights: at theta itself, a weight that is held on to may have the right value by chance.
+        point = theta + (0.1 * theta.square().mean().sqrt() + 0.01) * direction(theta)
+        given, before = self(point, batch), [(p.data, p.data.clone()) for p in trainable]
+        try:
+            for p, value in zip(trainable, self.unflatten(point).values(), strict=True):
+                if (p.dtype, p.device) == (value.dtype, value.device):
+                    p.data.copy_(value)  # in place, for those that share memory with it
+                else:
+                    p.data = value
+            held = self.at({}, batch)
+        finally:
+            for p, (data, values) in zip(trainable, before, strict=True):
+                p.data = data
+                p.data.copy_(values)
+        if given.shape != held.shape or not torch.allclose(given, held, 1e-3, 1e-4, equal_nan=True):
+            raise ValueError(
+                f"the loss does not follow the parameters it is given: it is {given.sum():.4g} in all for parameters "
+                f"that are passed in, and {held.sum():.4g} if the model holds them. A function or an attribute keeps "
+                "a weight (w = self.layer.weight, or its .data); reach it through its module at each call "
+                "(self.layer.weight), so that it can be replaced"
+            )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Each name of a parameter or buffer, with the first name of its tensor: tied parameters have several."""
+        return self._tied | {name: name for name in self._fixed}
+
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
         """Named parameters as one vector, in the order of ``model.named_parameters()``.
 
         Args:
             parameters: all trainable parameters. Other names of tied parameters, frozen parameters and buffers may be
-                there, as in a ``state_dict``; they must equal the model's.
+                there, as in a ``state_dict``; they must equal the model's. On device ``meta``, names and shapes alone
+                are checked.
 
         Raises:
-            ValueError: a parameter is missing, unknown or of another shape; tied parameters differ; or a frozen
+            ValueError: a parameter is missing, unknown or of another shape or kind; tied parameters differ; or a frozen
                 parameter or a buffer differs from the model's.
         """
         values: dict[str, Tensor] = {}
-        unknown = []
+        first_names = self.names
         for name, value in parameters.items():
-            first_name = self._tied.get(name, name)
-            if first_name not in self.parameters and first_name not in self._fixed:
-                unknown.append(name)
+            if (first_name := first_names.get(name)) is None:
                 continue
             expected = self.parameters.get(first_name, self._fixed.get(first_name))
             if value.shape != expected.shape:
@@ -315,25 +488,37 @@ class TokenLoss:
                 )
             if first_name in self._fixed:
                 self._check_fixed(name, value, expected)
-            elif first_name in values and not torch.equal(values[first_name], value):
+            elif not value.is_floating_point():
+                raise ValueError(f"parameter {name!r} holds {value.dtype}; allowed: floating-point numbers")
+            elif first_name in values and not value.is_meta and not torch.equal(values[first_name], value):
                 raise ValueError(
                     f"parameters {first_name!r} and {name!r} are tied in the model, but differ in the checkpoint"
                 )
             else:
                 values[first_name] = value
-        if odd := sorted(unknown + [name for name in self.parameters if name not in values]):
-            raise ValueError(f"parameters {odd[:3]} are in the checkpoint or in the model, but not in both")
+        unknown = [name for name in parameters if name not in first_names]
+        if (missing := [name for name in self.parameters if name not in values]) or unknown:
+            raise ValueError(describe_names(missing, unknown))
         return torch.cat([values[name].reshape(-1).to(self.dtype) for name in self.parameters])
 
     @staticmethod
     def _check_fixed(name: str, value: Tensor, expected: Tensor) -> None:
         """Refuse frozen parameters and buffers that differ from the model's; integer counters may differ."""
-        if value.is_floating_point() and not torch.equal(value.to(expected), expected):
-            raise ValueError(
-                f"{name!r} is frozen, or a buffer, but differs from the model's own. POLCA explains changes of "
-                "trainable parameters alone: set requires_grad, load this checkpoint into the model first, or train "
-                "without running statistics"
-            )
+        if value.is_meta or (value.ndim == 0 and not value.is_floating_point()):
+            return
+        if expected.is_meta:
+            raise ValueError(f"{name!r} is frozen, but the model has no values for it; load them into the model first")
+        # The checkpoint may round what the model has, or the model what the checkpoint has. NaN equals NaN.
+        value = value.to(expected.device)
+        for dtype in (value.dtype, expected.dtype):
+            first, second = value.to(dtype), expected.to(dtype)
+            if ((first == second) | ((first != first) & (second != second))).all():
+                return
+        raise ValueError(
+            f"{name!r} is frozen, or a buffer, but differs from the model's own. POLCA explains changes of "
+            "trainable parameters alone: set requires_grad, load this checkpoint into the model first, or train "
+            "without running statistics"
+        )
 
     def unflatten(self, theta: Float[Tensor, "*vector d"]) -> dict[str, Float[Tensor, "*vector ..."]]:
         """Views of ``theta``, or of vectors in rows, by parameter name."""
@@ -342,6 +527,42 @@ class TokenLoss:
             name: piece.reshape((*piece.shape[:-1], *p.shape))
             for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
+
+
+class _WithoutWeights(cloudpickle.Pickler):
+    """Pickles the trainable parameters of a model as shapes alone, from wherever they are reached."""
+
+    def __init__(self, file: io.BytesIO, model: nn.Module):
+        super().__init__(file)
+        self._trainable = {id(p) for p in model.parameters() if p.requires_grad}
+
+    def reducer_override(self, value: Any) -> Any:
+        if id(value) in self._trainable:
+            return _empty_parameter, (tuple(value.shape), value.dtype)
+        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):  # torch refuses to pickle its class
+            return _parametrized, (type(value).__base__, list(value.parametrizations)), value.__dict__
+        return super().reducer_override(value)
+
+
+def _empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _parametrized(base: type[nn.Module], names: Sequence[str]) -> nn.Module:
+    module = base.__new__(base)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _from_pickle(content: bytes) -> TokenLoss:
+    return TokenLoss(*pickle.loads(content))
+
+
+def direction(theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """A fixed direction without structure: each parameter has a part in it, whatever its value."""
+    return torch.linspace(-1, 1, 102, dtype=theta.dtype).to(theta.device).repeat(len(theta) // 102 + 1)[: len(theta)]
 
 
 def _refuse_what_is_no_function(model: nn.Module) -> None:
@@ -364,3 +585,23 @@ def _refuse_what_is_no_function(model: nn.Module) -> None:
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise ValueError(f"module {name!r} has max_norm = {module.max_norm}, which changes weights as it goes")
+
+
+def describe_names(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """Say which side lacks which names, those with a similar name on the other side first, and what to do."""
+
+    def side(text: str, names: Sequence[str], others: Sequence[str]) -> str:
+        nearest = {name: get_close_matches(name, others[:500], n=1) for name in names[:100]}
+        shown = sorted(nearest, key=lambda name: not nearest[name])[:3]
+        told = [repr(name) + "".join(f" (nearest: {near!r})" for near in nearest[name]) for name in shown]
+        return f"{text} {', '.join(told)}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    told = [side("the checkpoint lacks", missing, unknown)] if missing else []
+    told += [side("the model lacks", unknown, missing)] if unknown else []
+    if any("parametrizations." in name for name in (*missing, *unknown)):
+        told.append("one side has parametrized weights: apply the same parametrization to the model")
+    if any("_flat_param" in name for name in unknown):
+        told.append("the checkpoint holds FSDP's flat parameters: save a full state_dict")
+    return (
+        "; ".join(told) + ". Build the model that was trained, or set rename, which maps regular expressions to names"
+    )

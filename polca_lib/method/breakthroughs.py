@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.clustering import by_vector
-from polca_lib.method.settings import ClusteringSettings
+from polca_lib.method.settings import ClusteringSettings, check_window
 
 _MIRRORED = {"vector": int, "one": int, "other": int, "correlation": float, "share": float, "ratio": float}
 
@@ -52,17 +52,8 @@ def breakthrough_step(trajectories: xr.DataArray, window: int) -> xr.DataArray:
         ValueError: D is not a multiple of the cadence, or so long that no step has D on both sides.
     """
     steps = trajectories["step"].values
-    gaps = np.diff(steps)
-    cadence = int(gaps[0]) if (gaps == gaps[0]).all() else None
-    if cadence is not None and (window % cadence or window < cadence):
-        raise ValueError(f"window = {window} is not a multiple of the cadence of {cadence} steps")
+    check_window(window, steps)
     inner = (steps - window >= steps[0]) & (steps + window <= steps[-1])
-    if not inner.any():
-        span = int(steps[-1] - steps[0])
-        longest = int(np.minimum(steps - steps[0], steps[-1] - steps).max())
-        raise ValueError(
-            f"window = {window} needs {2 * window} steps of training, but there are {span}; allowed: at most {longest}"
-        )
     values = trajectories.transpose("step", ...).astype(np.result_type(trajectories.dtype, np.float32))
     middle = values.isel(step=inner)
     after, before = (_between(values, middle["step"].values + shift, middle) for shift in (window, -window))
@@ -155,8 +146,8 @@ def named_mirrors(clusters: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
         pairs: from :func:`mirrored`.
     """
     against: dict[tuple[int, int], set[int]] = {}
-    for vector, one, other in zip(pairs["vector"], pairs["one"], pairs["other"], strict=True):
-        against.setdefault((vector, one), set()).add(other)
-        against.setdefault((vector, other), set()).add(one)
+    for vector, left, right in zip(pairs["vector"], pairs["one"], pairs["other"], strict=True):
+        against.setdefault((vector, left), set()).add(right)
+        against.setdefault((vector, right), set()).add(left)
     keys = zip(clusters["vector"], clusters["cluster"], strict=True)
     return [", ".join(map(str, sorted(against.get(key, ())))) for key in keys]

@@ -18,12 +18,34 @@ from polca_lib.method.settings import ClusteringSettings, Scaling
 DROPPED, OUTLIER = -2, -1
 """Labels of tokens that were filtered out before HDBSCAN, and of those it calls noise. Clusters count from 1."""
 
+_EPS = float(np.finfo(np.float32).eps)
+
 
 def is_decreasing(trajectories: xr.DataArray, by: Literal["final", "trend"] = "final") -> xr.DataArray:
     """Whether a trajectory falls: ends below where it began, or has a least-squares line with a negative slope."""
     if by == "trend":
         return trajectories.polyfit("step", 1)["polyfit_coefficients"].sel(degree=1, drop=True) < 0
     return trajectories.isel(step=-1, drop=True) < trajectories.isel(step=0, drop=True)
+
+
+def moves(trajectories: xr.DataArray) -> xr.DataArray:
+    """Whether a trajectory moves by more than float32 can tell, (token) or (token, vector).
+
+    With eps = 2^-23, the loss L(x) of a token has a rounding error of about eps |L(x)|, and so has each of the terms
+    <grad L(x), b> s whose sum is a projected loss f. So f is known up to
+
+        F = eps (max_t |L(x, t)| + sum_t |f(t + 1) - f(t)|),
+
+    and it moves if max_t |f(t) - f(0)| > F.
+
+    Args:
+        trajectories: (step, token) or (step, token, vector). Coordinate ``largest_loss`` (token) is max_t |L(x, t)|, as
+            :func:`polca_lib.method.decomposition.projected_loss` gives it; without it max_t |f(t)| takes its place, as
+            for the exact loss.
+    """
+    sizes = trajectories.coords.get("largest_loss", abs(trajectories).max("step"))
+    floor = _EPS * (sizes + abs(trajectories.diff("step")).sum("step"))
+    return abs(trajectories - trajectories.isel(step=0, drop=True)).max("step") > floor
 
 
 def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Float[np.ndarray, "token step"]:
@@ -33,10 +55,12 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     - ``unit``: f(t) - f(0), divided by abs(f(T) - f(0)). Only the timing counts.
     - ``zscore``: mean 0 and standard deviation 1 over time.
 
-    The paper does not say which it uses. Trajectories without any change are not divided.
+    The paper does not say which it uses. Trajectories are not divided by a change below their rounding in float32,
+    2^-23 max_t |f(t)|.
     """
     if scaling == "raw":
         return trajectories
+    rounding = _EPS * np.abs(trajectories).max(axis=1, keepdims=True, initial=0)
     if scaling == "unit":
         trajectories = trajectories - trajectories[:, :1]
         size = np.abs(trajectories[:, -1:])
@@ -45,7 +69,7 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
         size = trajectories.std(axis=1, keepdims=True)
     else:
         raise ValueError(f"scaling = {scaling!r} is unknown; allowed: raw, unit, zscore")
-    return trajectories / np.where(size > 0, size, 1.0)
+    return trajectories / np.where(size > rounding, size, 1.0)
 
 
 def cluster_tokens(
@@ -57,7 +81,9 @@ def cluster_tokens(
 ) -> xr.DataArray:
     """Cluster the trajectories of all tokens along each vector (sections 3.3 and 4.1).
 
-    A vector is kept if its mean trajectory falls. A token is kept if its own trajectory falls. HDBSCAN groups the rest.
+    A vector is kept if its mean trajectory falls. A token is kept if its own trajectory falls, and if it moves by more
+    than F = 2^-23 (max_t |L(x, t)| + sum_t |f(t + 1) - f(t)|), which float32 can't tell from no movement (see
+    :func:`moves`). HDBSCAN groups the rest.
 
     Args:
         trajectories: (step, token) or (step, token, vector), with coordinates.
@@ -97,11 +123,12 @@ def candidates(
 ) -> tuple[Bool[np.ndarray, " token"], Float[np.ndarray, "kept step"], int]:
     """What HDBSCAN is given of one vector: which tokens, their scaled trajectories, and ``min_samples``.
 
-    With ``only_falling`` tokens are kept if they fall and, unless ``judge_vector`` is off, if their mean falls.
+    With ``only_falling`` tokens are kept if they move and fall, and, unless ``judge_vector`` is off, if their mean
+    falls.
     """
     keep = np.ones(trajectories.sizes["token"], dtype=bool)
     if only_falling:
-        keep = is_decreasing(trajectories, settings.falls_by).values
+        keep = (is_decreasing(trajectories, settings.falls_by) & moves(trajectories)).values
         if judge_vector and not is_decreasing(trajectories.mean("token"), settings.falls_by):
             keep = np.zeros_like(keep)
     values = trajectories.transpose("token", "step").values[keep].astype(np.float64)

@@ -119,14 +119,21 @@ def accumulate(changes: xr.DataArray, steps: xr.DataArray) -> xr.DataArray:
 
 
 def projected_loss(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
-    """L_b(x, t) of Eq. 10, in nats: (step, token, vector). See :func:`polca` for ``order``."""
-    return accumulate(polca(projections, order), projections["step"]).rename("projected_loss")
+    """L_b(x, t) of Eq. 10, in nats: (step, token, vector). See :func:`polca` for ``order``.
+
+    The coordinate ``largest_loss`` (token) is max_t |L(x; theta_t)|, on whose rounding depends what is movement, see
+    :func:`polca_lib.method.clustering.moves`.
+    """
+    curves = accumulate(polca(projections, order), projections["step"]).rename("projected_loss")
+    if "loss" not in projections:
+        return curves
+    return curves.assign_coords(largest_loss=("token", abs(projections["loss"]).max("step").values))
 
 
 def coarsen(projections: xr.Dataset, factor: int) -> xr.Dataset:
     """The projections that a run with every ``factor``-th checkpoint alone would have had.
 
-    What can't be had from them, ``distance`` and ``inside_loss``, is left out for factors over 1.
+    ``distance`` and ``inside_loss`` can't be computed from them, and are left out for factors over 1.
 
     Raises:
         ValueError: the number of intervals is not a multiple of ``factor``.
@@ -140,12 +147,12 @@ def coarsen(projections: xr.Dataset, factor: int) -> xr.Dataset:
         )
     if factor == 1:
         return projections
-    kept = projections.drop_vars(["distance", "inside_loss", "movement"], errors="ignore").isel(
+    thinned = projections.drop_vars(["distance", "inside_loss", "movement"], errors="ignore").isel(
         step=slice(None, None, factor)
     )
     summed = projections["movement"][:-1].values.reshape(intervals // factor, factor, -1).sum(axis=1)
     movement = np.concatenate([summed, np.full((1, summed.shape[1]), np.nan, summed.dtype)])
-    return kept.assign(movement=(("step", "vector"), movement))
+    return thinned.assign(movement=(("step", "vector"), movement))
 
 
 def loss_change(projections: xr.Dataset) -> xr.DataArray:
@@ -203,14 +210,14 @@ def reversals(projections: xr.Dataset) -> xr.DataArray:
     return movement.isel(step=0, drop=True).copy(data=turned.mean(axis=0)).rename("reversals")
 
 
-def compare_trajectories(one: xr.DataArray, other: xr.DataArray) -> pd.Series:
+def compare_trajectories(left: xr.DataArray, right: xr.DataArray) -> pd.Series:
     """Mean cosine similarity and L2 distance of two sets of trajectories over tokens and vectors (Table 5)."""
-    dot = (one * other).sum("step")
-    lengths = np.sqrt((one**2).sum("step") * (other**2).sum("step"))
+    dot = (left * right).sum("step")
+    lengths = np.sqrt((left**2).sum("step") * (right**2).sum("step"))
     return pd.Series(
         {
             "cosine": float((dot / lengths.where(lengths > 0)).mean()),
-            "l2": float(np.sqrt(((one - other) ** 2).sum("step")).mean()),
+            "l2": float(np.sqrt(((left - right) ** 2).sum("step")).mean()),
         }
     )
 

@@ -17,6 +17,11 @@ Solver = Literal["lanczos", "cola"]
 HESSIAN_KINDS: tuple[BasisKind, ...] = ("hessian", "shuffled", "final")
 """Kinds of basis that are made of eigenvectors of the Hessian."""
 
+TOLERANCE = 1e-3
+"""Relative residual at which Lanczos stops, if none is given."""
+FORMER_TOLERANCE = 0.01
+"""The same up to version 0.2: a basis that was made with it is opened where no tolerance is given."""
+
 _VECTORS = 10  # of a basis, if nothing says how many
 
 
@@ -54,7 +59,9 @@ class BasisSettings(Section):
     )
     which: Literal["largest", "magnitude"] = "largest"
     solver: Solver = Field("lanczos", description="of the eigenproblem: this library's Lanczos, or CoLA's")
-    tolerance: float = Field(0.01, gt=0, lt=1, description="relative residual at which Lanczos stops")
+    tolerance: float | None = Field(
+        None, gt=0, lt=1, description="relative residual at which Lanczos stops; 0.001 if not given"
+    )
     max_products: int = Field(60, ge=2, description="Hessian-vector products per checkpoint at most")
 
     @model_validator(mode="after")
@@ -69,11 +76,13 @@ class BasisSettings(Section):
         return self
 
     def resolved(self, available: Sequence[int]) -> Self:
-        """The same with the number of vectors filled in.
+        """The same with the number of vectors and the tolerance filled in.
 
         Args:
             available: steps that have a checkpoint, in training order.
         """
+        if self.tolerance is None:
+            return self.model_copy(update={"tolerance": TOLERANCE}).resolved(available)
         if self.n_vectors is not None:
             return self
         n_vectors = _VECTORS if self.every is None else len(self._multiples(available)) * self.k
@@ -93,7 +102,7 @@ class BasisSettings(Section):
             ValueError: a step without a checkpoint, or too few checkpoints for so many vectors.
         """
         n_vectors = self.resolved(available).n_vectors
-        needed = math.ceil(n_vectors / self.k)
+        needed = n_vectors if self.kind == "trajectory" else math.ceil(n_vectors / self.k)
         if self.every is None and self.kind in ("random", "parameters", "final"):
             return [available[-1]] * needed
         if self.steps is not None:
@@ -106,6 +115,11 @@ class BasisSettings(Section):
             steps = list(available[1:])
             if self.kind != "trajectory" and len(steps) >= needed:
                 steps = [steps[math.ceil(len(steps) * i / needed) - 1] for i in range(1, needed + 1)]
+        if len(steps) < needed and self.kind == "trajectory":
+            raise ValueError(
+                f"basis.kind = 'trajectory' finds at most {len(steps)} directions in {len(steps) + 1} checkpoints; "
+                f"{n_vectors} were asked for; lower basis.n_vectors, basis.k or basis.every"
+            )
         if len(steps) < needed:
             raise ValueError(
                 f"basis.n_vectors = {n_vectors} needs {needed} checkpoints after the first with basis.k = "
@@ -138,6 +152,24 @@ class ClusteringSettings(Section):
         None, ge=0, description="tau of v3 Eq. 10, in steps; measured on the loss curve if not given"
     )
 
+    def check(self, steps: Sequence[int], tokens: int | None = None) -> None:
+        """Refuse settings that no run of this length can meet.
+
+        Args:
+            steps: of the checkpoints.
+            tokens: how many are decomposed, if it is known.
+
+        Raises:
+            ValueError: a setting is given that does not fit.
+        """
+        if self.breakthrough_window is not None:
+            check_window(self.breakthrough_window, steps, "clustering.breakthrough_window")
+        limits = {"hidden_after": (steps[-1], "last step"), "min_cluster_size": (tokens, "number of tokens")}
+        for name, (most, meaning) in limits.items():
+            value = getattr(self, name)
+            if value is not None and most is not None and value > most:
+                raise ValueError(f"clustering.{name} = {value}; allowed: at most {most}, the {meaning} of this run")
+
     def resolved(self, tokens: int, steps: Sequence[int]) -> Self:
         """The same with ``min_cluster_size`` and ``breakthrough_window`` filled in.
 
@@ -153,6 +185,30 @@ class ClusteringSettings(Section):
             cadence = gaps.pop() if len(gaps) == 1 else 1
             update["breakthrough_window"] = cadence * max(1, round((steps[-1] - steps[0]) / 20 / cadence))
         return self.model_copy(update=update)
+
+
+def check_window(window: int, steps: Sequence[int], name: str = "window") -> None:
+    """Refuse a window D of v3 Eq. 9 that checkpoints at these steps can't have.
+
+    Raises:
+        ValueError: D is not a multiple of a constant cadence, or no checkpoint has D steps on both sides.
+    """
+    gaps = {int(b - a) for a, b in itertools.pairwise(steps)}
+    cadence = min(gaps) if len(gaps) == 1 else 1
+    if window < 1 or window % cadence:
+        raise ValueError(f"{name} = {window} is not a multiple of the cadence of {cadence} steps")
+    longest = max(min(int(step - steps[0]), int(steps[-1] - step)) for step in steps)
+    if window > longest:
+        raise ValueError(
+            f"{name} = {window} needs {2 * window} steps of training, but there are {int(steps[-1] - steps[0])}; "
+            f"allowed: at most {longest}"
+        )
+
+
+def check_n_vectors(n_vectors: int, n_parameters: int) -> None:
+    """Refuse more vectors than parameters: they can't all be orthogonal."""
+    if n_vectors > n_parameters:
+        raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {n_parameters}, the number of parameters")
 
 
 def few(steps: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Vectors in parameter space: how a basis is read, and inner products and projections that are exact enough."""
+"""Vectors in parameter space: reading a basis, and inner products and projections in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-_SLICE = 2**14  # parameters for which all Gaussian vectors are in memory at once
+_SLICE = 2**14  # entries of all Gaussian vectors that are in memory at once
 
 
 def read_vectors(
@@ -21,7 +21,7 @@ def read_vectors(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "block d"]:
-    """Rows ``start`` (from 0) to ``stop`` (excluded) of the basis B; only these are read from disk or drawn.
+    """Rows ``start`` (from 0) to ``stop`` (excluded) of the basis B; only these are read from disk or computed.
 
     Args:
         basis: as :func:`polca_lib.method.basis.compute_basis` returns it.
@@ -30,14 +30,17 @@ def read_vectors(
     """
     rows = range(basis.sizes["vector"])[start:stop]
     block = slice(rows.start, rows.stop)
+    # Stored vectors.
     if "vectors" in basis:
         return torch.from_numpy(basis["vectors"][block].values).to(device, dtype)
     result = torch.zeros(len(rows), basis.attrs["parameters"], device=device, dtype=dtype)
+    # Axes of single parameters.
     if "axis" in basis:
         return result.scatter_(1, torch.from_numpy(basis["axis"][block].values).to(device)[:, None], 1)
+    # Random vectors: B = L^-1 G, see mixing().
     mixing = torch.from_numpy(basis["mixing"][block].values)
     for part, gaussians in _slices(basis.attrs["seed"], rows.stop, basis.attrs["parameters"]):
-        # One row at a time: a vector then has the same bits in whichever block it is read.
+        # One row at a time, so that a vector has the same bits in whichever block it is read.
         for index, row in enumerate(rows):
             result[index, part] = (mixing[index, : row + 1] @ gaussians[: row + 1]).to(result)
     return result
@@ -46,8 +49,8 @@ def read_vectors(
 def inner_products(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
     """<a_i, b_j> for all rows of two sets of vectors, summed in float64.
 
-    In float32, torch sums a million squares to about four digits. That is too few for lengths, and for the small part
-    of a movement that lies along one direction.
+    In float32, torch sums a million squares to about four digits: too few for lengths, and for the small part of a
+    movement that lies along a single direction.
     """
     size = max(1, 2**22 // max(len(rows), len(others)))
     chunks = zip(rows.split(size, dim=1), others.split(size, dim=1), strict=True)
@@ -70,7 +73,7 @@ def without(vector: Float[Tensor, " d"], known: Iterable[Float[Tensor, " d"]]) -
 def orthogonalise(vector: Float[Tensor, " d"], against: Iterable[Float[Tensor, " d"]]) -> Float[Tensor, " d"]:
     """P v / norm(P v), the unit vector orthogonal to the orthonormal ``against``, by Gram-Schmidt in float64.
 
-    Gram-Schmidt runs twice: in floating point once leaves too much behind.
+    Gram-Schmidt runs twice, because once leaves rounding errors of the size of the removed part.
     """
     rest = without(without(vector.double(), against), against)
     return (rest / rest.norm()).to(vector.dtype)
@@ -95,6 +98,7 @@ def _slices(seed: int, n: int, d: int) -> Iterator[tuple[slice, Float[Tensor, "n
 
 def mixing(seed: int, n: int, d: int) -> Float[np.ndarray, "vector gaussian"]:
     """L^-1 for the Cholesky factor L of G G^T: its rows combine Gaussian vectors G into orthonormal ones."""
+    # G G^T = L L^T.
     gram = sum(gaussians @ gaussians.T for _, gaussians in _slices(seed, n, d))
-    root = torch.linalg.cholesky(gram)
-    return torch.linalg.solve_triangular(root, torch.eye(n, dtype=root.dtype), upper=False).numpy()
+    factor = torch.linalg.cholesky(gram)
+    return torch.linalg.solve_triangular(factor, torch.eye(n, dtype=factor.dtype), upper=False).numpy()

@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.breakthroughs import mark_hidden
-from polca_lib.method.clustering import DROPPED, by_vector, is_decreasing
+from polca_lib.method.clustering import DROPPED, by_vector, is_decreasing, moves
 from polca_lib.method.decomposition import completeness
 from polca_lib.method.settings import ClusteringSettings
 from polca_lib.storage.columns import token_table
@@ -77,7 +77,8 @@ class Findings:
         """One row per vector.
 
         Columns ``vector``, ``birth_step``, ``eigenvalue``, ``change`` (of the mean projected loss, nats), ``falls``,
-        and the numbers of tokens ``dropped`` and ``clustered``, and of ``clusters``.
+        and the numbers of tokens ``still`` (without movement, see :func:`polca_lib.method.clustering.moves`),
+        ``dropped`` (these and those that do not fall) and ``clustered``, and of ``clusters``.
         """
         mean, labels = self.curves.mean("token"), by_vector(self.labels)
         table = pd.DataFrame({"vector": self.curves["vector"].values})
@@ -86,6 +87,7 @@ class Findings:
         return table.assign(
             change=mean.isel(step=-1).values,
             falls=is_decreasing(mean, self.clustering.falls_by).values,
+            still=(~by_vector(moves(self.curves))).sum("token").values,
             dropped=(labels == DROPPED).sum("token").values,
             clustered=(labels >= 1).sum("token").values,
             clusters=labels.max("token").clip(0).values,
@@ -98,8 +100,9 @@ class Findings:
             ``tokens``, ``vectors``, ``checkpoints``, ``first_step``, ``last_step``, ``loss_start``, ``loss_end``
             (nats), ``order``, ``scaling``, ``hidden_after``; ``claimed`` (sum of the projected losses divided by the
             true change), ``inside`` (share of the true change after movement inside the basis; None if not measured),
-            ``correlation`` (of both sums over tokens); ``vectors_falling``, ``vectors_with_clusters``, ``clusters``,
-            ``hidden_breakthroughs``; and ``breakthroughs``, a dictionary for each cluster.
+            ``correlation`` (of both sums over tokens); ``still`` (curves of a token along a vector that do not move);
+            ``vectors_falling``, ``vectors_with_clusters``, ``clusters``, ``hidden_breakthroughs``; and
+            ``breakthroughs``, a dictionary for each cluster.
         """
         shares, clusters = self.completeness.attrs, self.clusters
         loss, steps = self.projections["loss"].mean("token").values, self.projections["step"].values
@@ -117,6 +120,7 @@ class Findings:
             "claimed": _plain(shares["share"]),
             "inside": _plain(shares.get("share_inside")),
             "correlation": _plain(shares["correlation"]),
+            "still": int(self.vectors["still"].sum()),
             "vectors_falling": int(self.vectors["falls"].sum()),
             "vectors_with_clusters": int(clusters["vector"].nunique()),
             "clusters": len(clusters),

@@ -5,15 +5,18 @@ Paths may be local or any URL that ``upath`` (fsspec) supports, such as ``s3://b
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -21,11 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 from filelock import FileLock, Timeout
 
 from polca_lib.storage.hashing import hash_json
 
 FORMAT_VERSION = 3
+
+_IDENTITY = ("format_version", "stage", "config", "parents")  # fields of a manifest that make up the key
+_HOST = re.sub(r"\W", "-", platform.node()) or "unknown"
+_HOUR = 3600  # seconds after which a partial file of another machine counts as left behind
+_NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class ArtefactMismatch(ValueError):
@@ -41,8 +50,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     if not isinstance(path, Path):  # object stores write whole objects
         path.write_bytes(content)
         return
-    # Use a unique name, because another process may write the same file at the same time.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    # Use a unique name, because another process may write the same file at the same time. It says who writes.
+    partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{uuid.uuid4().hex}.partial")
+    delete_partials(path.parent, path.name)
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -52,6 +62,47 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def delete_partials(folder: Path, name: str | None = None) -> None:
+    """Delete partial files of killed processes: those of this machine, and those that did not change for an hour.
+
+    Args:
+        folder: a local folder.
+        name: of the file whose partial files are deleted; any file by default.
+    """
+    for partial in folder.glob(f".{'*' if name is None else glob.escape(name)}.*partial"):
+        *_, host, process, _, _ = ("", "", "", *partial.name.split("."))
+        with suppress(OSError):  # another process deletes it, too, or may not
+            ended = host == _HOST and process.isdecimal() and not psutil.pid_exists(int(process))
+            if ended or time.time() - partial.stat().st_mtime > _HOUR:
+                partial.unlink()
+
+
+def is_read_only(folder: Path) -> bool:
+    """Whether this process may not write to a local folder."""
+    return isinstance(folder, Path) and folder.exists() and not os.access(folder, os.W_OK)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Say what to do if a disk or folder takes no files or no locks.
+
+    Raises:
+        OSError: with the path and the way round, in place of the error within the block.
+    """
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        code = error.errno if isinstance(error, OSError) else errno.ENOSYS
+        if code not in _NO_WRITING:
+            raise
+        raise OSError(
+            code,
+            f"{os.strerror(code)}: it can't be written or locked. Finished results can be read here; to compute, use a "
+            "folder on a disk that takes files and locks, such as a local one, and copy there what is finished",
+            str(path),
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -77,8 +128,9 @@ class Artefact:
         expected = json.loads(json.dumps(expected))  # tuples become lists, as in the manifest
         manifest = path / "manifest.json"
         if not manifest.exists():
-            path.mkdir(parents=True, exist_ok=True)
-            write_atomically(manifest, json.dumps({**expected, "software": software()}, indent=1).encode())
+            with explained(path):
+                path.mkdir(parents=True, exist_ok=True)
+                write_atomically(manifest, json.dumps({**expected, "software": software()}, indent=1).encode())
             return cls(path, hash_json(expected))
         try:
             stored = json.loads(manifest.read_text())
@@ -95,10 +147,32 @@ class Artefact:
         return cls(path, hash_json(expected))
 
     @classmethod
-    def of_stage(cls, folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> Artefact:
-        """Open or create the artefact in ``folder`` whose name has the hash of all arguments; see :meth:`open`."""
-        name = hash_json([FORMAT_VERSION, stage, config, parents])[:12]
-        return cls.open(folder / f"{stage}-{name}", stage, config, parents)
+    def of_stage(
+        cls,
+        folder: Path,
+        stage: str,
+        config: Mapping[str, Any],
+        parents: Mapping[str, str],
+        later: Mapping[str, Any] | None = None,
+    ) -> Artefact:
+        """Open or create the artefact at :meth:`path_of`; see :meth:`open`.
+
+        Args:
+            later: settings that came into the key later. An artefact without them, if there is one, is opened.
+        """
+        if later and not (cls.path_of(folder, stage, config, parents) / "manifest.json").exists():
+            config = {**config, **later}
+        return cls.open(cls.path_of(folder, stage, config, parents), stage, config, parents)
+
+    @staticmethod
+    def path_of(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> Path:
+        """Folder of an artefact in ``folder``; its name has the hash of all arguments."""
+        return folder / f"{stage}-{hash_json([FORMAT_VERSION, stage, config, parents])[:12]}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings it was made with."""
+        return json.loads((self.path / "manifest.json").read_text())["config"]
 
     @property
     def software(self) -> dict[str, str]:
@@ -120,9 +194,7 @@ class Artefact:
         """
         with self._lock():
             if isinstance(self.path, Path):
-                # Delete the partial files of killed processes.
-                for partial in self.path.glob(".*.partial"):
-                    partial.unlink(missing_ok=True)
+                delete_partials(self.path)
             start = time.perf_counter()
             try:
                 yield
@@ -135,12 +207,22 @@ class Artefact:
         """Acquire the lock of a local folder; the operating system releases it if this process dies."""
         if not isinstance(self.path, Path):
             return nullcontext()
-        lock = FileLock(self.path / ".lock")
-        try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process is at work on {self.path}; waiting for it to end", file=sys.stderr, flush=True)
-            return lock.acquire()
+        lock = FileLock(self.path / ".lock", fallback_to_soft=False)
+        with explained(self.path / ".lock"):
+            try:
+                return lock.acquire(timeout=0)
+            except Timeout:
+                print(f"another process is at work on {self.path}; waiting for it to end", file=sys.stderr, flush=True)
+                return lock.acquire()
+
+
+def key_of(folder: Path) -> str | None:
+    """Key of the artefact in a folder, from its manifest; none without a manifest that can be read."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return hash_json({name: manifest[name] for name in _IDENTITY})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def provenance(about: Mapping[str, object], stages: Mapping[str, Artefact]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ Checkpoints that others wrote are read in :mod:`polca_lib.storage.checkpoint_fol
 :mod:`polca_lib.storage.huggingface`.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,33 +18,51 @@ from safetensors.torch import save
 from torch import Tensor
 
 from polca_lib.derivatives.token_loss import TokenLoss
-from polca_lib.storage.artefacts import DamagedFile, write_atomically
+from polca_lib.storage.artefacts import DamagedFile, explained, write_atomically
 from polca_lib.storage.hashing import hash_tensors, hash_vector
+from polca_lib.storage.names import align
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors atomically as safetensors, with the SHA-256 of their names and bytes in the metadata."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], **about: object) -> None:
+    """Write tensors atomically as safetensors, with a SHA-256 of them and what they are ``about``, such as a step."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, metadata={"sha256": hash_tensors(tensors)}))
+    record = {name: str(value) for name, value in about.items()}
+    record["sha256"] = hash_tensors(tensors, record)
+    # One entry of metadata, because safetensors writes several in no fixed order.
+    write_atomically(path, save(tensors, metadata={"polca": json.dumps(record)}))
 
 
-def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+def load_tensors(path: Path, device: str = "cpu", **about: object) -> dict[str, Tensor]:
     """Read the tensors that :func:`save_tensors` wrote, and verify their checksum.
+
+    Args:
+        about: what the tensors must be about. Files of version 0.2 and earlier do not say it.
 
     Raises:
         FileNotFoundError: the file is missing.
-        DamagedFile: the file is truncated or its content has changed.
+        DamagedFile: the file is truncated, its content has changed, or it belongs to another step.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            checksum = (file.metadata() or {}).get("sha256")
+            metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedFile(f"{path} is damaged ({error}); delete it to recompute it") from None
-    if checksum != hash_tensors(tensors):
+    try:
+        record = dict(json.loads(metadata.get("polca", "{}")))
+    except (ValueError, TypeError):
+        record = {}
+    older = metadata.keys() == {"sha256"} and metadata["sha256"] == hash_tensors(tensors)
+    if not older and record.pop("sha256", None) != hash_tensors(tensors, record):
         raise DamagedFile(f"{path} is damaged (its checksum does not match); delete it to recompute it")
+    for name, value in () if older else about.items():
+        if record.get(name) != str(value):
+            raise DamagedFile(
+                f"{path} holds {name} {record.get(name)}, but {name} {value} belongs there: were files exchanged? Put "
+                "them back, or delete it to recompute it"
+            )
     return {name: t.to(device) for name, t in tensors.items()}
 
 
@@ -77,13 +96,25 @@ class Checkpoints(Protocol):
     def identity(self, step: int) -> str:
         """Fingerprint of the checkpoint that is cheap to compute: file names and sizes, or a commit."""
 
+    def at_hand(self, step: int) -> bool:
+        """Whether :meth:`theta` only reads a file: nothing is downloaded or trained."""
+        return True
 
-def flatten(checkpoints: Checkpoints, step: int, tensors: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
-    """Flatten the tensors of a checkpoint; the ValueError for a wrong model names the checkpoint."""
+    def notes(self) -> list[str]:
+        """What was left aside or ignored in reading, for the provenance of the results."""
+        return []
+
+
+def flatten(
+    checkpoints: Checkpoints, step: int, tensors: Mapping[str, Tensor], rename: Mapping[str, str] | None = None
+) -> Float[Tensor, " d"]:
+    """Flatten the tensors of a checkpoint, see :func:`polca_lib.storage.names.align`; errors name the checkpoint."""
     try:
-        return checkpoints.token_loss.flatten(tensors).to(checkpoints.device)
+        aligned, _ = align(tensors, checkpoints.token_loss, rename)
+        theta = checkpoints.token_loss.flatten(aligned).detach()
+        return theta if theta.is_meta else theta.to(checkpoints.device)
     except ValueError as error:
-        raise ValueError(f"{checkpoints.name(step)} does not fit the model: {error}") from None
+        raise type(error)(f"{checkpoints.name(step)} does not fit the model: {error}") from None
 
 
 def file_sizes(files: Iterable[Path], folder: Path) -> str:
@@ -114,10 +145,10 @@ class CheckpointFolder(Checkpoints):
 
     def save(self, step: int, parameters: Mapping[str, Tensor]) -> None:
         """Store the parameters at ``step``."""
-        save_tensors(self.file(step), parameters)
+        save_tensors(self.file(step), parameters, step=step)
 
     def theta(self, step: int) -> Float[Tensor, " d"]:
-        return flatten(self, step, load_tensors(self.file(step), self.device))
+        return flatten(self, step, load_tensors(self.file(step), self.device, step=step))
 
 
 @dataclass(frozen=True)
@@ -133,16 +164,51 @@ class ChecksummedCheckpoints(Checkpoints):
     name = property(attrgetter("inner.name"))
     identity = property(attrgetter("inner.identity"))
 
+    def at_hand(self, step: int) -> bool:
+        # Checkpoints that others wrote may lack the method.
+        return not hasattr(self.inner, "at_hand") or self.inner.at_hand(step)
+
     def theta(self, step: int) -> Float[Tensor, " d"]:
         theta = self.inner.theta(step)
         digest = hash_vector(theta)
-        path = self.folder / f"{step:012d}.sha256"
+        path = self._path(step)
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, digest.encode())
+            with explained(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, digest.encode())
+            self._refuse_all_equal(step)
         elif path.read_bytes() != digest.encode():
             raise DamagedFile(
                 f"{self.name(step)} is not what it was when it was first read (its checksum does not match); restore "
                 f"it, or use another folder than {self.folder.parent} for the new content"
             )
         return theta
+
+    def notes(self) -> list[str]:
+        """See :meth:`Checkpoints.notes`; equal checkpoints are noted, too."""
+        equal = [f"the same weights at steps {', '.join(map(str, steps))}" for steps in self.duplicates()]
+        return [*getattr(self.inner, "notes", list)(), *equal]
+
+    def duplicates(self) -> list[list[int]]:
+        """Groups of steps with the same weights, among the checkpoints that were read so far."""
+        groups: dict[str, list[int]] = {}
+        for step in self.steps:
+            if digest := self._digest(step):
+                groups.setdefault(digest, []).append(step)
+        return [steps for steps in groups.values() if len(steps) > 1]
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:012d}.sha256"
+
+    def _digest(self, step: int) -> str | None:
+        """Checksum of the weights at ``step``; none before the first read."""
+        path = self._path(step)
+        return path.read_text().split("\n")[0] if path.exists() else None
+
+    def _refuse_all_equal(self, step: int) -> None:
+        steps = self.steps
+        if len(steps) > 1 and all(self._digest(other) == self._digest(step) for other in steps):
+            raise ValueError(
+                f"all {len(steps)} checkpoints hold the same weights, from {self.name(steps[0])} to "
+                f"{self.name(steps[-1])}: there is no change to explain; check how they were saved"
+            )

@@ -25,11 +25,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names and bytes of tensors, in alphabetical order of the names."""
-    digest = hashlib.sha256()
+def hash_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> str:
+    """Hash names and bytes of tensors; with ``about`` also that, dtypes and shapes (since version 0.3)."""
+    digest = hashlib.sha256(b"" if about is None else json.dumps([*about.items()]).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        kind = "" if about is None else f" {tensors[name].dtype} {tuple(tensors[name].shape)}"
+        digest.update(f"{name}{kind}".encode())
         digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,14 +17,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from polca_lib.derivatives.token_loss import Subject, TokenLoss
-from polca_lib.storage.artefacts import DamagedFile
+from polca_lib.derivatives.token_loss import Subject, TokenLoss, describe_names
+from polca_lib.storage.artefacts import DamagedFile, write_atomically
 from polca_lib.storage.checkpoints import Checkpoints, file_sizes, flatten
+from polca_lib.storage.documents import TEXT, ends_with, read_records
+from polca_lib.storage.names import check_expressions, few, is_spare_buffer, steps_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAME = re.compile(r"(?:(?P<stage>.+)-)?step(?P<step>\d+)(?:-tokens\d+B?)?")
+# What stands before the step, but for an epoch.
+_STAGE = re.compile(r"(?!epoch)(.+?)[-_](?:global[-_]?)?(?:step|iter)", re.IGNORECASE)
 
 
 class _Revision(NamedTuple):
@@ -37,8 +40,10 @@ class _Revision(NamedTuple):
 class HuggingFaceRevisions(Checkpoints):
     """Checkpoints that are revisions of a repository, downloaded one at a time.
 
-    Revisions are named as by Pythia (``step0``, ``step1``, ... ``step143000``), OLMo (``step1000-tokens4B``) or OLMo 2
-    (``stage1-step1000-tokens5B``). transformers loads the weights, only from safetensors.
+    Revisions are named as by Pythia (``step0``, ``step1``, ... ``step143000``), OLMo (``step1000-tokens4B``), OLMo 2
+    (``stage1-step1000-tokens5B``), or in any way that says the step (see :func:`polca_lib.storage.names.read_step`).
+    transformers loads the weights, only from safetensors, and all of them must be there. What is in the cache of the
+    hub is read without a network.
 
     Args:
         repo: repository such as ``EleutherAI/pythia-70m``, or a local folder with one subfolder per revision.
@@ -46,9 +51,14 @@ class HuggingFaceRevisions(Checkpoints):
         revisions: names of the revisions to use; all that name a step by default.
         keep: whether to keep downloads in the cache of the hub.
         stage: stage of training, for names that have one; the first by default.
+        pattern: regular expression to search in each name; its only group is the step.
+        rename: see :class:`polca_lib.storage.checkpoint_folders.SafetensorsFolder`; for a model around that of
+            transformers.
 
     Raises:
-        ValueError: no revision names a step, a requested revision is missing, or two have the same step.
+        ValueError: no revision names a step, it is not clear which number is the step, a requested revision is missing,
+            or two have the same step.
+        OSError: the repository is unknown or can't be reached.
     """
 
     def __init__(
@@ -60,20 +70,24 @@ class HuggingFaceRevisions(Checkpoints):
         revisions: Sequence[str] | None = None,
         keep: bool = True,
         stage: str | None = None,
+        pattern: str | None = None,
+        rename: Mapping[str, str] | None = None,
     ):
+        check_expressions("rename", rename or {})
         self.repo, self.token_loss, self.device, self._keep = repo, token_loss, device, keep
-        available = {revision.name: revision for revision in _revisions(repo)}
-        if not available:
+        self._rename = dict(rename or {})
+        selected, self._aside = _revisions(repo, revisions, pattern)
+        if not selected:
             raise ValueError(f"{repo} has no revisions that name a step, such as step0 or step1000-tokens4B")
-        if missing := [name for name in revisions or () if name not in available]:
-            names = textwrap.shorten(", ".join(sorted(available)), 200, placeholder=" ...")
-            raise ValueError(f"{repo} has no revision {missing[0]!r} that names a step; it has {names}")
         # Select the revisions of one stage of training.
-        selected = [available[name] for name in revisions or available]
         stages = sorted({revision.stage for revision in selected})
+        if stage is None and len(stages) > 1:
+            self._aside += [f"stage {name!r}" for name in stages[1:]]
         stage = stages[0] if stage is None else stage
         if stage not in stages:
             raise ValueError(f"stage = {stage!r} is not in {repo}; allowed: {', '.join(stages)}")
+        if self._aside and pattern is None:
+            warnings.warn(f"left aside in {repo}: {few(self._aside)}", stacklevel=2)
         self._by_step: dict[int, _Revision] = {}
         for revision in selected:
             if revision.stage != stage:
@@ -92,23 +106,69 @@ class HuggingFaceRevisions(Checkpoints):
     def identity(self, step: int) -> str:
         return self._by_step[step].commit
 
+    def at_hand(self, step: int) -> bool:
+        """Whether the revision is in a local folder, or in the cache of the hub."""
+        if Path(self.repo).is_dir():
+            return True
+        from huggingface_hub import try_to_load_from_cache
+
+        commit, names = self._by_step[step].commit, ("model.safetensors", "model.safetensors.index.json")
+        cached = (try_to_load_from_cache(self.repo, name, revision=commit) for name in names)
+        return self._keep and any(isinstance(path, str) for path in cached)
+
+    def notes(self) -> list[str]:
+        """Revisions that were left aside."""
+        return [f"left aside in {self.repo}: {few(self._aside)}"] if self._aside else []
+
     def theta(self, step: int) -> Float[Tensor, " d"]:
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         revision = self._by_step[step]
         source = _source(self.repo, revision.name, revision.commit)
-        options = {"dtype": self.token_loss.dtype, "use_safetensors": True}
         # Download to a temporary cache if the files are not to be kept.
         keep = self._keep or Path(self.repo).is_dir()
         with nullcontext() if keep else tempfile.TemporaryDirectory() as cache:
-            try:
-                model = AutoModelForCausalLM.from_pretrained(**source, **options, cache_dir=cache)
-            except SafetensorError as error:
-                raise DamagedFile(f"{self.name(step)} is damaged ({error})") from None
-            # Tied parameters occur under each of their names.
-            parameters = model.named_parameters(remove_duplicate=False)
-            return flatten(self, step, {name: parameter.detach() for name, parameter in parameters})
+            source |= {"cache_dir": cache, "use_safetensors": True}
+            tensors = read_pretrained(self.name(step), AutoModelForCausalLM, source, self.token_loss.dtype)
+            return flatten(self, step, tensors, self._rename)
+
+
+def read_pretrained(name: str, model: Any, source: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Let transformers read a checkpoint, and refuse it unless every weight of the model is there.
+
+    Args:
+        name: name of the checkpoint, for messages.
+        model: class with ``from_pretrained``.
+        source: arguments of ``from_pretrained`` that say where the checkpoint is.
+        dtype: dtype of the weights.
+
+    Returns:
+        The parameters, each under all of its names.
+
+    Raises:
+        DamagedFile: a file can't be read.
+        ValueError: weights are missing, unknown, or have another shape.
+        OSError: a file is missing, or its download fails.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        loaded, report = model.from_pretrained(
+            **source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise DamagedFile(f"{name} is damaged ({error})") from None
+    # transformers fills what is missing with random values. Tied to a parameter that is there, it is not missing.
+    tensors = dict(loaded.named_parameters(remove_duplicate=False))
+    missing, unknown = (set(report.pop(key, ())) for key in ("missing_keys", "unexpected_keys"))
+    read = {id(parameter) for key, parameter in tensors.items() if key not in missing}
+    missing = sorted(key for key in missing if key in tensors and id(tensors[key]) not in read)
+    unknown = sorted(key for key in unknown if not is_spare_buffer(key))
+    told = [f"{key}: {few(map(str, values))}" for key, values in report.items() if values]
+    told += [describe_names(missing, unknown)] if missing or unknown else []
+    if told:
+        raise ValueError(f"{name} does not have the weights of the model: {'; '.join(told)}")
+    return {key: parameter.detach() for key, parameter in tensors.items()}
 
 
 def causal_lm(
@@ -126,7 +186,8 @@ def causal_lm(
 
     Args:
         repo: repository or local folder with a configuration and a tokenizer; see :class:`HuggingFaceRevisions`.
-        texts: path of a text file, or of a ``.jsonl`` file with a field ``text``.
+        texts: path of plain text, or of a file with documents under ``text``; see
+            :func:`polca_lib.storage.documents.read_records`. In ``polca.toml`` it is relative to the file.
         examples: number of windows to decompose, from the start of the text.
         context: tokens per window; each except the first is a target.
         hessian_examples: number of windows for the Hessian, which follow the others.
@@ -148,7 +209,8 @@ def causal_lm(
             raise ValueError(f"{name} = {value}; allowed: {least} or more")
     # Load configuration and tokenizer.
     if not revision:
-        revision = min(_revisions(repo), key=lambda item: item.step).name if Path(repo).is_dir() else "main"
+        local = _revisions(repo)[0] if Path(repo).is_dir() else []
+        revision = min(local, key=lambda item: item.step).name if local else "main"
     source = _source(repo, revision, revision)
     config, tokenizer = AutoConfig.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
     windows = _windows(Path(texts), tokenizer, examples + hessian_examples, context)
@@ -172,22 +234,58 @@ def next_token_losses(model: nn.Module, windows: Int[Tensor, "example position"]
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
 
 
-def _revisions(repo: str) -> Iterator[_Revision]:
-    """Yield all branches and tags of the hub, or subfolders, that name a step."""
+def _revisions(
+    repo: str, names: Sequence[str] | None = None, pattern: str | None = None
+) -> tuple[list[_Revision], list[str]]:
+    """Revisions that name a step, and the names that are left aside."""
+    commits = _commits(repo, names)
+    steps, aside = steps_of(commits, repo, pattern, lenient=names is None)
+    if names is not None and aside:
+        raise ValueError(f"revisions = {few(aside)} of {repo} name no step; leave them out, or set another pattern")
+    stages = {name: "" if pattern else (_STAGE.match(name) or [""] * 2)[1] for name in steps}
+    revisions = [_Revision(name, commits[name], stages[name], step) for name, step in steps.items()]
+    return revisions, [name for name in aside if name != "main"]
+
+
+def _commits(repo: str, names: Sequence[str] | None) -> dict[str, str]:
+    """Commits of branches and tags of the hub; for a local folder, sizes of files in its subfolders."""
     if Path(repo).is_dir():
-        folders = sorted(path for path in Path(repo).iterdir() if path.is_dir())
-        commits = {path.name: file_sizes(sorted(filter(Path.is_file, path.iterdir())), path) for path in folders}
-    else:
-        from huggingface_hub import HfApi
+        folders = {path.name: path for path in sorted(Path(repo).iterdir()) if path.is_dir() and path.name[0] != "."}
+        if missing := [name for name in names or () if name not in folders]:
+            listed = textwrap.shorten(", ".join(folders), 200, placeholder=" ...")
+            raise ValueError(f"{repo} has no revision {missing[0]!r}; it has {listed}")
+        chosen = {name: folders[name] for name in (names or folders)}
+        return {name: file_sizes(sorted(filter(Path.is_file, path.iterdir())), path) for name, path in chosen.items()}
+    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
+    # The last list is kept in the cache of the hub, for use without a network.
+    stored = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "polca-commits.json"
+    known: dict[str, str] = json.loads(stored.read_text()) if stored.is_file() else {}
+    try:
+        # The cache has a folder for each commit.
+        if names is not None:
+            return {name: Path(hf_hub_download(repo, "config.json", revision=name)).parent.name for name in names}
         refs = HfApi().list_repo_refs(repo)
-        commits = {ref.name: ref.target_commit for ref in [*refs.tags, *refs.branches]}
-    for name, commit in commits.items():
-        if match := _NAME.fullmatch(name):
-            yield _Revision(name, commit, match["stage"] or "", int(match["step"]))
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo} lacks one of revisions = {few(names or ())}: {str(error).splitlines()[-1]}") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise FileNotFoundError(f"{repo} is neither a folder nor a repository that the hub shows you") from None
+    except Exception as error:  # packages for HTTP have errors of their own
+        if known and known.keys() >= set(names or ()):
+            return {name: known[name] for name in names or known}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = "its revisions can't be listed; name in revisions what is in the cache" if names is None else few(names)
+        raise ConnectionError(f"{repo} can't be reached and is not in the cache: {what} ({reason})") from None
+    commits = {ref.name: ref.target_commit for ref in [*refs.tags, *refs.branches]}
+    with suppress(OSError):
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(stored, json.dumps(commits).encode())
+    return commits
 
 
-def _source(repo: str, name: str, commit: str) -> dict[str, str]:
+def _source(repo: str, name: str, commit: str) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a revision of the hub or a local subfolder."""
     if Path(repo).is_dir():
         return {"pretrained_model_name_or_path": str(Path(repo) / name)}
@@ -197,19 +295,16 @@ def _source(repo: str, name: str, commit: str) -> dict[str, str]:
 def _windows(path: Path, tokenizer: PreTrainedTokenizerBase, n: int, width: int) -> Int[Tensor, "window position"]:
     """Cut the first ``n`` windows from the concatenated documents; each document ends with the end-of-text token."""
     if not path.is_file():
-        raise FileNotFoundError(f"texts = {str(path)!r} is no file")
+        raise FileNotFoundError(f"texts = {str(path)!r} is not a file")
     tokens: list[int] = []
-    needed, documents = n * width, path.suffix == ".jsonl"
+    needed, documents = n * width, not ends_with(path, TEXT)
     end = [tokenizer.eos_token_id] if documents and tokenizer.eos_token_id is not None else []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(tokens) >= needed:
-                break
-            try:
-                text = json.loads(line)["text"] if documents else line
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, has no field 'text' ({error!r})") from None
-            tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + end
+    for position, record in read_records(path, ["text"]):
+        if len(tokens) >= needed:
+            break
+        if isinstance(record, str):
+            raise ValueError(f"{path}, {position}: {record}")
+        tokens += tokenizer(record["text"], add_special_tokens=False)["input_ids"] + end
     if len(tokens) < needed:
         raise ValueError(f"texts = {str(path)!r} has {len(tokens)} tokens; {n} windows of {width} take {needed}")
     return torch.tensor(tokens[:needed]).reshape(n, width)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +16,20 @@ import numcodecs
 import numpy as np
 import xarray as xr
 import zarr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 from zarr.storage import FsspecStore
 
-from polca_lib.storage.artefacts import DamagedFile, write_atomically
+from polca_lib.storage.artefacts import DamagedFile, key_of, write_atomically
 from polca_lib.storage.hashing import hash_file
 
 CHECKED = numcodecs.CRC32()
 """Filter that adds a checksum to each chunk."""
 
-ABOUT = ("pieces", "dim", "block", "parts")
-"""Attributes that record how a store is divided into pieces."""
+ABOUT = ("pieces", "dim", "block", "parts", "key")
+"""Attributes that record how a store is divided into pieces, and the key of the artefact it belongs to."""
+
+_MARKS = ("_done", "_sha256")  # of each piece: whether it is written, and the checksum of its content and place
 
 
 class PieceStore:
@@ -81,8 +87,14 @@ class PieceStore:
 
     def _open(self) -> None:
         """Read the names, dimensions and blocks of the variables from the metadata."""
-        self._group = zarr.open_group(zarr_store(self.path), mode="r+", zarr_format=2)
-        about = self._group.attrs
+        self._group = zarr.open_group(zarr_store(self.path), mode="r", zarr_format=2)
+        about, key = self._group.attrs, key_of(self.path.parent)
+        self._key: str | None = about.get("key")
+        if self._key and key and self._key != key:
+            raise DamagedFile(
+                f"{self.path} belongs to another stage or other settings than {self.path.parent / 'manifest.json'}: "
+                "were folders exchanged? Put it back, or delete it to recompute it"
+            )
         self.variables: list[str] = list(about["pieces"])
         self.attrs: dict[str, Any] = {name: about[name] for name in about if name not in ABOUT}
         self._dim, self._block = about["dim"], about["block"]
@@ -93,6 +105,11 @@ class PieceStore:
             dim, size = self._block
             total = next(self._group[name].shape[dims.index(dim)] for name, dims in self._dims.items() if dim in dims)
             self.blocks = [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+    @cached_property
+    def _writable(self) -> zarr.Group:
+        """The same group for writing, opened when it is needed: a finished store may be on a read-only disk."""
+        return zarr.open_group(zarr_store(self.path), mode="r+", zarr_format=2)
 
     @property
     def pieces(self) -> int:
@@ -143,8 +160,12 @@ class PieceStore:
             # Write chunks of fill values, too: then a missing chunk is a lost one.
             with zarr.config.set({"array.write_empty_chunks": True}):
                 for name in names:
-                    self._group[name][self._region(name, piece)] = values.get(name, np.nan)
-                self._group["_done"][piece] = True
+                    self._writable[name][self._region(name, piece)] = values.get(name, np.nan)
+                if self._key is not None:
+                    self._writable["_sha256"][piece] = self._checksum(
+                        piece, {name: values.get(name, np.nan) for name in names}
+                    )
+                self._writable["_done"][piece] = True
         except OSError as error:
             problem = f"{error.strerror or error}: piece {piece} was not written, finished pieces stay"
             raise OSError(error.errno, f"{problem}; fix the cause and run again", str(self.path)) from error
@@ -159,13 +180,33 @@ class PieceStore:
         return text
 
     def damaged(self) -> dict[int, list[Path]]:
-        """Read all finished pieces, and list the files that are lost or damaged, by piece."""
+        """Read all finished pieces, and list the files that are lost, damaged or in the wrong place, by piece."""
         damaged: dict[int, list[Path]] = {}
         for piece in np.flatnonzero(self.done()).tolist():
-            for name, size in self.files(piece).items():
-                if not _is_sound(self.path / name, size):
-                    damaged.setdefault(piece, []).append(self.path / name)
+            files = self.files(piece)
+            odd = [name for name, size in files.items() if not _is_sound(self.path / name, size)]
+            if odd or not self._is_in_place(piece):
+                damaged[piece] = [self.path / name for name in odd or files]
         return damaged
+
+    def _is_in_place(self, piece: int) -> bool:
+        """Whether a piece is the one that was written there; older stores do not tell."""
+        content = {name: self._group[name][self._region(name, piece)] for name in self._names(piece)}
+        try:
+            return self._key is None or (self._group["_sha256"][piece] == self._checksum(piece, content)).all()
+        except (RuntimeError, ValueError):
+            return False
+
+    def _checksum(self, piece: int, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """SHA-256 of the values of a piece and of the place they belong to, as 32 bytes."""
+        digest = hashlib.sha256(json.dumps([self._key, piece]).encode())
+        for name in sorted(values):
+            array, region = self._group[name], self._region(name, piece)
+            shape = [len(range(n)[at]) for n, at in zip(array.shape, region, strict=True) if isinstance(at, slice)]
+            digest.update(json.dumps([name, str(array.dtype), shape]).encode())
+            value = np.broadcast_to(np.asarray(values[name], array.dtype), shape)
+            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        return np.frombuffer(digest.digest(), np.uint8)
 
     def files(self, piece: int) -> dict[str, int]:
         """Paths of the files of a piece, relative to the store, and the size of their values in bytes."""
@@ -186,7 +227,7 @@ class PieceStore:
             partial.unlink()
         files: list[Path] = []
         for piece, damaged in self.damaged().items():
-            self._group["_done"][piece] = False
+            self._writable["_done"][piece] = False
             files += damaged
         if files:
             warnings.warn(f"{len(files)} files are damaged and will be recomputed, such as {files[0]}", stacklevel=2)
@@ -195,9 +236,12 @@ class PieceStore:
     def dataset(self) -> xr.Dataset:
         """Open the dataset; values of missing pieces are NaN."""
         store = zarr_store(self.path)
-        dataset = xr.open_zarr(store, chunks=None, zarr_format=2, consolidated=False).drop_vars("_done")
+        dataset = xr.open_zarr(store, chunks=None, zarr_format=2, consolidated=False).drop_vars(_MARKS, errors="ignore")
         for name in ABOUT:
-            del dataset.attrs[name]
+            dataset.attrs.pop(name, None)
+        for name in self.variables:
+            array = indexing.LazilyIndexedArray(_Stored(self._group[name], self.path / name))
+            dataset[name] = xr.Variable(self._dims[name], array, dataset[name].attrs)
         return dataset[sorted(dataset.variables)]  # Zarr lists them in no fixed order
 
     @staticmethod
@@ -230,6 +274,25 @@ class PieceStore:
         return tuple(indexers.get(dim, slice(None)) for dim in self._dims[name])
 
 
+class _Stored(BackendArray):
+    """A variable that is read from disk on demand; raises DamagedFile."""
+
+    def __init__(self, array: zarr.Array, path: Path):
+        self._array, self._path, self.shape, self.dtype = array, path, array.shape, array.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        try:
+            return self._array.oindex[key]
+        except (RuntimeError, ValueError) as error:
+            raise DamagedFile(
+                f"{self._path} is damaged ({error}); polca run, polca paper run or verify = True finds the damaged "
+                "pieces and computes them again"
+            ) from None
+
+
 def _is_sound(path: Path, size: int) -> bool:
     """Whether a chunk has ``size`` bytes of values and its checksum matches."""
     try:
@@ -246,6 +309,7 @@ class StoreLayout(NamedTuple):
     dim: str
     sizes: Mapping[str, int]
     block: tuple[str, int] | None
+    key: str | None = None  # of the artefact; stores of version 0.2 and earlier have none, nor checksums of pieces
 
     def write(self, path: Path) -> None:
         """Write coordinates and metadata; equal layouts give equal bytes."""
@@ -254,13 +318,15 @@ class StoreLayout(NamedTuple):
         if self.block is not None and self.block[1] < sizes[self.block[0]]:
             parts = math.ceil(sizes[self.block[0]] / self.block[1]) + 1
             chunks[self.block[0]] = self.block[1]
-        sizes["_piece"] = sizes[self.dim] * parts
+        sizes |= {"_piece": sizes[self.dim] * parts, "_byte": 32}
         # Write coordinates and attributes.
         self.template.to_zarr(zarr_store(path), mode="a", zarr_format=2, consolidated=False)
         group = zarr.open_group(zarr_store(path), mode="a", zarr_format=2)
-        group.attrs.update(pieces=list(self.variables), dim=self.dim, block=self.block, parts=parts)
+        key = {} if self.key is None else {"key": self.key}
+        group.attrs.update(pieces=list(self.variables), dim=self.dim, block=self.block, parts=parts, **key)
         # Create the variables, one chunk per piece.
-        for name, (dims, dtype) in {**self.variables, "_done": (("_piece",), "bool")}.items():
+        marks = {"_done": (("_piece",), "bool")} | ({"_sha256": (("_piece", "_byte"), "uint8")} if key else {})
+        for name, (dims, dtype) in {**self.variables, **marks}.items():
             if name in group:  # in an object store, after an interrupted creation
                 continue
             # No compression: float32 values hardly shrink, and Blosc reads past the end of a truncated chunk.
@@ -282,15 +348,27 @@ def is_begun(path: Path) -> bool:
 
 
 def create(path: Path, layout: StoreLayout) -> None:
-    """Write coordinates and metadata, and then their checksums, without which the store does not count."""
+    """Write coordinates and metadata, and then their checksums, without which the store does not count.
+
+    Raises:
+        DamagedFile: the store has pieces, but nothing says how they are divided.
+    """
+    layout = layout._replace(key=key_of(path.parent) or "")
+    try:  # if only the checksums were lost, keep the pieces as they are divided
+        about = json.loads((path / ".zattrs").read_text())
+        layout = layout._replace(block=about["block"], key=about.get("key"))
+    except (OSError, ValueError, KeyError):
+        if any((path / "_done").glob("[0-9]*")):
+            problem = f"{path / '.zattrs'} and {_checksums(path)} are lost or damaged; restore one of them"
+            raise DamagedFile(f"{problem}, or delete {path} to recompute it") from None
     if isinstance(path, Path):
         # Write to a temporary folder first, so that no store is left half-written.
         temporary = _temporary(path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         layout.write(temporary)
         if not path.exists():
             temporary.replace(path)
-        else:  # only the checksums were lost: keep the pieces
+        else:
             shutil.copytree(temporary, path, dirs_exist_ok=True)
             shutil.rmtree(temporary)
     else:
@@ -298,9 +376,10 @@ def create(path: Path, layout: StoreLayout) -> None:
     # Hash all files except the pieces: chunks of variables, whose names start with a digit.
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".partial")]
     names = sorted(file.relative_to(path).as_posix() for file in files)
-    chunks = tuple(f"{name}/{digit}" for name in (*layout.variables, "_done") for digit in range(10))
+    chunks = tuple(f"{name}/{digit}" for name in (*layout.variables, *_MARKS) for digit in range(10))
     checksums = {name: hash_file(path / name) for name in names if not name.startswith(chunks)}
-    write_atomically(_checksums(path), json.dumps({"block": layout.block, "files": checksums}, indent=1).encode())
+    record = {"block": layout.block, "key": layout.key, "files": checksums}
+    write_atomically(_checksums(path), json.dumps(record, indent=1).encode())
 
 
 def damaged_metadata(path: Path) -> list[Path]:
@@ -322,9 +401,9 @@ def repair_metadata(path: Path, layout: StoreLayout) -> None:
     """
     files, temporary = damaged_metadata(path), _temporary(path)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         about = json.loads(_checksums(path).read_text())
-        layout._replace(block=about["block"]).write(temporary)
+        layout._replace(block=about["block"], key=about.get("key")).write(temporary)
         for file in files:
             name = file.relative_to(path)
             if hash_file(temporary / name) != about["files"][name.as_posix()]:
@@ -334,7 +413,7 @@ def repair_metadata(path: Path, layout: StoreLayout) -> None:
     except (ValueError, KeyError, TypeError):
         raise DamagedFile(f"{files[0]} is damaged; delete {path} to recompute it") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def zarr_store(path: Path) -> Path | FsspecStore:
@@ -347,6 +426,14 @@ def zarr_store(path: Path) -> Path | FsspecStore:
 def _checksums(path: Path) -> Path:
     """File beside a store with the checksums of its metadata."""
     return path.with_name(f"{path.name}.ready")
+
+
+def _remove(folder: Path) -> None:
+    """Delete a local or remote folder, if it is there."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.rmdir(recursive=True)
 
 
 def _temporary(path: Path) -> Path:

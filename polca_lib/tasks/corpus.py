@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import lzma
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from polca_lib.storage.documents import KINDS, checked, ends_with, read_records
 
 HUB = "hf://datasets/legacy-datasets/wikipedia@97a0b052c326b45fb68593a14972d9eed884cd17"
 """Dump of March 2022 on the Hugging Face hub, at the revision that stores it as Parquet."""
 HUB_CONFIGS = tuple(f"20220301.{language}" for language in ("en", "de", "fr", "frr", "it", "simple"))
-KINDS = (".jsonl", ".jsonl.xz", ".parquet")  # endings of readable files
+_FIELDS = ("title", "text")
 VALIDATION_ONE_IN = 50
 REPORTED = 5  # damaged records that a warning names
 
@@ -49,7 +46,7 @@ def read_articles(
     """Articles in the order of the source. Only one of them is in memory at a time.
 
     Args:
-        source: a file (``.jsonl``, ``.jsonl.xz`` or ``.parquet``) with fields ``title``, ``text`` and optionally
+        source: a file (see :data:`polca_lib.storage.documents.KINDS`) with fields ``title``, ``text`` and optionally
             ``url``; a folder of such files, read by name; or ``"hub"`` or ``"hub:20220301.simple"`` for a dump on the
             hub. The dump is downloaded as it is read. A local folder called "hub" is ``"./hub"``.
         skip_damaged: leave out damaged records, with one warning at the end.
@@ -64,7 +61,7 @@ def read_articles(
         parts = [(f"{HUB}/data/{config}", _read_hub(config))]
     else:
         files = _files(Path(source))
-        parts = [(str(f), _read_parquet(f) if f.suffix == ".parquet" else _read_lines(f)) for f in files]
+        parts = [(str(file), _read_file(file)) for file in files]
     return _undamaged(parts, skip_damaged, [] if damaged is None else damaged)
 
 
@@ -108,7 +105,7 @@ def _files(source: Path) -> list[Path]:
     """The file, or all readable files of the folder by name."""
     # Some systems leave files "._name" in a folder.
     files = sorted(path for path in source.iterdir() if path.name[0] != ".") if source.is_dir() else [source]
-    readable = [path for path in files if path.name.endswith(KINDS)]
+    readable = [path for path in files if ends_with(path, KINDS)]
     if not (source.exists() and readable):
         problem = "a folder with no file" if source.is_dir() else "a file of no kind"
         raise ValueError(
@@ -118,31 +115,9 @@ def _files(source: Path) -> list[Path]:
     return readable
 
 
-def _read_lines(path: Path) -> Records:
-    number = 0
-    with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", _article(lambda line=line: json.loads(line.decode("utf-8-sig")))
-        except (EOFError, lzma.LZMAError) as error:
-            yield f"line {number + 1} and all after it", f"the compressed data are cut off or damaged ({error})"
-
-
-def _read_parquet(path: Path) -> Records:
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if missing := [name for name in ("title", "text") if name not in names]:
-                yield "all rows", f"there is no column {' and no column '.join(missing)}, but {', '.join(names)}"
-                return
-            batches = file.iter_batches(64, columns=[name for name in Article._fields if name in names])
-            rows = (batch.slice(i, 1) for batch in batches for i in range(len(batch)))
-            for number, row in enumerate(rows, 1):
-                yield f"row {number}", _article(lambda row=row: row.to_pylist()[0])
-    except (pa.ArrowException, OSError) as error:
-        yield f"row {number + 1} and all after it", f"the file is no Parquet, cut off or damaged ({error})"
+def _read_file(path: Path) -> Records:
+    for position, record in read_records(path, _FIELDS, ["url"]):
+        yield position, _article(record)
 
 
 def _read_hub(config: str) -> Records:
@@ -153,7 +128,7 @@ def _read_hub(config: str) -> Records:
     try:
         rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
-            yield f"row {number}", _article(lambda row=row: row)
+            yield f"row {number}", _article(checked(lambda row=row: row, _FIELDS))
     except Exception as error:  # datasets, fsspec and the network raise errors of many types
         raise ConnectionError(
             f"{files} can't be read from the hub ({type(error).__name__}: {error}); try again, "
@@ -161,24 +136,9 @@ def _read_hub(config: str) -> Records:
         ) from error
 
 
-def _article(load: Callable[[], Any]) -> Article | str:
-    """Load and check one record. Returns the article or a description of the damage."""
-    try:
-        record = load()
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 ({error.reason} at byte {error.start})"
-    except (ValueError, RecursionError) as error:
-        return f"it is not JSON ({error})"
-    if not isinstance(record, dict):
-        return f"it is no object with title and text, but of type {type(record).__name__}"
-    for field in ("title", "text"):
-        if field not in record:
-            return f"it has no {field}, but {', '.join(record) or 'nothing'}"
-        if not isinstance(value := record[field], str):
-            return f"its {field} is no text, but of type {type(value).__name__}"
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            return f"its {field} has half a surrogate pair, which is no character ({error.reason})"
+def _article(record: Mapping[str, Any] | str) -> Article | str:
+    """The article of a record, or the description of its damage."""
+    if isinstance(record, str):
+        return record
     url = record.get("url")
     return Article(record["title"], record["text"], url if isinstance(url, str) else "")

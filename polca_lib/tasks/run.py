@@ -28,14 +28,16 @@ class Run(Analysis):
     Args:
         settings: see :meth:`polca_lib.tasks.settings.RunSettings.from_preset`.
         folder: folder of the stages; by default ``POLCA_RUNS``, or else ``data/runs`` in the checkout.
+        verify: see :class:`polca_lib.analysis.analysis.Analysis`.
     """
 
     settings: RunSettings
 
-    def __init__(self, settings: RunSettings, folder: Path | None = None):
+    def __init__(self, settings: RunSettings, folder: Path | None = None, *, verify: bool = False):
         self.settings = settings
         self.folder = Path(folder or os.environ.get("POLCA_RUNS") or ROOT / "data" / "runs")
-        self.verify, self._code = False, ()
+        self.verify, self._code = verify, ()
+        self._witnesses, self._compared = {}, {}
         if settings.threads:
             torch.set_num_threads(settings.threads)
 
@@ -46,8 +48,9 @@ class Run(Analysis):
 
     def with_settings(self, settings: RunSettings) -> Run:
         """The same training run with other settings of basis, projection and clustering."""
-        run = Run(settings, self.folder)
+        run = Run(settings, self.folder, verify=self.verify)
         shared = ("task", "checkpoints", "validation", "hessian", "tokens", "_training")
+        shared += ("_code", "_witnesses", "_compared")
         run.__dict__.update({name: self.__dict__[name] for name in shared if name in self.__dict__})
         return run
 
@@ -96,7 +99,7 @@ class Run(Analysis):
     def provenance(self) -> pd.DataFrame:
         """Task, preset, seed and device; commit and time of each opened stage; versions of the software."""
         rows = {name: getattr(self.settings, name) for name in ("task", "preset", "seed", "device")}
-        rows["torch threads"] = torch.get_num_threads()
+        rows |= {"torch threads": torch.get_num_threads(), **self._basis_provenance, **self._comparisons()}
         return provenance(rows, self._opened("training", "basis", "projection", "clusters"))
 
     # The key of a stage contains the settings of the training, not the checkpoints, so it is known before training.
@@ -109,9 +112,9 @@ class Run(Analysis):
 
     @cached_property
     def _basis(self) -> Artefact:
-        basis = {**self.settings.basis.stated("steps", "solver"), "n_vectors": self.settings.n_vectors}
+        basis = self.settings.basis.resolved(self.settings.training.checkpoint_steps).stated("steps", "solver")
         config = {"basis": basis, "hessian_examples": self.settings.data.hessian_examples}
-        return Artefact.of_stage(self.folder, "basis", config, {"training": self._training.key})
+        return self._open_basis(config, {"training": self._training.key})
 
     @cached_property
     def _projection(self) -> Artefact:

@@ -14,10 +14,10 @@ from contextlib import suppress
 from importlib.resources import files
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from polca_lib.analysis.settings import AnalysisSettings
+from polca_lib.derivatives.memory import checked_device
 from polca_lib.derivatives.strategy import Precision
 from polca_lib.method.settings import Section
 from polca_lib.tasks.grammar import VOCABULARY
@@ -135,11 +135,7 @@ class RunSettings(AnalysisSettings):
     @field_validator("device")
     @classmethod
     def _device_exists(cls, value: str) -> str:
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        available = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
-        if value not in available:
-            raise ValueError(f"device = {value!r} is not on this machine; allowed: {', '.join(available)}")
-        return value
+        return checked_device(value)
 
     @model_validator(mode="after")
     def _order_has_its_curvature(self) -> Self:
@@ -169,13 +165,7 @@ class RunSettings(AnalysisSettings):
             if value is not None and value > limit:
                 raise ValueError(f"{name} = {value} is too large; allowed: at most {limit_name} = {limit}")
         if basis.every is not None:
-            # basis_steps refuses more vectors than k per basis checkpoint. A trajectory gives one per checkpoint.
-            births = len(self.basis_steps)
-            if basis.kind == "trajectory" and self.n_vectors > births:
-                raise ValueError(
-                    f"basis.kind = 'trajectory' finds at most {births} directions in {births + 1} checkpoints; "
-                    f"{self.n_vectors} were asked for; lower basis.k or basis.every"
-                )
+            _ = self.basis_steps  # refuses more vectors than the basis checkpoints give
         # HDBSCAN needs enough tokens for two clusters.
         tokens = self.targets_per_example * examples
         if size is not None and tokens < 2 * size:

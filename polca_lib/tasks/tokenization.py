@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 PAD = "<PAD>"
 BYTES = 256
+LONGEST = 10_000
+"""Characters of a word, or of a run of white space, from which on it is cut to train the tokenizer."""
+_CUT = 100  # characters of the pieces
+_LONG = re.compile(rf"(\S{{{LONGEST},}}|\s{{{LONGEST},}})")
 
 
 class Encoded(NamedTuple):
@@ -49,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _without_long_words(text)), trainer)
     if (size := tokenizer.get_vocab_size()) < vocabulary:
         raise ValueError(
             f"vocabulary = {vocabulary} is more than the text it is trained on gives: {size} tokens; lower it, or give "
@@ -58,6 +63,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(PAD, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True  # "<PAD>" in an article means these five characters
     return tokenizer
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, with very long words cut: the time of training grows with the square of a word's length."""
+    for index, piece in enumerate(_LONG.split(text)):
+        # Every second piece is what the expression found.
+        width = _CUT if index % 2 else max(1, len(piece))
+        yield from (piece[start : start + width] for start in range(0, len(piece), width))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

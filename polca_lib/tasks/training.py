@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss
-from polca_lib.storage.artefacts import Artefact, DamagedFile
+from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile
 from polca_lib.storage.checkpoints import CheckpointFolder, load_tensors, save_tensors
 from polca_lib.storage.progress import progress
 from polca_lib.tasks.models import build_model
@@ -51,6 +51,10 @@ class TrainedCheckpoints(CheckpointFolder):
         """Key of the training stage, and the step."""
         return f"{self._artefact.key}: {step}"
 
+    def at_hand(self, step: int) -> bool:
+        """Whether the model is built, which takes seconds, and the checkpoint is there."""
+        return "token_loss" in self.__dict__ and self.file(step).exists()
+
     def theta(self, step: int) -> Float[Tensor, " d"]:
         """Flat parameter vector at ``step``, see ``CheckpointFolder.theta``. Trains the model first, if necessary."""
         return self._trained.theta(step)
@@ -59,6 +63,8 @@ class TrainedCheckpoints(CheckpointFolder):
     def _trained(self) -> CheckpointFolder:
         """The folder, after training was started or resumed until all checkpoints exist."""
         folder = CheckpointFolder(self.path, self.token_loss, self.device)
+        if set(folder.steps).issuperset(self.steps):
+            return folder
         with self._artefact.at_work():
             train(
                 self.token_loss.model,
@@ -99,6 +105,7 @@ def train(
 
     Raises:
         NonFiniteLoss: the loss is NaN or infinite. Earlier checkpoints stay.
+        ArtefactMismatch: there are checkpoints but no state, and training from the start gives others. They stay.
     """
     optimiser = torch.optim.AdamW(
         model.parameters(), betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -108,9 +115,12 @@ def train(
     start = _resume(model, optimiser, states, checkpoints, settings.checkpoint_every)
     if start == settings.steps:
         return
-    if start == 0:
-        checkpoints.save(0, dict(model.named_parameters()))
+    # Without a state, training begins anew, and must not mix its checkpoints with those of another machine or version.
+    keep = start is None
+    if start is None:
+        _save_checkpoint(checkpoints, 0, model, keep=keep)
         _save_state(model, optimiser, states, 0)
+        start = 0
     was_training, device = model.training, next(model.parameters()).device.type
     names = groups or ("loss",)
     model.train()
@@ -132,7 +142,7 @@ def train(
             mean.backward()
             optimiser.step()
             if done % settings.checkpoint_every == 0:
-                checkpoints.save(done, dict(model.named_parameters()))
+                _save_checkpoint(checkpoints, done, model, keep=keep)
                 means = losses.detach().view(-1, len(names)).mean(0).tolist()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in zip(names, means, strict=True)})
             if done % settings.state_every == 0 or done == settings.steps:
@@ -141,12 +151,27 @@ def train(
     model.train(was_training)
 
 
+def _save_checkpoint(checkpoints: CheckpointFolder, step: int, model: nn.Module, *, keep: bool) -> None:
+    """Save the parameters at ``step``; with ``keep``, an intact checkpoint stays and must equal them."""
+    parameters, existing = dict(model.named_parameters()), {}
+    if keep:
+        with suppress(FileNotFoundError, DamagedFile):
+            existing = load_tensors(checkpoints.file(step), step=step)
+    if any(not torch.equal(value, parameters[name].detach().cpu()) for name, value in existing.items()):
+        raise ArtefactMismatch(
+            f"{checkpoints.file(step)} is there, but {checkpoints.path / 'states'} has no state to go on from, and "
+            "training from the start gives other weights here; restore the states, or delete the folder to train anew"
+        )
+    if not existing:
+        checkpoints.save(step, parameters)
+
+
 def _save_state(model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, step: int) -> None:
     """Save parameters and optimiser state at ``step``, and delete all but the last two states."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors |= {f"{key}/{name}": value for key, value in {"parameters": p, **optimiser.state[p]}.items()}
-    save_tensors(states / f"step-{step:08d}.safetensors", tensors)
+    save_tensors(states / f"step-{step:08d}.safetensors", tensors, step=step)
     for old in sorted(states.glob("step-*.safetensors"))[:-2]:
         old.unlink()
 
@@ -154,14 +179,14 @@ def _save_state(model: nn.Module, optimiser: torch.optim.Optimizer, states: Path
 @torch.no_grad()
 def _resume(
     model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, checkpoints: CheckpointFolder, cadence: int
-) -> int:
-    """Load the newest intact state whose checkpoints all exist, and return its step, or 0 if there is none."""
+) -> int | None:
+    """Load the newest intact state whose checkpoints all exist, and return its step, if there is one."""
     existing = set(checkpoints.steps)
     for file in sorted(states.glob("step-*.safetensors"), reverse=True):
         step = int(file.stem.removeprefix("step-"))
         with suppress(DamagedFile):
             if existing.issuperset(range(0, step + 1, cadence)):
-                tensors = load_tensors(file)
+                tensors = load_tensors(file, step=step)
                 for name, p in model.named_parameters():
                     p.copy_(tensors[f"parameters/{name}"])
                     # The state of step 0 has parameters only.
@@ -170,4 +195,4 @@ def _resume(
                 return step
         # An earlier state, or a fresh start, gives the same run.
         file.unlink()
-    return 0
+    return None

@@ -114,7 +114,7 @@ def test_loss_of_an_example_that_depends_on_the_others_is_refused(tmp_path, name
     for step in (0, 10):
         checkpoints.save(step, token_loss.unflatten(theta + step))
     with pytest.raises(ValueError, match="example"):
-        Analysis(tmp_path / "run", checkpoints, batch).tokens  # noqa: B018
+        Analysis(tmp_path / "run", checkpoints, batch, basis={"n_vectors": 1}).tokens  # noqa: B018
 
 
 def test_loss_that_was_changed_since_a_run_began_is_refused(tmp_path, checkpoints, monkeypatch):
@@ -132,7 +132,7 @@ def test_loss_that_was_changed_since_a_run_began_is_refused(tmp_path, checkpoint
             analyse(tmp_path / "run", checkpoints).projections  # noqa: B018
     other = TokenLoss(Mlp(), lambda model, batch: 2 * mlp_loss(model, batch))
     changed = CheckpointFolder(checkpoints.path, other)
-    with pytest.raises(ArtefactMismatch, match=r"the model or its loss gives .* for the first token"):
+    with pytest.raises(ArtefactMismatch, match=r"the model or its loss gives loss .* for token 0.*step-00000000"):
         analyse(tmp_path / "run", changed).projections  # noqa: B018
     analyse(tmp_path / "run", checkpoints).projections  # noqa: B018
 
@@ -180,3 +180,79 @@ def test_another_loss_for_the_hessian_is_needed_and_used(tmp_path, checkpoints):
     run = analyse(tmp_path / "run", checkpoints, basis=basis, hessian_loss=lambda m, b: 2 * mlp_loss(m, b))
     plain = analyse(tmp_path / "run", checkpoints)
     np.testing.assert_allclose(run.basis["eigenvalue"], 2 * plain.basis["eigenvalue"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"basis": {"n_vectors": 9}}, r"basis\.n_vectors = 9 needs 9 checkpoints after the first .* there are 8"),
+        ({"basis": {"kind": "trajectory", "k": 4, "n_vectors": 9}}, r"at most 8 directions in 9 checkpoints; 9 were"),
+        (
+            {"basis": {"kind": "random", "n_vectors": 32}},
+            r"basis\.n_vectors = 32; allowed: 1 to 31, the number of para",
+        ),
+        ({"basis": {"k": 8, "n_vectors": 40}}, r"basis\.n_vectors = 40; allowed: 1 to 31, the number of parameters"),
+        (
+            {"clustering": {"breakthrough_window": 15}},
+            r"clustering\.breakthrough_window = 15 is not a multiple of .* 10",
+        ),
+        ({"clustering": {"breakthrough_window": 50}}, r"clustering\.breakthrough_window = 50 needs 100 .* at most 40"),
+        ({"clustering": {"hidden_after": 81}}, r"clustering\.hidden_after = 81; allowed: at most 80, the last step"),
+    ],
+)
+def test_settings_that_no_run_of_this_length_can_meet_are_refused_at_the_door(tmp_path, checkpoints, settings, message):
+    with pytest.raises(ValueError, match=message):
+        analyse(tmp_path / "run", checkpoints, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_that_do_not_fit_are_refused_before_the_basis_is_computed(tmp_path, checkpoints):
+    for settings, message in (
+        ({"tokens": TOKENS[:-1]}, "tokens has 39 rows"),
+        ({"clustering": {"min_cluster_size": 41}}, r"clustering\.min_cluster_size = 41; allowed: at most 40"),
+    ):
+        run = analyse(tmp_path / "run", checkpoints, **settings)
+        with pytest.raises(ValueError, match=message):
+            run.labels  # noqa: B018
+        assert run.stored("basis") is None
+
+
+def two_directions(path):
+    """Nine checkpoints of a walk in two directions, a long and a short one, in float32."""
+    path.mkdir()
+    checkpoints = CheckpointFolder(path, TokenLoss(Mlp(), mlp_loss))
+    torch.manual_seed(0)
+    start, long, short = torch.randn(3, checkpoints.token_loss.n_parameters)
+    for index, step in enumerate(range(0, 81, 10)):
+        theta = start + 0.1 * index * long + 1e-4 * (index - 4) ** 2 * short
+        checkpoints.save(step, checkpoints.token_loss.unflatten(theta))
+    return checkpoints
+
+
+def test_trajectory_of_two_directions_gives_two_vectors_and_says_so(tmp_path):
+    checkpoints = two_directions(tmp_path / "checkpoints")
+    run = analyse(tmp_path / "run", checkpoints, hessian=None, basis={"kind": "trajectory", "n_vectors": 8})
+    with pytest.warns(UserWarning, match=r"basis\.n_vectors = 8, but the 9 checkpoints move in 2 directions"):
+        assert run.labels.shape == (2, 40)
+    assert run.provenance()["value"]["basis: vectors"] == "2 of 8"
+    assert run.findings.completeness.attrs["share"] == pytest.approx(1, abs=0.1)
+    again = analyse(tmp_path / "run", checkpoints, hessian=None, basis={"kind": "trajectory", "n_vectors": 8})
+    assert again.labels.equals(run.labels)
+
+
+def test_basis_made_at_the_former_default_tolerance_opens_and_says_so(tmp_path, checkpoints, monkeypatch):
+    former = analyse(tmp_path / "run", checkpoints, basis={"n_vectors": 3, "tolerance": 0.01})
+    vectors = read_vectors(former.basis)
+    with monkeypatch.context() as patch:
+        patch.setattr(PieceStore, "write", lambda *a, **k: pytest.fail("a piece was computed again"))
+        opened = analyse(tmp_path / "run", checkpoints, basis={"n_vectors": 3})
+        assert torch.equal(read_vectors(opened.basis), vectors)
+    assert opened.provenance()["value"]["basis: tolerance"] == "0.01"
+    # Asked for, or in another folder, the tolerance is 0.001.
+    for other in (
+        analyse(tmp_path / "run", checkpoints, basis={"n_vectors": 3, "tolerance": 0.001}),
+        analyse(tmp_path / "other", checkpoints, basis={"n_vectors": 3}),
+    ):
+        assert (other.basis["residual"] <= 0.001).all()
+        assert other.tolerance == 0.001
+        assert other.provenance()["value"]["basis: tolerance"] == "0.001"

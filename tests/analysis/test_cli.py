@@ -121,6 +121,43 @@ def test_starter_runs_as_it_is(tmp_path):
     assert "report:" in done.stdout
 
 
+def test_paths_among_the_arguments_start_from_the_file(tmp_path, monkeypatch):
+    run = faults.make(tmp_path / "run")
+    text = (run / "my_run.py").read_text()
+    (run / "my_run.py").write_text(text.replace("def setup():", "def setup(data):\n    open(data).close()"))
+    settings = (run / "polca.toml").read_text().replace('setup"', 'setup"\narguments = { data = "data/here.txt" }')
+    (run / "polca.toml").write_text(settings)
+    (run / "data").mkdir()
+    (run / "data" / "here.txt").write_text("")
+    done = polca("plan", "run/polca.toml", "--json", cwd=tmp_path)
+    assert done.exit_code == 0, done.stderr
+
+
+def test_file_with_a_byte_order_mark_is_read(folder, tmp_path):
+    run = faults.make(tmp_path / "run")
+    content = (run / "polca.toml").read_bytes()
+    (run / "polca.toml").write_bytes(b"\xef\xbb\xbf" + content)
+    assert polca("plan", "--json", cwd=run).exit_code == 0
+
+
+def test_link_to_a_file_says_where_its_paths_start(tmp_path):
+    run = faults.make(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "polca.toml").symlink_to(run / "polca.toml")
+    with pytest.warns(UserWarning, match=f"is a link; paths in it are relative to {run}"):
+        assert polca("plan", "--json", cwd=tmp_path / "elsewhere").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["time", "json"])
+def test_module_with_a_name_of_pythons_own_is_refused(tmp_path, name):
+    run = faults.make(tmp_path / "run")
+    (run / "my_run.py").rename(run / f"{name}.py")
+    (run / "polca.toml").write_text((run / "polca.toml").read_text().replace("my_run", name))
+    done = polca("plan", cwd=run)
+    assert done.exit_code == 2
+    assert f"{name}.py has the name of a module of Python; rename it" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "code", "told"),
     [
@@ -132,9 +169,15 @@ def test_starter_runs_as_it_is(tmp_path):
         ({"polca.toml": ('path = "checkpoints"', 'path = "nothing"')}, 2, "nothing"),
         ({"my_run.py": ("from polca_lib import", "from polca_lib.token_loss import")}, 2, "come from polca_lib itself"),
         ({"my_run.py": ("nn.Linear(8, 16)", "nn.Linear(8, 17)")}, 2, "shape"),
+        ({"polca.toml": ('folder =', 'device = "cuda"\nfolder =')}, 2, "device = 'cuda' is not on this machine"),
+        ({"polca.toml": ('folder =', 'device = "gpu"\nfolder =')}, 2, "device = 'gpu' is not on this machine"),
+        ({"polca.toml": ('folder =', 'device = "CPU"\nfolder =')}, 2, "'CPU' is not on this machine; allowed: cpu"),
+        ({"polca.toml": ('folder =', 'device = ""\nfolder =')}, 2, "device = '' is not on this machine"),
+        ({"polca.toml": ('folder =', 'device = "mps"\nfolder =')}, 2, "device = 'mps' has no float64"),
         ({"my_run.py": ("model.eval()", "nn.Sequential(model, nn.Dropout(0.5))")}, 2, "eval()"),
     ],
-    ids=["field", "module", "function", "signature", "vectors", "checkpoints", "former address", "model", "dropout"],
+    ids=["field", "module", "function", "signature", "vectors", "checkpoints", "former address", "model",
+         "cuda", "gpu", "CPU", "no device", "mps", "dropout"],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_a_line_with_an_exit_code(tmp_path, change, code, told):
     run = faults.make(tmp_path / "run")

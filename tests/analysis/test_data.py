@@ -399,5 +399,5 @@ def test_checkpoint_that_gives_nan_for_all_is_blamed_itself(tmp_path):
         checkpoints.save(step, theta)
     options = {"steps": [0, 20], "basis": {"kind": "trajectory", "n_vectors": 1}}
     run = analyse(tmp_path / "run", checkpoints, mlp_batch(8, torch.float32), **options)
-    with pytest.raises(NonFiniteProjection, match="16 of 16 tokens.* since step 20; .*Check the checkpoint"):
+    with pytest.raises(NonFiniteProjection, match=r"16 of 16 tokens.* since step 20; .*Check the checkpoint"):
         _ = run.projections

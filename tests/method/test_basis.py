@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 import torch
-from cases import fail_at, folder_bytes, mlp_batch, orthonormal, problem, tiny_checkpoints, tiny_config
+from cases import (
+    Mlp,
+    fail_at,
+    folder_bytes,
+    mlp_batch,
+    mlp_loss,
+    orthonormal,
+    problem,
+    tiny_checkpoints,
+    tiny_config,
+)  # fmt: skip
 
 from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.memory import peak_bytes
@@ -9,6 +19,7 @@ from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method import basis as basis_module
 from polca_lib.method import vectors
 from polca_lib.method.basis import compute_basis, load_basis
+from polca_lib.method.settings import BasisSettings
 from polca_lib.method.vectors import gram_error, inner_products, orthogonalise, read_vectors, without
 from polca_lib.storage.checkpoints import CheckpointFolder
 from polca_lib.storage.pieces import PieceStore
@@ -220,6 +231,14 @@ def test_vector_that_did_not_converge_is_warned_of_by_number_and_step(tmp_path, 
         compute(tmp_path, checkpoints, basis__max_products=2, basis__n_vectors=1)
 
 
+def test_vector_that_may_not_be_the_top_is_warned_of(tmp_path, checkpoints):
+    enough = int(compute(tmp_path / "enough", checkpoints, basis__n_vectors=1, basis__tolerance=0.01)["products"][0])
+    few = {"basis__max_products": enough - 1, "basis__tolerance": 0.01, "basis__n_vectors": 1}
+    with pytest.warns(UserWarning, match=r"basis vector 1 \(step 20\) .* products may not be the top one"):
+        basis = compute(tmp_path / "few", checkpoints, **few)
+    assert basis["residual"][0] <= 0.01
+
+
 def kill_in_write(patch, n):
     patch.setattr(PieceStore, "write", fail_at(PieceStore.write, n))
 
@@ -395,3 +414,98 @@ def test_gram_error_sees_a_wrong_length_and_a_wrong_angle():
 def test_inner_products_of_several_pieces_are_whole():
     one, other = torch.randn(2, 2**20 + 5), torch.randn(3, 2**20 + 5)
     np.testing.assert_allclose(inner_products(one, other), one.double() @ other.double().T, rtol=1e-10)
+
+
+def walk(path, thetas, loss=mlp_loss):
+    """Checkpoints of the MLP with these parameters at steps 0, 10, 20, ..."""
+    path.mkdir(exist_ok=True)
+    checkpoints = CheckpointFolder(path, TokenLoss(Mlp(), loss))
+    for index, theta in enumerate(thetas):
+        checkpoints.save(10 * index, checkpoints.token_loss.unflatten(theta))
+    return checkpoints
+
+
+def trajectory(folder, checkpoints, n_vectors):
+    settings = BasisSettings(kind="trajectory", n_vectors=n_vectors)
+    return compute_basis(folder / "basis.zarr", settings, checkpoints, None, steps=checkpoints.steps[1:])
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_trajectory_has_as_many_vectors_as_the_weights_have_directions(tmp_path, rank):
+    generator = torch.Generator().manual_seed(rank)
+    start, directions = torch.randn(31, generator=generator), torch.randn(rank, 31, generator=generator)
+    checkpoints = walk(tmp_path, [start + torch.randn(rank, generator=generator) @ directions for _ in range(9)])
+    with pytest.warns(UserWarning, match=rf"n_vectors = 8, but the 9 checkpoints move in {rank} directions"):
+        vectors = read_vectors(trajectory(tmp_path, checkpoints, 8))
+    assert gram_error(vectors) < 1e-6
+    inside = torch.linalg.qr(directions.T)[0].T
+    torch.testing.assert_close((vectors @ inside.T).square().sum(), torch.tensor(float(rank)), rtol=1e-5, atol=0)
+
+
+def test_short_movement_is_not_taken_for_rounding(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    start, steps = torch.randn(31, generator=generator), torch.randn(5, 31, generator=generator).cumsum(0)
+    basis = trajectory(tmp_path, walk(tmp_path, [start, *(start + 1e-5 * steps)]), 5)
+    assert basis.sizes["vector"] == 5
+    assert gram_error(read_vectors(basis)) < 1e-6
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_trajectory_of_equal_checkpoints_is_refused_with_their_steps(tmp_path, n):
+    checkpoints = walk(tmp_path, [torch.arange(31.0) / 7] * n)
+    steps = ", ".join(str(10 * index) for index in range(n))
+    with pytest.raises(ValueError, match=rf"checkpoints at steps {steps} have equal weights but for rounding"):
+        trajectory(tmp_path, checkpoints, 1)
+
+
+def test_trajectory_of_two_checkpoints_is_their_difference(tmp_path):
+    start, end = torch.randn(2, 31)
+    vectors = read_vectors(trajectory(tmp_path, walk(tmp_path, [start, end]), 1))
+    torch.testing.assert_close(abs(vectors[0] @ (end - start)), (end - start).norm())
+
+
+def test_trajectory_with_weights_that_are_not_finite_names_the_checkpoint(tmp_path):
+    thetas = torch.randn(4, 31)
+    thetas[2, 7] = float("nan")
+    with pytest.raises(ValueError, match=r"step-00000020.* not finite; leave step 20 out of steps"):
+        trajectory(tmp_path, walk(tmp_path, thetas), 2)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "trajectory"])
+def test_more_vectors_than_parameters_are_refused(tmp_path, checkpoints, kind):
+    settings = BasisSettings(kind=kind, n_vectors=32, k=32)
+    with pytest.raises(ValueError, match=r"basis\.n_vectors = 32; allowed: 1 to 31, the number of parameters"):
+        compute_basis(tmp_path / "basis.zarr", settings, checkpoints, BATCH, steps=[20])
+
+
+def test_as_many_vectors_as_parameters_are_orthonormal(tmp_path, checkpoints):
+    settings = BasisSettings(kind="random", n_vectors=31, k=31)
+    basis = compute_basis(tmp_path / "basis.zarr", settings, checkpoints, None, steps=[20])
+    assert gram_error(read_vectors(basis)) < 1e-5
+
+
+def root_of_output(model, batch):
+    return (0 * mlp_loss(model, batch)).sqrt()
+
+
+def no_curvature(model, batch):
+    return mlp_loss(model, batch) * 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "bad", "cause"),
+    [
+        (mlp_loss, {1: float("nan")}, "the weights of this checkpoint are not finite; leave it out of steps"),
+        (lambda model, batch: mlp_loss(model, batch) / 0, {}, "the loss of the Hessian's batch is not finite here"),
+        (root_of_output, {}, "weights and losses are finite, but derivatives are not"),
+        (no_curvature, {}, r"the operator is zero .* no curvature left here; lower basis\.n_vectors"),
+    ],
+)
+def test_eigenproblem_that_fails_names_vector_step_and_cause(tmp_path, loss, bad, cause):
+    thetas = torch.randn(3, 31)
+    for index, value in bad.items():
+        thetas[index, 3] = value
+    checkpoints = walk(tmp_path, thetas, loss)
+    settings = BasisSettings(n_vectors=2)
+    with pytest.raises(ValueError, match=rf"basis vector 1 \(step 10\): .*{cause}"):
+        compute_basis(tmp_path / "basis.zarr", settings, checkpoints, BATCH, steps=[10, 20])

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from polca_paper.homogeneity import homogeneity_table, most_homogeneous
 
 from polca_lib.method import clustering
-from polca_lib.method.clustering import DROPPED, OUTLIER, cluster_tokens, composition, is_decreasing, medoid, scale
+from polca_lib.method.clustering import (
+    DROPPED,
+    OUTLIER,
+    cluster_tokens,
+    composition,
+    is_decreasing,
+    medoid,
+    moves,
+    scale,
+)  # fmt: skip
+from polca_lib.method.decomposition import projected_loss
 from polca_lib.method.settings import ClusteringSettings
 
 STEPS = np.arange(0, 401, 20)
@@ -261,3 +271,56 @@ def test_most_homogeneous_clusters_are_one_per_vector_and_of_equal_ones_the_larg
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match=r"rule = 'v2'.*v1, v3"):
         most_homogeneous(RANKING, rule="v2")
+
+
+def rounding(size, loss):
+    """Projections whose curves are two families that fall by ``size`` nats; the loss of all tokens is ``loss``."""
+    shapes = two_families(rising=0).values * size  # (step, token)
+    movement = np.ones((len(STEPS), 1), np.float32)
+    gradient = np.diff(shapes, axis=0, append=shapes[-1:])[:, :, None].astype(np.float32)
+    losses = np.full(shapes.shape, loss, np.float32)
+    coords = {"step": STEPS, "vector": [1]}
+    variables = {"gradient": (("step", "token", "vector"), gradient), "movement": (("step", "vector"), movement)}
+    return xr.Dataset({**variables, "loss": (("step", "token"), losses)}, coords)
+
+
+@pytest.mark.parametrize("scaling", ["raw", "unit", "zscore"])
+def test_curves_below_the_rounding_of_their_loss_make_no_clusters(scaling):
+    settings = ClusteringSettings(scaling=scaling, min_cluster_size=20, order="first")
+    large, small = (projected_loss(rounding(size, 2.3), "first") for size in (0.1, 5e-8))
+    assert cluster_tokens(large, settings).max() == 2
+    assert moves(large).all()
+    assert (cluster_tokens(small, settings) == DROPPED).all()
+    assert not moves(small).any()
+    # The same curves are movement for tokens whose loss is as small as that.
+    assert cluster_tokens(projected_loss(rounding(5e-8, 1e-7), "first"), settings).max() == 2
+
+
+def test_the_floor_is_that_of_each_token():
+    projections = rounding(1e-7, 2.3)
+    projections["loss"][:, ::2] = 0.01
+    assert moves(projected_loss(projections, "first"))[:, 0].values.tolist() == [True, False] * 60
+
+
+def test_floor_is_the_rounding_of_loss_and_terms():
+    eps, values = 2.0**-23, np.zeros((3, len(STEPS)))
+    values[0, 5:], values[1, 5:] = -1.01 * eps * 4, -0.99 * eps * 4
+    values[2, 1::2] = 1e6  # swings by as much as it moves: its sum is known
+    trajectories = curves(values).assign_coords(largest_loss=("token", [4.0] * 3))
+    assert moves(trajectories).values.tolist() == [True, False, True]
+
+
+def test_exact_loss_that_stays_but_for_its_last_digit_does_not_move():
+    values = np.full((30, len(STEPS)), 2.3, np.float32)
+    values[:, 10:] = np.nextafter(np.float32(2.3), np.float32(0))
+    settings = ClusteringSettings(scaling="zscore", min_cluster_size=5)
+    assert is_decreasing(curves(values)).all()
+    assert (cluster_tokens(curves(values), settings) == DROPPED).all()
+
+
+@pytest.mark.parametrize("scaling", ["unit", "zscore"])
+def test_changes_of_rounding_are_not_divided_by(scaling):
+    noise = np.float32(2.3) * (1 + 1e-8 * np.random.default_rng(0).standard_normal((5, 20)))
+    assert abs(scale(noise, scaling)).max() < 1e-6
+    small = 1e-9 * sigmoid_drop(STEPS, 200)[None]
+    assert abs(scale(small, scaling)).max() > 0.9

@@ -193,7 +193,7 @@ def test_value_after_m_products_is_the_best_in_the_krylov_space_of_m_vectors(m, 
             vector = vector - np.stack(krylov).T @ (np.stack(krylov) @ vector)
         krylov.append(vector / np.linalg.norm(vector))
     best = np.linalg.eigvalsh(np.stack(krylov) @ a @ np.stack(krylov).T)[-1]
-    pairs = top_eigenpairs(lambda v: torch.from_numpy(a) @ v, start, tolerance=1e-14, max_products=m)
+    pairs = top_eigenpairs(lambda v: torch.from_numpy(a) @ v, start, tolerance=1e-14, max_products=m, seed=None)
     assert pairs.values.item() == pytest.approx(best, rel=1e-9)
 
 
@@ -213,16 +213,18 @@ def test_lanczos_stays_within_the_vectors_it_says_it_needs(max_products, k, solv
 @SOLVERS
 def test_a_start_inside_an_invariant_subspace_stops_there(solver):
     a = torch.diag(torch.tensor([5.0, 3.0, 2.0, 1.0], dtype=torch.float64))
-    pairs = top_eigenpairs(lambda v: a @ v, torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64), solver=solver)
+    inside = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    pairs = top_eigenpairs(lambda v: a @ v, inside, solver=solver, seed=None)
     assert pairs.values.item() == pytest.approx(3.0)
     assert pairs.products <= 3 + (solver == "cola")
+    assert top_eigenpairs(lambda v: a @ v, inside, solver=solver).values.item() == pytest.approx(5.0)
 
 
 @SOLVERS
 def test_fewer_pairs_than_asked_for_do_not_count_as_converged(solver):
     a = torch.diag(torch.tensor([5.0, 3.0, 2.0, 1.0], dtype=torch.float64))
     inside = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-    pairs = top_eigenpairs(lambda v: a @ v, inside, k=2, solver=solver)
+    pairs = top_eigenpairs(lambda v: a @ v, inside, k=2, solver=solver, seed=None)
     assert not pairs.converged
     assert len(pairs.values) == 1
 
@@ -252,3 +254,102 @@ def test_the_length_of_the_start_vector_does_not_matter(scale, solver):
     a = matrix(SPECTRUM).float()
     pairs = top_eigenpairs(lambda v: a @ v, scale * torch.ones(D), tolerance=1e-3, solver=solver)
     assert pairs.values.item() == pytest.approx(6, rel=1e-3)
+
+
+# The next tests ask for the top, where a small residual alone accepts an eigenvector that is not: the spectrum has 15
+# eigenvalues between 0.7 and 0.1, a bulk around 0, and two at the top with a gap between them.
+MANY = 1000
+BULK = np.concatenate([np.geomspace(0.7, 0.1, 15), np.linspace(-0.1, 0.1, MANY - 17)])
+
+
+def diagonal_operator(*top):
+    """Diagonal, which from a random start is the same as rotated at random."""
+    diagonal = torch.from_numpy(np.concatenate([top, BULK[: MANY - len(top)]]))
+    return lambda v: diagonal * v
+
+
+def starts(n, seed=0):
+    return torch.randn(n, MANY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("gap", [0.02, 0.05, 0.1, 0.3])
+def test_default_tolerance_gives_the_top_and_not_the_second(gap):
+    product = diagonal_operator(1, 1 - gap)
+    cosines = [top_eigenpairs(product, start, seed=None).vectors[0, 0].abs().item() for start in starts(200)]
+    assert min(cosines) > 0.99
+
+
+def test_residual_alone_accepts_the_second_from_these_starts():
+    # What the test above rests on: without the check, some of its starts end at the second eigenvector.
+    product, a_top = diagonal_operator(1, 0.98), []
+    for start in starts(60):
+        ends = [top_eigenpairs(product, start, max_products=m, seed=None) for m in range(5, 15)]
+        a_top.append(next(pairs.vectors[0, 0].abs().item() for pairs in ends if pairs.residuals[0] <= 0.01))
+    assert sum(cosine < 0.5 for cosine in a_top) > 6
+
+
+@SOLVERS
+@pytest.mark.parametrize("which", ["largest", "magnitude"])
+@pytest.mark.parametrize("seed", range(3))
+def test_top_is_found_from_a_start_that_has_nothing_of_it(seed, which, solver):
+    top = -1.0 if which == "magnitude" else 1.0
+    product, start = diagonal_operator(top, 0.97), starts(1, seed)[0]
+    start[0] = 0
+    second = torch.zeros(MANY, dtype=torch.float64)
+    second[1] = 1
+    for without_top in (start, second):
+        pairs = top_eigenpairs(product, without_top, which=which, solver=solver)
+        assert pairs.converged
+        assert pairs.values.item() == pytest.approx(top, rel=1e-4)
+        assert pairs.vectors[0, 0].abs() > 0.99
+    # Without the random vector the start can't show the top.
+    assert top_eigenpairs(product, start, which=which, seed=None).values.item() == pytest.approx(0.97, rel=1e-4)
+
+
+@pytest.mark.parametrize("which", ["largest", "magnitude"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_each_of_several_top_pairs_is_missed_no_more_often_than_promised(k, which):
+    sign = -1 if which == "magnitude" else 1
+    top = np.array([1, 0.97 * sign, 0.95, 0.92 * sign])
+    found = [top_eigenpairs(diagonal_operator(*top), start, k, which=which, seed=None) for start in starts(400, seed=k)]
+    assert all(pairs.converged for pairs in found)
+    wrong = [not np.allclose(pairs.values, top[:k], rtol=1e-3) for pairs in found]
+    assert sum(wrong) <= 3  # one in a thousand for each of k is promised, 1.2 at most
+
+
+@SOLVERS
+def test_equal_eigenvalues_are_no_reason_to_go_on(solver):
+    pairs = top_eigenpairs(diagonal_operator(1, 1), starts(1)[0], solver=solver)
+    assert pairs.converged
+    assert pairs.vectors[0, :2].norm() > 0.99
+
+
+def test_products_that_leave_a_larger_eigenvalue_possible_do_not_count_as_converged():
+    product, start = diagonal_operator(1, 0.98), starts(1)[0]
+    enough = top_eigenpairs(product, start, seed=None)
+    before = top_eigenpairs(product, start, max_products=enough.products - 1, seed=None)
+    assert before.residuals[0] <= 1e-3
+    assert enough.converged
+    assert not before.converged
+
+
+@SOLVERS
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_product_that_is_not_finite_is_named(value, solver):
+    calls = []
+
+    def product(v):
+        calls.append(1)
+        return v * (value if len(calls) == 3 else torch.arange(1.0, D + 1))
+
+    with pytest.raises(FloatingPointError, match="product 3 of the operator is not finite"):
+        top_eigenpairs(product, torch.ones(D), solver=solver)
+
+
+@SOLVERS
+def test_zero_operator_is_refused_and_one_whose_first_value_is_zero_is_not(solver):
+    with pytest.raises(ZeroDivisionError, match="the operator is zero"):
+        top_eigenpairs(torch.zeros_like, torch.ones(D), solver=solver)
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    pairs = top_eigenpairs(lambda v: swap @ v, torch.tensor([1.0, 0.0]), solver=solver, seed=None)
+    assert pairs.values.item() == pytest.approx(1)

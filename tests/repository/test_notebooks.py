@@ -112,6 +112,7 @@ def test_builder_refuses_unknown_names_and_values(place, env):
     for assignment, words in (
         ("sede=1", ["no notebook has a parameter 'sede'", "seed"]),
         ("preset=desktop", ["preset = 'desktop' is unknown", "laptop"]),
+        ("vectors=3", ["vectors = 3; allowed: list, such as [3]"]),
         ("device=abacus", ["device = 'abacus' is not on this machine", "cpu"]),
     ):
         command = [sys.executable, "book/build.py", "--preset", "smoke", "--output", place / "refused"]

@@ -1,5 +1,6 @@
 """Runs of the hub: tiny models named as Pythia and OLMo are, in folders and behind a server like the hub's."""
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -104,8 +105,41 @@ def test_text_that_does_not_do_is_refused(tmp_path, text, arguments, told):
     with pytest.raises(ValueError, match=told):
         causal_lm(str(tmp_path / "run"), str(text), **{"examples": 3, "context": 6, "hessian_examples": 2, **arguments})
     text.write_text('{"text": "the cat"}\n{"title": "no text"}\n')
-    with pytest.raises(ValueError, match="line 2, has no field 'text'"):
+    with pytest.raises(ValueError, match="line 2: it has no text, but"):
         causal_lm(str(tmp_path / "run"), str(text), context=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", b'{"text": "the cat"}\n\nnull\n', "line 3: it is not an object with text, but of type NoneType"),
+        ("a.jsonl", b'{"text": null}', "line 1: its text is not text, but of type NoneType"),
+        ("a.jsonl", '{"text": "café"}'.encode("latin-1"), "line 1: it is not UTF-8 .*convert"),
+        ("a.txt", "the cat\ncafé".encode("latin-1"), "line 2: it is not UTF-8"),
+        ("a.csv", b"text\nthe cat", r"a\.csv has an unknown ending; allowed: .txt"),
+        ("a.jsonl.zst", b"", r"a\.jsonl\.zst has an unknown ending"),
+    ],
+)
+def test_a_text_that_can_not_be_read_is_refused_by_line_and_reason(tmp_path, name, content, told):
+    write_run(tmp_path / "run", MODELS["neox"], ["step0"])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        causal_lm(str(tmp_path / "run"), str(tmp_path / name), context=6)
+
+
+@pytest.mark.parametrize("name", ["b.JSONL", "b.json", "b.jsonl.gz", "b.list.json"])
+def test_windows_do_not_depend_on_how_documents_are_stored(tmp_path, name):
+    write_run(tmp_path / "run", MODELS["neox"], ["step0"])
+    documents = [{"text": f"the cat sat on the mat number {i}"} for i in range(40)]
+    lines = "\n".join(map(json.dumps, documents)).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    content = json.dumps(documents).encode() if "list" in name else b"\xef\xbb\xbf" + lines + b"\n\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    expected, read = (
+        causal_lm(str(tmp_path / "run"), str(tmp_path / file), examples=3, context=6, hessian_examples=2).validation
+        for file in ("a.jsonl", name)
+    )
+    assert torch.equal(expected, read)
 
 
 def token_loss(make):

@@ -1,3 +1,4 @@
+import gzip
 import json
 import lzma
 import warnings
@@ -64,6 +65,45 @@ def test_blank_lines_and_a_byte_order_mark_are_no_damage(tmp_path):
     assert [article.title for article in read_articles(path)] == ["A", "C"]
 
 
+@pytest.mark.parametrize(
+    "name", ["A.JSONL", "a.ndjson", "a.jsonl.gz", "a.JSONL.XZ", "a.json", "list.json", "list.JSON.gz", "a.PARQUET"]
+)
+def test_other_endings_are_read_alike(tmp_path, name):
+    content = jsonl(ARTICLES)
+    if name.startswith("list"):
+        content = b"\xef\xbb\xbf" + json.dumps([article._asdict() for article in ARTICLES], indent=1).encode()
+    path = tmp_path / name
+    if name.endswith("PARQUET"):
+        pd.DataFrame(ARTICLES).to_parquet(path)
+    else:
+        compress = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix.lower(), bytes)
+        path.write_bytes(compress(content))
+    assert list(read_articles(path)) == ARTICLES
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"title": "A", "text": "b"}, null]', "item 2: it is not an object with title and text"),
+        (b'[{"title": "A", "text": "b"}, {"title": "C"}]', "item 2: it has no text, but title"),
+        (b'[{"title": "A"', "all of it: it is not JSON"),
+        (b'{"title": "A",\n"text": "b"}', "line 1: it is not JSON"),
+        ('[{"title": "Zoé", "text": "b"}]'.encode("latin-1"), "all of it: it is not UTF-8"),
+    ],
+)
+def test_a_list_that_can_not_be_read_is_refused_by_its_item(tmp_path, content, reason):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DamagedCorpus, match=rf"a\.json, {reason}"):
+        list(read_articles(tmp_path / "a.json"))
+
+
+def test_gzip_that_is_cut_off_is_read_as_far_as_it_goes(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl(ARTICLES))[:-12])
+    with pytest.raises(DamagedCorpus, match=r"a\.jsonl\.gz, line \d+ and all after it: .*cut off"):
+        list(read_articles(path))
+
+
 def test_a_line_of_ten_megabytes_is_read(tmp_path):
     long = Article("Long", "ten letters" * 10**6, "")
     assert list(read_articles(write(tmp_path / "a.jsonl", [long]))) == [long]
@@ -78,12 +118,12 @@ def test_nothing_after_what_is_consumed_is_looked_at(tmp_path):
 DAMAGE = {
     "not JSON": (b'{"title": "A", "text"\n', "it is not JSON"),
     "nested too deep": (b"[" * 200_000 + b"\n", "it is not JSON"),
-    "not an object": (b"[1, 2]\n", "it is no object .* of type list"),
+    "not an object": (b"[1, 2]\n", "it is not an object .* of type list"),
     "no title": (line(text="b", name="A"), "it has no title, but text, name"),
     "no text": (line(title="A"), "it has no text, but title"),
     "empty": (b"{}\n", "it has no title, but nothing"),
-    "title is a number": (line(title=1984, text="b"), "its title is no text, but of type int"),
-    "text is null": (line(title="A", text=None), "its text is no text, but of type NoneType"),
+    "title is a number": (line(title=1984, text="b"), "its title is not text, but of type int"),
+    "text is null": (line(title="A", text=None), "its text is not text, but of type NoneType"),
     "not UTF-8": ('{"title": "A", "text": "é"}\n'.encode("latin-1"), "it is not UTF-8 .* at byte 24"),
     "half a surrogate pair": (b'{"title": "A", "text": "\\ud83d"}\n', "its text has half a surrogate pair"),
 }
@@ -151,7 +191,7 @@ def test_a_damaged_row_of_parquet_is_named(tmp_path):
     rows = [article._asdict() for article in ARTICLES[:2] * 50]
     rows[80]["text"] = None
     pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DamagedCorpus, match=r"a\.parquet, row 81: its text is no text, but of type NoneType"):
+    with pytest.raises(DamagedCorpus, match=r"a\.parquet, row 81: its text is not text, but of type NoneType"):
         list(read_articles(tmp_path))
     with pytest.warns(UserWarning, match="left out: 1 .*row 81"):
         assert len(list(read_articles(tmp_path, skip_damaged=True))) == 99
@@ -168,7 +208,7 @@ def test_missing_columns_of_parquet_are_named(tmp_path):
 def test_a_cut_off_parquet_file_is_named_and_the_others_are_read(tmp_path):
     whole = write(tmp_path / "b.parquet", ARTICLES)
     (tmp_path / "a.parquet").write_bytes(whole.read_bytes()[:-20])
-    with pytest.raises(DamagedCorpus, match=r"a\.parquet, row 1 and all after it: the file is no Parquet, cut off"):
+    with pytest.raises(DamagedCorpus, match=r"a\.parquet, row 1 and all after it: the file is not Parquet, cut off"):
         list(read_articles(tmp_path))
     with pytest.warns(UserWarning, match=r"a\.parquet"):
         assert list(read_articles(tmp_path, skip_damaged=True)) == ARTICLES
@@ -178,7 +218,7 @@ def test_a_cut_off_parquet_file_is_named_and_the_others_are_read(tmp_path):
     ("name", "message"),
     [
         ("nowhere.jsonl", "is not there; allowed: .*jsonl.xz.*folder.*hub"),
-        ("a.csv", "no kind that can be read; allowed: .jsonl, .jsonl.xz, .parquet"),
+        ("a.csv", "no kind that can be read; allowed: .jsonl, .ndjson, .json, .*.parquet"),
         ("folder", "is a folder with no file that can be read; allowed: .jsonl"),
     ],
 )

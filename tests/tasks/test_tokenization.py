@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from polca_lib.tasks import tokenization
 from polca_lib.tasks.tokenization import (
     PAD,
     GrowingArray,
@@ -196,3 +197,17 @@ def test_a_growing_array_is_what_was_appended(tmp_path, row):
 def test_a_growing_array_refuses_rows_of_another_shape(tmp_path):
     with GrowingArray(tmp_path / "a.npy", "<u4", (3,)) as growing, pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
         growing.append(np.zeros((5, 2)))
+
+
+@pytest.mark.parametrize("word", ["ab" * 5 * 10**5, " " * 10**6, "語" * 10**5], ids=["letters", "spaces", "no spaces"])
+def test_a_word_of_a_megabyte_is_trained_on_and_encoded_whole(word):
+    # Without cutting it, this takes many minutes.
+    text = f"start {word} end"
+    tokenizer = train_tokenizer([text, *TEXTS], 300)
+    encoded = encode(tokenizer, text)
+    assert tokenizer.decode(encoded.ids.tolist()) == text
+
+
+def test_ordinary_text_is_trained_on_as_it_is():
+    text = "word " * 20_000
+    assert list(tokenization._without_long_words(text)) == [text]

@@ -1,0 +1,191 @@
+"""Check derivatives against central differences of what they are the derivatives of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from polca_lib.derivatives.forward import Derivatives, by_jvp
+from polca_lib.derivatives.token_loss import Batch, TokenLoss
+
+_STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # relative to the norm of the parameters
+_TOLERANCE = 1e-3
+_NOISE = 8 * torch.finfo(torch.float64).eps  # of a loss or a slope, relative
+
+# Operations whose derivatives of some order are wrong in torch (pytorch issue 198017), by their names in aten.
+_SUSPECTS = {
+    "_linalg_det": "torch.linalg.det",
+    "_linalg_slogdet": "torch.linalg.slogdet",
+    "_linalg_solve_ex": "torch.linalg.solve",
+    "cholesky_inverse": "torch.cholesky_inverse",
+    "cholesky_solve": "torch.cholesky_solve",
+    "cumprod": "torch.cumprod",
+    "linalg_householder_product": "torch.linalg.householder_product",
+    "native_batch_norm": "torch.nn.functional.batch_norm",
+    "native_layer_norm": "torch.native_layer_norm",
+}
+
+
+class _Float64(TorchFunctionMode):
+    """Compute in float64 wherever a model asks for another floating-point dtype by name."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        function = Tensor.double if function in (Tensor.float, Tensor.half, Tensor.bfloat16) else function
+        arguments, keywords = pytree.tree_map_only(
+            torch.dtype, lambda dtype: torch.float64 if dtype.is_floating_point else dtype, (arguments, keywords or {})
+        )
+        return function(*arguments, **keywords)
+
+    def __enter__(self) -> _Float64:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self._default)
+
+
+def by_backward(
+    token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, vectors: Float[Tensor, "vector d"], order: int
+) -> Derivatives:
+    """Loss, slopes and curvatures of the sum over all tokens by backward passes, in the form of :func:`by_jvp`."""
+    theta = theta.detach().clone().requires_grad_()
+    loss = token_loss(theta, batch).sum()
+    slopes = vectors @ torch.autograd.grad(loss, theta, create_graph=order == 2, materialize_grads=True)[0]
+    derivatives = [slopes.detach()[None]]
+    if order == 2:
+        products = [torch.autograd.grad(slope, theta, retain_graph=True, materialize_grads=True)[0] for slope in slopes]
+        derivatives.append((torch.stack(products) * vectors).sum(1)[None])
+    return loss.detach()[None], derivatives
+
+
+def check_derivatives(
+    token_loss: TokenLoss,
+    theta: Float[Tensor, " d"],
+    batch: Batch,
+    vectors: Float[Tensor, "vector d"],
+    order: int,
+    derive: Callable[..., Derivatives] = by_jvp,
+) -> None:
+    """Check derivatives against central differences in float64.
+
+        <grad L, b> = (L(theta + h b) - L(theta - h b)) / 2h + O(h^2)
+        b^T H b = (<grad L(theta + h b), b> - <grad L(theta - h b), b>) / 2h + O(h^2)
+
+    A difference counts where it is the same for two steps h: near a kink, as that of ReLU, and where rounding
+    prevails, it is not. A warning says so if there are no such steps, or if the model can't compute in float64.
+
+    Args:
+        token_loss: the loss.
+        theta: parameters, shape (d,).
+        batch: a few examples.
+        vectors: a few directions in rows.
+        order: of the highest derivative, 1 or 2.
+        derive: computes losses and derivatives, by default as forward mode does.
+
+    Raises:
+        ValueError: a derivative is wrong. The message names operations that may be the reason.
+    """
+    precise, length = token_loss.in_float64(), theta.double().norm().item() or 1.0
+    examples = pytree.tree_map(
+        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, batch
+    )
+    for vector in vectors:
+        direction = (vector.double() / (vector.norm().item() or 1.0))[None]
+
+        def shifted(step: float, order: int = 1, direction: Tensor = direction) -> list[Tensor]:
+            with _Float64():
+                loss, derived = derive(precise, theta.double() + step * direction[0], examples, direction, order)
+            return [loss, *(derivative.flatten() for derivative in derived)]
+
+        try:
+            computed = shifted(0.0, order)
+            if not computed[0].numel():  # no target token
+                return
+            errors = _relative_errors(computed, shifted, length)
+        except Exception as failure:  # a model may raise anything
+            warnings.warn(f"derivatives were not checked: in float64 {type(failure).__name__}: {failure}", stacklevel=2)
+            return
+        for index, error in sorted(errors.items()):
+            if not error <= _TOLERANCE:
+                raise ValueError(_message(index + 1, error, _suspects(precise, theta.double(), examples)))
+        if len(errors) < order and computed[0].isfinite().all():
+            warnings.warn("derivatives were not checked: the loss has kinks at each step, or is rounded", stacklevel=2)
+
+
+def _relative_errors(
+    computed: list[Float[Tensor, " token"]], shifted: Callable[[float], list[Tensor]], length: float
+) -> dict[int, float]:
+    """Error of the first and second derivative relative to its size; of those that can be told."""
+    errors: dict[int, float] = {}
+    smaller, smaller_step = None, 0.0
+    for step in (length * step for step in _STEPS):
+        above, below = shifted(step), shifted(-step)
+        larger = [(right - left) / (2 * step) for right, left in zip(above, below, strict=True)]
+        for index in range(len(computed) - 1):
+            if smaller is None or index in errors:
+                continue
+            # Losses are rounded to parts of 1 nat at least, slopes accordingly.
+            size = _size(computed[index]) + (1 + _size(computed[0])) / length**index
+            error = _relative_error(computed[index + 1], smaller[index], larger[index], _NOISE * size / smaller_step)
+            if error is not None:
+                errors[index] = error
+        if len(errors) == len(computed) - 1:
+            break
+        smaller, smaller_step = larger, step
+    return errors
+
+
+def _relative_error(computed: Tensor, smaller: Tensor, larger: Tensor, noise: float) -> float | None:
+    """Error where differences with a smaller and a larger step agree; None if that is not even half of the tokens."""
+    size = max(_size(computed), smaller.nan_to_num().abs().median().item())
+    settled = (smaller - larger).abs() <= _TOLERANCE / 4 * size + noise
+    if not 2 * settled.sum() >= max(1, len(computed)):
+        return None
+    error = (computed - smaller)[settled].square().mean().sqrt().item()
+    return 0.0 if error <= noise else error / size
+
+
+def _size(values: Tensor) -> float:
+    """Root mean square."""
+    return values.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt().item()
+
+
+class _Names(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def _suspects(token_loss: TokenLoss, theta: Tensor, batch: Batch) -> list[str]:
+    with torch.no_grad(), _Float64(), _Names() as operations:
+        token_loss(theta, batch)
+    return [name for operation, name in _SUSPECTS.items() if operation in operations.names]
+
+
+def _message(order: int, error: float, suspects: list[str]) -> str:
+    what, of = (("first", "loss"), ("second", "first derivatives"))[order - 1]
+    reason = f"; those of {' and '.join(suspects)} are known to be wrong in torch" if suspects else ""
+    need = "order = 'second' and a basis of the Hessian need them, order = 'trapezoid' and other bases do not"
+    return (
+        f"the {what} derivatives that torch computes for this model and loss differ by {error:.1%} from central "
+        f"differences of the {of} in float64{reason}. Write what detaches tensors, is an autograd.Function, or is not "
+        f"elementary, with elementary operations of torch{f'; {need}' if order == 2 else ''}"
+    )
