@@ -245,25 +245,21 @@ class _Session:
 
     def _blame(self, task: ProjectionTask, name: str, odd: Bool[Tensor, ...]) -> str:
         """Say which values of a variable are not finite, since which step, and what to check."""
-        job, kept = self._job, "finished projections are kept"
-        where = job.checkpoints.name(job.steps[task.index])
+        job, advice = self._job, "Check the checkpoint, or leave it out (setting steps)"
+        where = f"{job.checkpoints.name(job.steps[task.index])} gives values of {name} that are not finite"
         rows = odd.flatten(1).any(1) if odd.ndim > 1 else odd
-        if name not in ("loss", "inside_loss", "gradient", "curvature") or rows.all():
-            advice = "check the checkpoint, or leave it out (setting steps)"
-            return f"{where} gives a {name} that is not finite; {kept}. All are: {advice}"
-        # The first such token, as the token table names it.
-        index = int(rows.nonzero()[0])
-        table = token_table(self._stores[task.bases[0]].dataset())
-        known = [f"{column} {table[column][index]!r}" for column in ("example", "position", "text") if column in table]
-        since = ""
-        if name == "loss":
+        if name in ("loss", "inside_loss", "gradient", "curvature"):
+            # Name the first such token as the token table does, and the first step at which its loss is not finite.
+            index, table = int(rows.nonzero()[0]), token_table(self._stores[task.bases[0]].dataset())
+            columns = [column for column in ("example", "position", "text") if column in table]
+            token = ", ".join([f"token {index}", *(f"{name} {table[name].tolist()[index]!r}" for name in columns)])
             losses = ((step, self._losses(task, self._theta(step, keep=False))[index]) for step in job.steps)
-            since = f" (since step {next(step for step, loss in losses if not loss.isfinite())})"
-        return (
-            f"{where} gives a {name} that is not finite for token {index}: {', '.join(known)}{since}, and for "
-            f"{int(rows.sum()) - 1} more of {len(rows)} tokens; {kept}. The other tokens are finite: check these "
-            "data, such as a row that is masked as a whole, and leave them out, or this checkpoint (setting steps)"
-        )
+            since = next((step for step, loss in losses if not loss.isfinite()), None)
+            where += f" for {int(rows.sum()):,} of {len(rows):,} tokens, such as {token}"
+            where += "" if since is None else f", whose loss is not finite since step {since}"
+            if not rows.all():
+                advice = "The other tokens are finite: check these data (a row masked as a whole?), or leave them out"
+        return f"{where}; finished projections are kept. {advice}"
 
     def _differentiate(
         self, task: ProjectionTask, theta: Tensor, change: Tensor | None, pieces: list[dict[str, Tensor]]

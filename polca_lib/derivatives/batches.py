@@ -169,7 +169,7 @@ def by_example(function: Callable[..., Any], batch: Batch, *others: Any) -> Any:
     """``function(*rows of others, batch of one example)`` for all examples at once, by ``vmap``.
 
     Raises:
-        Exception: of torch, if what ``function`` does depends on the numbers in the batch, as ragged losses do.
+        Exception: of torch, if shapes depend on the numbers in the batch, as those of ragged losses do.
     """
     dims = pytree.tree_map(
         lambda leaf: 0 if isinstance(leaf, Tensor) else Shared(None) if _is_shared(leaf) else None,
@@ -184,24 +184,18 @@ def by_example(function: Callable[..., Any], batch: Batch, *others: Any) -> Any:
 
 
 @torch.no_grad()
-def common_count(loss: Callable[[Batch], Tensor], batch: Batch) -> int | None:
-    """Number of losses of each example, or None if it depends on the data (or can't be known without).
+def count_losses(loss: Callable[[Batch], Tensor], batch: Batch) -> tuple[Int[np.ndarray, " example"], bool]:
+    """Number of losses of each example, and whether ``vmap`` can take any of them together.
 
-    No shape under ``vmap`` can depend on the data: what holds for two examples there holds for all.
+    Under ``vmap``, torch refuses examples with different numbers of losses. They are then run one by one.
     """
+    counts: list[int] = []
     try:
-        return by_example(loss, next(split_examples(batch, 2))).shape[1]
+        for part in split_examples(batch, _EXAMPLES):
+            counts += [by_example(loss, part).shape[1]] * n_examples(part)
+        return np.array(counts), len(set(counts)) == 1
     except Exception:  # of whatever a loss does
-        return None
-
-
-@torch.no_grad()
-def count_losses(loss: Callable[[Batch], Tensor], batch: Batch) -> Int[np.ndarray, " example"]:
-    """Number of losses of each example; examples are run one by one only if it depends on the data."""
-    count = common_count(loss, batch)
-    if count is not None:
-        return np.full(n_examples(batch), count)
-    return np.array([len(loss(example)) for example in split_examples(batch, 1)])
+        return np.array([len(loss(example)) for example in split_examples(batch, 1)]), False
 
 
 @torch.no_grad()
@@ -213,7 +207,7 @@ def losses_by_example(
     Raises:
         ValueError: examples have another number of losses together than alone.
     """
-    counts, losses = count_losses(loss, batch), []
+    (counts, _), losses = count_losses(loss, batch), []
     for index, part in enumerate(split_examples(batch, _EXAMPLES)):
         losses.append(loss(part))
         alone = counts[index * _EXAMPLES :][:_EXAMPLES]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from polca_lib.derivatives.batches import common_count, count_losses, map_examples
+from polca_lib.derivatives.batches import count_losses, map_examples
 from polca_lib.derivatives.finite_differences import check_derivatives
 from polca_lib.derivatives.forward import Derivatives, Signals, by_jvp, trace
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
@@ -115,9 +115,9 @@ def choose(
         raise ValueError(f"memory = {memory}; allowed: a positive number of bytes")
     budget = default_budget(theta.device) if memory is None else memory
     # Ragged losses: try, and measure memory, on the examples with most tokens.
-    uniform = common_count(partial(token_loss, theta), batch) is not None
-    if not uniform:
-        most_first = np.argsort(-count_losses(partial(token_loss, theta), batch), kind="stable")
+    counts, batched = count_losses(partial(token_loss, theta), batch)
+    if len(set(counts)) > 1:
+        most_first = np.argsort(-counts, kind="stable")
         batch = map_examples(lambda t: t[torch.from_numpy(most_first).to(t.device)], batch)
     example, pair, few_vectors = next(split_examples(batch, 1)), next(split_examples(batch, 2)), vectors[:2]
     pass_operations = _operations(token_loss, theta, example)
@@ -148,7 +148,7 @@ def choose(
         if mode == "reverse" or (mode == "auto" and plain.cost["reverse"] < forward):
             try:
                 _check_other_parameters(token_loss, structure, budget)
-                reverse = replace(plain, mode="reverse", precision=precision, structure=structure, batched=uniform)
+                reverse = replace(plain, mode="reverse", precision=precision, structure=structure, batched=batched)
                 if usable(reverse, "reverse"):
                     return _sized(reverse, token_loss, theta, batch, vectors, budget)
             except ValueError as failure:  # too little memory: forward mode may need less

@@ -85,4 +85,7 @@ def token_table(dataset: xr.Dataset | xr.DataArray) -> pd.DataFrame:
         for name, coordinate in dataset.coords.items()
         if coordinate.dims == ("token",) and name != "token"
     }
-    return pd.DataFrame(columns, index=range(dataset.sizes["token"]))
+    # As objects, for text of any kind.
+    values = [column.astype(object) if column.dtype.kind == "U" else column for column in columns.values()]
+    table = pd.DataFrame(dict(enumerate(values)), index=range(dataset.sizes["token"]))
+    return table.set_axis(pd.Index(columns, dtype=object), axis=1)

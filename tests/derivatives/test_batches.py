@@ -127,7 +127,7 @@ def test_examples_are_run_one_by_one_only_if_their_numbers_depend_on_the_data():
 
     theta = problem("mlp", dtype=torch.float32).theta
     assert count(TokenLoss(Mlp(), loss), theta, mlp_batch(9, torch.float32))[1].tolist() == 9 * [2]
-    assert sizes == [1, 4, 4, 1]  # one under vmap stands for all
+    assert sizes == [1, 1, 1, 4, 4, 1]  # of each four, one under vmap
 
 
 def test_number_of_losses_that_depends_on_the_other_examples_is_refused():
@@ -156,6 +156,21 @@ def test_lengths_in_a_tensor_give_ragged_losses_and_those_in_a_tuple_are_refused
         torch.testing.assert_close(found, token_gradients(token_loss, theta, data) @ vectors.T, **EXACT)
     with pytest.raises(ValueError, match="depends on the other examples"):  # all examples share a tuple
         token_loss.check(theta, (batch[2:], tuple(TARGETS[2:])))
+
+
+def test_shapes_that_agree_by_chance_in_the_first_examples_do_not_stand_for_all():
+    # torch runs repeat_interleave example by example under vmap, and stacks results of one size.
+    def loss(model, batch):
+        return batch.repeat_interleave(batch.long().flatten()).float() * model.weight.sum()
+
+    token_loss = TokenLoss(nn.Linear(1, 1), loss)
+    batch = torch.tensor([[1, 2], [3, 0], [2, 1], [0, 3], [1, 1], [2, 2], [1, 1], [4, 0]])
+    assert count(token_loss, torch.ones(2), batch)[1].tolist() == [3, 3, 3, 3, 2, 4, 2, 4]
+    vectors, theta = torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    double = TokenLoss(nn.Linear(1, 1).double(), lambda m, b: loss(m, b).double())
+    for mode in ("forward", "reverse"):
+        expected = token_gradients(double, theta, batch) @ vectors.T
+        torch.testing.assert_close(project(double, theta, batch, vectors, mode=mode).gradient, expected, **EXACT)
 
 
 def test_sum_that_is_divisible_by_chance_is_counted_right():
