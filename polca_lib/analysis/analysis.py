@@ -37,7 +37,6 @@ from polca_lib.report.page import write_report
 from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile, provenance
 from polca_lib.storage.checkpoints import Checkpoints, ChecksummedCheckpoints
 from polca_lib.storage.hashing import hash_batch, hash_json, hash_table
-from polca_lib.storage.names import few
 from polca_lib.storage.pieces import PieceStore
 
 # Coordinates of the results; a token table can't have columns of these names.
@@ -389,14 +388,6 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             settings = [analysis.settings.projection for analysis in group]
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory
             project_runs(paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code)
-    _warn_of_equal_checkpoints(first.checkpoints)
+    if equal := getattr(first.checkpoints, "duplicates", list)():
+        warnings.warn(f"checkpoints hold the same weights: steps {' and steps '.join(map(str, equal))}", stacklevel=2)
     return [analysis.stored("projection") for analysis in analyses]
-
-
-def _warn_of_equal_checkpoints(checkpoints: Checkpoints) -> None:
-    for steps in getattr(checkpoints, "duplicates", list)():
-        warnings.warn(
-            f"checkpoints of steps {few(map(str, steps))} hold the same weights; if that is a mistake, leave some out "
-            "with the setting steps",
-            stacklevel=3,
-        )
