@@ -49,7 +49,6 @@ from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile,
 from polca_lib.storage.checkpoints import Checkpoints, ChecksummedCheckpoints
 from polca_lib.storage.columns import separate_columns
 from polca_lib.storage.hashing import hash_batch, hash_json, hash_table, hash_tensors
-from polca_lib.storage.names import few
 from polca_lib.storage.pieces import PieceStore, is_begun
 from polca_lib.storage.witness import Witness
 
@@ -545,14 +544,6 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             project_runs(
                 paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
             )
-    _warn_of_equal_checkpoints(first.checkpoints)
+    if equal := getattr(first.checkpoints, "duplicates", list)():
+        warnings.warn(f"checkpoints hold the same weights: steps {' and steps '.join(map(str, equal))}", stacklevel=2)
     return [analysis.stored("projection") for analysis in analyses]
-
-
-def _warn_of_equal_checkpoints(checkpoints: Checkpoints) -> None:
-    for steps in getattr(checkpoints, "duplicates", list)():
-        warnings.warn(
-            f"checkpoints of steps {few(map(str, steps))} hold the same weights; if that is a mistake, leave some out "
-            "with the setting steps",
-            stacklevel=3,
-        )

@@ -96,7 +96,7 @@ def check_checkpoints(checkpoints: Checkpoints, *, read: bool = False) -> list[F
     many = len(steps) > 1
     findings = [Finding("ok" if many else "problem", "steps", f"{len(steps)} checkpoints: {few(steps)}{cadence}")]
     if checkpoints.token_loss is not None:
-        findings += [Finding("note", "checkpoints", note) for note in checkpoints.notes()]
+        findings += [Finding("note", "checkpoints", note) for note in getattr(checkpoints, "notes", list)()]
     headers = _headers(checkpoints, findings)
     if not headers:
         findings.append(Finding("note", "weights", "names and shapes can only be read with the weights"))
@@ -173,10 +173,14 @@ def _headers(checkpoints: Checkpoints, findings: list[Finding]) -> dict[int, Map
     """Names and shapes of the tensors of each checkpoint that can be read without its values."""
     headers = {}
     for step in checkpoints.steps:
-        tensors = _attempt(findings, "weights", lambda step=step: checkpoints.header(step))
+        tensors = _attempt(findings, "weights", lambda step=step: getattr(checkpoints, "header", _none)(step))
         if tensors is not None:
             headers[step] = tensors
     return headers
+
+
+def _none(_: int) -> None:
+    """Header of a checkpoint of a class that has none."""
 
 
 def _compare_layouts(headers: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Finding]:
