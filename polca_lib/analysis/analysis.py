@@ -49,7 +49,6 @@ from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile,
 from polca_lib.storage.checkpoints import Checkpoints, ChecksummedCheckpoints
 from polca_lib.storage.columns import separate_columns
 from polca_lib.storage.hashing import hash_batch, hash_json, hash_table, hash_tensors
-from polca_lib.storage.names import few
 from polca_lib.storage.pieces import PieceStore, is_begun
 from polca_lib.storage.witness import Witness
 
@@ -158,9 +157,21 @@ class Analysis:
         texts = () if table is None or "text" not in table else list(table["text"])
         batch = to_device(self.validation, theta.device)
         counts = self.checkpoints.token_loss.check(theta, batch, "validation", texts)
-        added = _numbered(counts)
         if table is None:
             self._keep_counts(counts)
+        return self.with_places(counts)
+
+    def with_places(self, counts: Int[np.ndarray, " example"]) -> pd.DataFrame:
+        """The token table, with example and position of each token.
+
+        Args:
+            counts: number of losses of each example.
+
+        Raises:
+            ValueError: the table has another number of rows.
+        """
+        table, added = self._token_table, _numbered(counts)
+        if table is None:
             return added
         if len(table) != len(added):
             least, most, examples = counts.min(), counts.max(), f"{len(counts)} examples"
@@ -199,7 +210,7 @@ class Analysis:
         _ = self.tokens
         if self.hessian is not None and self.settings.basis.kind in HESSIAN_KINDS:
             theta = self.checkpoints.theta(self.steps[0])
-            self._hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
+            self.hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
         with self._basis.at_work():
             if self.hessian is not None:  # else the basis is refused
                 self._compare_loss("basis", at_work=True)
@@ -211,11 +222,11 @@ class Analysis:
                 steps=self._births,
                 seed=self.settings.seed,
                 memory=self.settings.memory,
-                hessian_loss=None if self.settings.basis.targets == "answer" else self._hessian_token_loss,
+                hessian_loss=None if self.settings.basis.targets == "answer" else self.hessian_token_loss,
             )
 
     @property
-    def _hessian_token_loss(self) -> TokenLoss:
+    def hessian_token_loss(self) -> TokenLoss:
         """The loss whose Hessian is taken."""
         token_loss = self.checkpoints.token_loss
         return TokenLoss(token_loss.model, self.hessian_loss) if self.settings.basis.targets == "all" else token_loss
@@ -326,8 +337,8 @@ class Analysis:
     def _basis_provenance(self) -> dict[str, object]:
         """What the settings alone do not tell about the basis: its tolerance, and fewer vectors than asked for."""
         rows: dict[str, object] = {"basis: tolerance": self.tolerance} if "_basis" in self.__dict__ else {}
-        basis, asked = self.__dict__.get("basis", self.__dict__.get("projections")), self._basis_settings.n_vectors
-        if basis is not None and basis.sizes["vector"] < asked:
+        basis = self.__dict__.get("basis", self.__dict__.get("projections"))
+        if basis is not None and basis.sizes["vector"] < (asked := self._basis_settings.n_vectors):
             rows["basis: vectors"] = f"{basis.sizes['vector']} of {asked}"
         return rows
 
@@ -464,7 +475,7 @@ class Analysis:
         if key not in self._witnesses:
             loss, batch = self.checkpoints.token_loss, self.validation
             if stage == "basis":
-                loss, batch = self._hessian_token_loss, self.hessian
+                loss, batch = self.hessian_token_loss, self.hessian
             self._witnesses[key] = Witness.of(loss, self.checkpoints.theta(step), batch, step)
         return self._witnesses[key]
 
@@ -533,14 +544,6 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             project_runs(
                 paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
             )
-    _warn_of_equal_checkpoints(first.checkpoints)
+    if equal := getattr(first.checkpoints, "duplicates", list)():
+        warnings.warn(f"checkpoints hold the same weights: steps {' and steps '.join(map(str, equal))}", stacklevel=2)
     return [analysis.stored("projection") for analysis in analyses]
-
-
-def _warn_of_equal_checkpoints(checkpoints: Checkpoints) -> None:
-    for steps in getattr(checkpoints, "duplicates", list)():
-        warnings.warn(
-            f"checkpoints of steps {few(map(str, steps))} hold the same weights; if that is a mistake, leave some out "
-            "with the setting steps",
-            stacklevel=3,
-        )

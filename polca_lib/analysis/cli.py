@@ -18,7 +18,8 @@ import typer
 app = typer.Typer(
     help="POLCA on your own training run: loss change per token and per direction of weight space.\n\n"
     "A TOML file names the checkpoints and the function that returns model, loss and data. `polca init` writes an "
-    "example. To resume stopped work, run the same command again.\n\n"
+    "example, `polca check` looks for what would go wrong. The file names code that is run: trust it as you would a "
+    "script; `polca check --no-code` runs none. To resume stopped work, run the same command again.\n\n"
     "Exit codes: 0 done, 1 the work failed, 2 a setting or a file is wrong, 3 something is missing (status), "
     "130 stopped by Ctrl-C.",
     no_args_is_help=True,
@@ -90,15 +91,39 @@ def plan(
 ) -> None:
     """Estimate memory, disk and time of a run before it starts."""
     with reported_errors():
+        from polca_lib.analysis.check import as_table, check_checkpoints
         from polca_lib.analysis.runfile import RunFile, open_analysis
 
         run_file = RunFile.read(file)
-        planned = open_analysis(run_file).plan(
+        analysis = open_analysis(run_file)
+        findings = check_checkpoints(analysis.checkpoints.inner)
+        if problems := [finding.text for finding in findings if finding.state == "problem"]:
+            raise ValueError("\n".join(problems))
+        planned = analysis.plan(
             checkpoints=checkpoints,
             workers=workers or run_file.engine.workers or 1,
             operations_per_second=operations_per_second,
         )
-        typer.echo(json.dumps(planned.as_dict(), indent=1) if as_json else str(planned))
+        about = {"check": [finding._asdict() for finding in findings], **planned.as_dict()}
+        typer.echo(json.dumps(about, indent=1) if as_json else f"{as_table(findings)}\n\n{planned}")
+
+
+@app.command()
+def check(
+    place: Annotated[Path, typer.Argument(help="the TOML file, or a folder of checkpoints")] = Path("polca.toml"),
+    code: Annotated[bool, typer.Option("--code/--no-code", help="call the function that the file names")] = True,
+    read: Annotated[bool, typer.Option("--read", help="read all weights, also those of large runs")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say in seconds what would go wrong: names, steps, shapes, values, data, loss, derivatives, settings."""
+    with reported_errors():
+        from polca_lib.analysis.check import as_table, check_file, check_folder
+
+        findings = check_folder(place, read=read) if place.is_dir() else check_file(place, code=code, read=read)
+        listed = [finding._asdict() for finding in findings]
+        typer.echo(json.dumps({"findings": listed}, indent=1) if as_json else as_table(findings))
+        if any(finding.state == "problem" for finding in findings):
+            raise typer.Exit(2)
 
 
 @app.command()

@@ -33,7 +33,7 @@ def open_analysis(file: str | Path | RunFile, *, verify: bool = False) -> Analys
     subject = _subject(run_file.code, run_file.file.parent)
     return Analysis(
         run_file.results,
-        _checkpoints(run_file, TokenLoss(subject.model, subject.loss)),
+        open_checkpoints(run_file, TokenLoss(subject.model, subject.loss)),
         subject.validation,
         hessian=subject.hessian,
         tokens=subject.tokens,
@@ -74,8 +74,8 @@ def _subject(code: Code, folder: Path) -> Subject:
     return subject
 
 
-def _checkpoints(run_file: RunFile, loss: TokenLoss) -> Checkpoints:
-    """The checkpoints that a file names."""
+def open_checkpoints(run_file: RunFile, loss: TokenLoss | None) -> Checkpoints:
+    """The checkpoints that a file names; without a loss, only to look at them."""
     source, device = run_file.checkpoints, run_file.device
     path, names = run_file.file.parent / source.path, {"pattern": source.pattern, "rename": source.rename}
     if source.kind == "safetensors":

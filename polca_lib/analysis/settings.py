@@ -134,16 +134,6 @@ class Source(Section):
     stage: str | None = Field(None, description="training stage, if revisions name several")
     keep: bool = Field(True, description="keep downloaded files after use")
 
-    @model_validator(mode="after")
-    def _kind_has_the_settings(self) -> Self:
-        unused = {"huggingface": {"key"}, "state_dict": {"revisions", "stage", "keep"}}
-        unused["safetensors"] = unused["state_dict"] | {"key"}
-        if wrong := sorted(self.model_fields_set & unused[self.kind]):
-            raise ValueError(
-                f"checkpoints.{wrong[0]} has no meaning with checkpoints.kind = {self.kind!r}; leave it out"
-            )
-        return self
-
 
 class EngineSettings(Section):
     """Where tasks run."""

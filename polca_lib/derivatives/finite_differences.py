@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,8 +27,6 @@ _SUSPECTS = {
     "_linalg_slogdet": "torch.linalg.slogdet",
     "_linalg_solve_ex": "torch.linalg.solve",
     "cholesky_inverse": "torch.cholesky_inverse",
-    "cholesky_solve": "torch.cholesky_solve",
-    "cumprod": "torch.cumprod",
     "linalg_householder_product": "torch.linalg.householder_product",
     "native_batch_norm": "torch.nn.functional.batch_norm",
     "native_layer_norm": "torch.native_layer_norm",
@@ -56,16 +55,29 @@ class _Float64(TorchFunctionMode):
         torch.set_default_dtype(self._default)
 
 
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Take back what modules note in a pass, such as tables in float64."""
+    attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+
+
 def by_backward(
     token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, vectors: Float[Tensor, "vector d"], order: int
 ) -> Derivatives:
     """Loss, slopes and curvatures of the sum over all tokens by backward passes, in the form of :func:`by_jvp`."""
     theta = theta.detach().clone().requires_grad_()
-    loss = token_loss(theta, batch).sum()
-    slopes = vectors @ torch.autograd.grad(loss, theta, create_graph=order == 2, materialize_grads=True)[0]
+    nothing = 0 * theta.sum()  # makes constants differentiable
+    loss = token_loss(theta, batch).sum() + nothing
+    slopes = vectors @ torch.autograd.grad(loss, theta, create_graph=order == 2)[0] + nothing
     derivatives = [slopes.detach()[None]]
     if order == 2:
-        products = [torch.autograd.grad(slope, theta, retain_graph=True, materialize_grads=True)[0] for slope in slopes]
+        products = [torch.autograd.grad(slope, theta, retain_graph=True)[0] for slope in slopes]
         derivatives.append((torch.stack(products) * vectors).sum(1)[None])
     return loss.detach()[None], derivatives
 
@@ -95,8 +107,18 @@ def check_derivatives(
         derive: computes losses and derivatives, by default as forward mode does.
 
     Raises:
-        ValueError: a derivative is wrong. The message names operations that may be the reason.
+        ValueError: torch has no such derivatives, or wrong ones. The message names operations that may be the reason.
     """
+    mode = "forward" if derive is by_jvp else "reverse"
+    try:
+        derive(token_loss, theta, batch, vectors, order)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as failure:
+        raise ValueError(
+            f"the model or the loss has no derivatives of order {order} in {mode} mode ({failure}); write the part "
+            "that lacks them with elementary operations of torch, or give its autograd.Function derivatives"
+        ) from failure
     precise, length = token_loss.in_float64(), theta.double().norm().item() or 1.0
     examples = pytree.tree_map(
         lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, batch
@@ -105,7 +127,7 @@ def check_derivatives(
         direction = (vector.double() / (vector.norm().item() or 1.0))[None]
 
         def shifted(step: float, order: int = 1, direction: Tensor = direction) -> list[Tensor]:
-            with _Float64():
+            with _Float64(), _restored(token_loss.model):
                 loss, derived = derive(precise, theta.double() + step * direction[0], examples, direction, order)
             return [loss, *(derivative.flatten() for derivative in derived)]
 
@@ -175,7 +197,7 @@ class _Names(TorchDispatchMode):
 
 
 def _suspects(token_loss: TokenLoss, theta: Tensor, batch: Batch) -> list[str]:
-    with torch.no_grad(), _Float64(), _Names() as operations:
+    with torch.no_grad(), _Float64(), _restored(token_loss.model), _Names() as operations:
         token_loss(theta, batch)
     return [name for operation, name in _SUSPECTS.items() if operation in operations.names]
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polca_lib.derivatives.batches import as_batch
+from polca_lib.derivatives.finite_differences import by_backward, check_derivatives
 from polca_lib.derivatives.memory import default_budget, fit, peak_bytes
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples
 
@@ -31,7 +32,7 @@ class HessianOperator:
         memory: bytes that graphs and a product may take; half of what the device has free if not given.
 
     Raises:
-        ValueError: ``memory`` is too small for a single example.
+        ValueError: ``memory`` is too small for a single example, or backward passes give wrong second derivatives.
     """
 
     def __init__(self, token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, memory: int | None = None):
@@ -46,6 +47,9 @@ class HessianOperator:
         size = size if size == most else max(min(size, 16), size // 2)
         self._chunks = list(split_examples(batch, math.ceil(examples / math.ceil(examples / size))))
         self._n_stored = self._count_stored(budget)
+        if isinstance(token_loss, TokenLoss):
+            vector = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0)).to(theta)
+            check_derivatives(token_loss, theta, next(split_examples(batch, 1)), vector[None], 2, derive=by_backward)
         self.move_to(theta)
 
     def move_to(self, theta: Float[Tensor, " d"]) -> None:

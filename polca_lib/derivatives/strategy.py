@@ -124,13 +124,6 @@ def choose(
     cost = {"pass": pass_operations, "jvp": pass_operations * (1 + 2 * order * len(vectors))}
     plain = Strategy("forward", order, "float32", structure=None, n_vectors=len(vectors), cost=cost)
 
-    try:
-        differentiate(plain, token_loss, theta, pair, few_vectors)
-    except (RuntimeError, NotImplementedError) as failure:
-        raise ValueError(
-            f"the model or the loss has no derivatives of order {order} in forward mode ({failure}); write the part "
-            "that lacks them with elementary operations of torch, or give its autograd.Function a jvp"
-        ) from failure
     check_derivatives(token_loss, theta, pair, few_vectors, order)
 
     def usable(strategy: Strategy, name: str, part: Batch = pair) -> bool:

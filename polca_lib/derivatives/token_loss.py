@@ -7,7 +7,6 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
@@ -113,7 +112,7 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
 
 def _reduced(loss: Tensor, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> Tensor:
     if size_average is not None or reduce is not None:
-        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
@@ -122,8 +121,7 @@ def _huber_loss(
 ) -> Tensor:
     size = (input - target).abs()
     loss = torch.where(size <= delta, size.square() / 2, delta * (size - delta / 2))
-    weights = torch.ones_like(loss) if weight is None else weight.expand_as(loss)
-    return (loss * weights).sum() / weights.sum() if reduction == "mean" else _reduced(loss * weights, reduction)
+    return _reduced(loss if weight is None else loss * weight, reduction)
 
 
 def _soft_margin_loss(
@@ -164,8 +162,13 @@ def _unfused(recurrent: Callable[..., Any]) -> Callable[..., Any]:
     """Without the fused kernels of oneDNN and cuDNN, which have no forward-mode derivative."""
 
     def function(*arguments: Any, **keywords: Any) -> Any:
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-            return recurrent(*arguments, **keywords)
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)  # backends.mkldnn.flags sets other flags, too, and warns
+        try:
+            with torch.backends.cudnn.flags(enabled=False):
+                return recurrent(*arguments, **keywords)
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
 
     return function
 
@@ -349,8 +352,8 @@ class TokenLoss:
 
     def in_float64(self) -> TokenLoss:
         """The same function, computed in float64 for parameters and examples in float64."""
-        precise = copy(self)
-        precise.dtype = torch.float64
+        precise = object.__new__(type(self))  # copy() would pickle the model
+        vars(precise).update(vars(self), dtype=torch.float64)
         fixed = {f"model.{name}": value for name, value in self._fixed.items()}
         precise._cast = {name: value.double() for name, value in fixed.items() if value.is_floating_point()}
         return precise
@@ -539,6 +542,8 @@ class _WithoutWeights(cloudpickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if id(value) in self._trainable:
             return _empty_parameter, (tuple(value.shape), value.dtype)
+        if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return type(None), ()  # an activation that a module noted in a pass that is over
         if isinstance(value, nn.Module) and parametrize.is_parametrized(value):  # torch refuses to pickle its class
             return _parametrized, (type(value).__base__, list(value.parametrizations)), value.__dict__
         return super().reducer_override(value)

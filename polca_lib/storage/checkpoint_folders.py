@@ -38,7 +38,7 @@ class _Folder(Checkpoints):
     """A folder of checkpoints, each a file or a subfolder whose name says the step."""
 
     path: str | Path
-    token_loss: TokenLoss
+    token_loss: TokenLoss | None
     device: str = "cpu"
     _: KW_ONLY
     pattern: str | None = None
@@ -143,7 +143,7 @@ class _Folder(Checkpoints):
 
     def theta(self, step: int) -> Float[Tensor, " d"]:
         try:
-            return flatten(self, step, self._tensors(step), self.rename)
+            return flatten(self, step, self.tensors(step), self.rename)
         except NamesDiffer:
             if (model := self._pretrained(step)) is None:
                 raise
@@ -154,12 +154,15 @@ class _Folder(Checkpoints):
     def header(self, step: int) -> dict[str, Tensor] | None:
         """Tensors of a checkpoint by names of the model, on device ``meta``: shapes and dtypes without values.
 
-        Nothing is returned for a checkpoint that only transformers can read.
+        Nothing is returned for a checkpoint that only transformers can read. Without a model, names are those of the
+        checkpoint.
 
         Raises:
             OSError, ValueError: as :meth:`theta`, if names or shapes do not fit the model.
         """
-        tensors = self._tensors(step, header=True)
+        tensors = self.tensors(step, header=True)
+        if self.token_loss is None:
+            return tensors
         try:
             flatten(self, step, tensors, self.rename)
         except NamesDiffer:
@@ -172,11 +175,12 @@ class _Folder(Checkpoints):
         """Names that were left aside, and buffers of the first checkpoint that are ignored."""
         notes = [f"left aside: {few(self._aside)}"] if self._aside else []
         with suppress(OSError, ValueError):
-            _, spare = align(self._tensors(self.steps[0], header=True), self.token_loss, self.rename)
+            _, spare = align(self.tensors(self.steps[0], header=True), self.token_loss, self.rename)
             notes += [f"ignored in checkpoints: {few(spare)}"] if spare else []
         return notes
 
-    def _tensors(self, step: int, *, header: bool = False) -> dict[str, Tensor]:
+    def tensors(self, step: int, *, header: bool = False) -> dict[str, Tensor]:
+        """Tensors of a checkpoint by the names they have there; for a header, without values on device ``meta``."""
         tensors: dict[str, Tensor] = {}
         for path in self._files(self._paths[step]):
             try:

@@ -100,6 +100,10 @@ class Checkpoints(Protocol):
         """Whether :meth:`theta` only reads a file: nothing is downloaded or trained."""
         return True
 
+    def header(self, step: int) -> Mapping[str, Tensor] | None:
+        """Names, shapes and dtypes of a checkpoint, on device ``meta``; None if they can only be read with values."""
+        return None
+
     def notes(self) -> list[str]:
         """What was left aside or ignored in reading, for the provenance of the results."""
         return []
@@ -176,12 +180,12 @@ class ChecksummedCheckpoints(Checkpoints):
             with explained(path):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, digest.encode())
-            self._refuse_all_equal(step)
         elif path.read_bytes() != digest.encode():
             raise DamagedFile(
                 f"{self.name(step)} is not what it was when it was first read (its checksum does not match); restore "
                 f"it, or use another folder than {self.folder.parent} for the new content"
             )
+        self._refuse_all_equal(digest)
         return theta
 
     def notes(self) -> list[str]:
@@ -205,9 +209,9 @@ class ChecksummedCheckpoints(Checkpoints):
         path = self._path(step)
         return path.read_text().split("\n")[0] if path.exists() else None
 
-    def _refuse_all_equal(self, step: int) -> None:
+    def _refuse_all_equal(self, digest: str) -> None:
         steps = self.steps
-        if len(steps) > 1 and all(self._digest(other) == self._digest(step) for other in steps):
+        if len(steps) > 1 and all(self._digest(step) == digest for step in steps):
             raise ValueError(
                 f"all {len(steps)} checkpoints hold the same weights, from {self.name(steps[0])} to "
                 f"{self.name(steps[-1])}: there is no change to explain; check how they were saved"

@@ -82,7 +82,7 @@ class HuggingFaceRevisions(Checkpoints):
         # Select the revisions of one stage of training.
         stages = sorted({revision.stage for revision in selected})
         if stage is None and len(stages) > 1:
-            self._aside += [f"stage {name!r}" for name in stages[1:]]
+            self._aside += [f"stage {name}" for name in stages[1:]]
         stage = stages[0] if stage is None else stage
         if stage not in stages:
             raise ValueError(f"stage = {stage!r} is not in {repo}; allowed: {', '.join(stages)}")
@@ -258,10 +258,9 @@ def _commits(repo: str, names: Sequence[str] | None) -> dict[str, str]:
         return {name: file_sizes(sorted(filter(Path.is_file, path.iterdir())), path) for name, path in chosen.items()}
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.file_download import repo_folder_name
 
     # The last list is kept in the cache of the hub, for use without a network.
-    stored = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "polca-commits.json"
+    stored = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "polca-commits.json")
     known: dict[str, str] = json.loads(stored.read_text()) if stored.is_file() else {}
     try:
         # The cache has a folder for each commit.

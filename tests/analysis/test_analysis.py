@@ -256,3 +256,31 @@ def test_basis_made_at_the_former_default_tolerance_opens_and_says_so(tmp_path, 
         assert (other.basis["residual"] <= 0.001).all()
         assert other.tolerance == 0.001
         assert other.provenance()["value"]["basis: tolerance"] == "0.001"
+
+
+@pytest.mark.parametrize("kind", ["random", "trajectory"])
+def test_equal_checkpoints_are_told_in_run_and_report_and_a_run_of_equals_is_refused(tmp_path, kind):
+    checkpoints = tiny_checkpoints(tmp_path / "checkpoints", range(0, 41, 10))
+    weights = checkpoints.token_loss.unflatten(checkpoints.theta(10))
+    checkpoints.save(30, weights)
+    run = analyse(tmp_path / "run", checkpoints, basis={"kind": kind, "n_vectors": 2})
+    with pytest.warns(UserWarning, match=r"checkpoints hold the same weights: steps \[10, 30\]$"):
+        _ = run.projections
+    assert run.provenance().loc["notes on checkpoints", "value"] == "the same weights at steps 10, 30"
+    for step in (0, 20, 30, 40):
+        checkpoints.save(step, weights)
+    equal = analyse(tmp_path / "equal", checkpoints, basis={"kind": kind, "n_vectors": 2})
+    with pytest.raises(ValueError, match=r"all 5 checkpoints hold the same weights.*no change to explain"):
+        _ = equal.projections
+
+
+def test_checkpoints_of_somebody_s_own_class_have_no_notes(tmp_path, checkpoints):
+    """Such a class need not know of notes."""
+
+    class Own:
+        token_loss, device, steps = checkpoints.token_loss, "cpu", checkpoints.steps
+        theta, name, identity = checkpoints.theta, checkpoints.name, checkpoints.identity
+
+    run = analyse(tmp_path / "run", Own())
+    _ = run.projections
+    assert "notes on checkpoints" not in run.provenance().index

@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from cases import Mlp, mlp_loss
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
+from polca_lib.analysis.runfile import _checkpoints
 from polca_lib.analysis.settings import AnalysisSettings, BasisSettings, ClusteringSettings, RunFile
+from polca_lib.derivatives.token_loss import TokenLoss
 
 FILE = """
 folder = "results"
@@ -102,3 +107,20 @@ def test_clustering_follows_from_the_run_where_it_is_left_open():
     assert ClusteringSettings(min_cluster_size=7, breakthrough_window=20).resolved(50, [0, 10]).min_cluster_size == 7
     gaps = np.diff(range(0, 71, 7))
     assert ClusteringSettings().resolved(50, list(range(0, 71, 7))).breakthrough_window % gaps[0] == 0
+
+
+def test_file_gives_pattern_and_rename_to_every_kind_of_checkpoints(tmp_path):
+    names = 'pattern = "epoch-([0-9]+)"\n[checkpoints.rename]\n"^backbone[.]" = ""\n'
+    torch.manual_seed(0)
+    weights = {f"backbone.{name}": value for name, value in Mlp().state_dict().items()}
+    save_file(weights, tmp_path / "epoch-3-of-9.safetensors")
+    torch.save(weights, tmp_path / "epoch-3-of-9.pt")
+    for kind in ("safetensors", "state_dict"):
+        text = FILE.replace('"safetensors"', f'"{kind}"').replace('"checkpoints"', '"."') + names
+        checkpoints = _checkpoints(RunFile.read(written(tmp_path, text)), TokenLoss(Mlp(), mlp_loss))
+        assert checkpoints.steps == [3]
+        assert torch.equal(checkpoints.theta(3), torch.cat([value.flatten() for value in weights.values()]))
+    (tmp_path / "epoch-7-of-9").mkdir()
+    text = FILE.replace('"safetensors"', '"huggingface"').replace('"checkpoints"', '"."') + names
+    checkpoints = _checkpoints(RunFile.read(written(tmp_path, text)), TokenLoss(Mlp(), mlp_loss))
+    assert (checkpoints.steps, checkpoints._rename) == ([7], {"^backbone[.]": ""})

@@ -137,6 +137,53 @@ def test_tied_parameters_are_there_once_and_may_have_either_name():
         token_loss.flatten({**state, "out.weight": state["out.weight"] + 1})
 
 
+def with_buffer(value):
+    model = Mlp()
+    model.register_buffer("table", value)
+    return TokenLoss(model, mlp_loss), dict(model.named_parameters())
+
+
+NUMBERS = torch.tensor([0.1, float("nan"), -0.0, float("inf"), 1 / 3])
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_buffers_and_frozen_weights_are_compared_in_the_coarser_dtype(dtype, stored):
+    """A bf16 checkpoint of a float32 rotary table, and a float32 checkpoint of a bf16 base."""
+    token_loss, parameters = with_buffer(NUMBERS.to(dtype))
+    token_loss.flatten({**parameters, "table": NUMBERS.to(dtype).to(stored)})  # the checkpoint is a copy
+    if {dtype, stored} != {torch.bfloat16, torch.float16}:
+        token_loss.flatten({**parameters, "table": NUMBERS.to(stored)})  # the model is a copy
+    changed = NUMBERS.to(dtype).to(stored).clone()
+    changed[4] *= 1.02
+    with pytest.raises(ValueError, match="'table' is frozen, or a buffer, but differs"):
+        token_loss.flatten({**parameters, "table": changed})
+    with pytest.raises(ValueError, match="'table' is frozen, or a buffer, but differs"):
+        token_loss.flatten({**parameters, "table": NUMBERS.nan_to_num(0.0).to(stored)})
+
+
+def test_counters_may_differ_and_tables_of_integers_may_not():
+    token_loss, parameters = with_buffer(torch.tensor(3))
+    token_loss.flatten({**parameters, "table": torch.tensor(7)})
+    token_loss, parameters = with_buffer(torch.tensor([3, 4]))
+    token_loss.flatten({**parameters, "table": torch.tensor([3, 4], dtype=torch.int32)})
+    with pytest.raises(ValueError, match="'table' is frozen, or a buffer, but differs"):
+        token_loss.flatten({**parameters, "table": torch.tensor([4, 3])})
+
+
+def test_frozen_weights_that_the_model_has_not_loaded_are_named():
+    model = nn.Sequential(nn.Linear(3, 3, device="meta").requires_grad_(False), nn.Linear(3, 3))
+    state = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).state_dict()
+    with pytest.raises(ValueError, match=r"'0\.weight' is frozen, but the model has no values for it; load them"):
+        TokenLoss(model, mlp_loss).flatten(state)
+
+
+def test_parameters_that_were_quantised_are_refused():
+    token_loss = TokenLoss(Mlp(), mlp_loss)
+    with pytest.raises(ValueError, match=r"'layers\.0\.bias' holds torch\.int8; allowed: floating-point"):
+        token_loss.flatten({**token_loss.parameters, "layers.0.bias": torch.zeros(4, dtype=torch.int8)})
+
+
 def test_row_of_padding_has_the_derivative_that_the_function_has():
     embed = nn.Embedding(5, 4, padding_idx=2, sparse=True)
     nn.init.normal_(embed.weight)

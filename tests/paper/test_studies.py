@@ -86,6 +86,16 @@ def test_study_of_version_0_1_is_read_and_finished_by_its_former_names(kept, stu
         (kept.path / "closure.csv").rename(file)
 
 
+def test_study_is_finished_at_the_tolerance_it_was_begun_with(kept, study):
+    before, given = kept.table("rand"), {n: v for n, v in TINY_RUN.items() if n != "basis.tolerance"}
+    later = Study(Run.from_preset("smoke", **given), study.bases, ablation_curvature=2, variants=False)
+    assert later.run.settings.basis.tolerance is None
+    (kept.path / "rand.csv").unlink()
+    complete(later, "tiny", ["rand"])
+    assert later.run.tolerance == TINY_RUN["basis.tolerance"]
+    pd.testing.assert_frame_equal(SavedStudy("tiny").table("rand"), before)
+
+
 def test_clusters_are_kept_with_what_they_are_made_of(kept, study):
     summary = kept.clusters
     for (order, scaling), labels in study.labels.items():
@@ -404,6 +414,7 @@ def test_kept_studies_are_whole_and_say_where_they_come_from(name, own_studies):
     kept = SavedStudy(name)
     assert kept.provenance["software"]["commit"]
     assert {"preset", "seed", "device"} <= kept.provenance["stages"].keys()
+    assert kept.provenance["stages"]["basis: tolerance"] == str(kept.settings.basis.tolerance)
     for table in kept.provenance["tables"]:
         if table != "clusters":
             assert len(kept.table(table)) > 0

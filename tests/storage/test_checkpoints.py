@@ -3,7 +3,13 @@ import torch
 from cases import Attention, Mlp, flip_bit, folder_bytes, mlp_loss, next_token_loss
 
 from polca_lib.derivatives.token_loss import TokenLoss
-from polca_lib.storage.checkpoints import CheckpointFolder, DamagedFile, load_tensors, save_tensors
+from polca_lib.storage.checkpoints import (
+    CheckpointFolder,
+    ChecksummedCheckpoints,
+    DamagedFile,
+    load_tensors,
+    save_tensors,
+)
 
 TENSORS = {"a": torch.arange(3.0), "b": torch.tensor(7)}
 
@@ -100,3 +106,34 @@ def test_saving_the_same_parameters_gives_the_same_bytes(folder):
     before = folder_bytes(folder.path)
     folder.save(20, folder.token_loss.unflatten(folder.theta(20)))
     assert folder_bytes(folder.path) == before
+
+
+def checksummed(tmp_path, seeds):
+    """Checkpoints whose weights are drawn from the seeds, so that equal seeds give equal weights."""
+    folder = CheckpointFolder(tmp_path / "run", TokenLoss(Mlp(), mlp_loss))
+    folder.path.mkdir()
+    for step, seed in enumerate(seeds):
+        torch.manual_seed(seed)
+        folder.save(10 * step, dict(Mlp().named_parameters()))
+    return ChecksummedCheckpoints(folder, tmp_path / "checksums")
+
+
+def test_equal_weights_at_different_steps_are_known_once_they_were_read(tmp_path):
+    checkpoints = checksummed(tmp_path, [1, 2, 1, 3, 2, 1])
+    assert checkpoints.duplicates() == []
+    for step in (50, 10, 0):
+        checkpoints.theta(step)
+    assert checkpoints.duplicates() == [[0, 50]]
+    for step in checkpoints.steps:
+        checkpoints.theta(step)
+    assert checkpoints.duplicates() == [[0, 20, 50], [10, 40]]
+    assert checkpoints.notes() == ["the same weights at steps 0, 20, 50", "the same weights at steps 10, 40"]
+
+
+def test_run_without_any_change_is_refused_when_the_last_checkpoint_is_read(tmp_path):
+    checkpoints = checksummed(tmp_path, [1, 1, 1])
+    checkpoints.theta(0)
+    checkpoints.theta(20)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"all 3 checkpoints hold the same weights, from .*00\.saf.* no change"):
+            checkpoints.theta(10)

@@ -13,12 +13,25 @@ import pandas as pd
 import pytest
 import torch
 from cases import flip_bit, token_gradients
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from polca_lib.derivatives.projection import project
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.artefacts import DamagedFile
+from polca_lib.storage.checkpoint_folders import SafetensorsFolder
 from polca_lib.storage.huggingface import HuggingFaceRevisions, causal_lm, next_token_losses
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "far", "away"]
@@ -150,22 +163,140 @@ def test_names_of_olmo_and_stages_of_training_are_known(tmp_path):
     loss = token_loss(MODELS["llama"])
     for name in ("main", "step0-tokens0B", "step1000-tokens4B", "notes"):
         (tmp_path / "olmo" / name).mkdir(parents=True)
-    assert HuggingFaceRevisions(str(tmp_path / "olmo"), loss).steps == [0, 1000]
+    with pytest.warns(UserWarning, match="left aside in .*: notes$"):
+        assert HuggingFaceRevisions(str(tmp_path / "olmo"), loss).steps == [0, 1000]
     for name in ("stage1-step0-tokens0B", "stage1-step5000-tokens21B", "stage2-ingredient1-step1000-tokens5B"):
         (tmp_path / "olmo2" / name).mkdir(parents=True)
     two = str(tmp_path / "olmo2")
-    assert HuggingFaceRevisions(two, loss).steps == [0, 5000]
+    with pytest.warns(UserWarning, match="left aside in .*: stage stage2-ingredient1$"):
+        assert HuggingFaceRevisions(two, loss).steps == [0, 5000]
     assert HuggingFaceRevisions(two, loss, stage="stage2-ingredient1").steps == [1000]
     with pytest.raises(ValueError, match=r"stage = 'stage9' is not in .* allowed: stage1, stage2-ingredient1"):
         HuggingFaceRevisions(two, loss, stage="stage9")
-    with pytest.raises(ValueError, match="has no revision 'step7' that names a step; it has step0-tokens0B"):
+    with pytest.raises(ValueError, match="has no revision 'step7'; it has main, notes, step0-tokens0B"):
         HuggingFaceRevisions(str(tmp_path / "olmo"), loss, revisions=["step7"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no revisions that name a step"):
         HuggingFaceRevisions(str(tmp_path / "empty"), loss)
+    with pytest.raises(ValueError, match=r"revisions = main of .* name no step"):
+        HuggingFaceRevisions(str(tmp_path / "olmo"), loss, revisions=["main", "step0-tokens0B"])
     (tmp_path / "olmo" / "step1000-tokens5B").mkdir()
     with pytest.raises(ValueError, match="two revisions of step 1000; name those to use in revisions"):
         HuggingFaceRevisions(str(tmp_path / "olmo"), loss)
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["step-240000", "step-1,000"], [1000, 240000]),
+        (["step-001000-2BT", "step-002000-4BT"], [1000, 2000]),
+        (["step_360", "step_7"], [7, 360]),
+        (["global_step1000", "global_step20"], [20, 1000]),
+        (["stage1-step-40000", "stage1-step-500"], [500, 40000]),
+        (["epoch1-step100", "epoch2-step200"], [100, 200]),
+        (["ckpt_001", "ckpt_010"], [1, 10]),
+    ],
+)
+def test_revisions_of_other_names_are_read_listed_or_by_hand(tmp_path, names, steps):
+    loss = token_loss(MODELS["llama"])
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert HuggingFaceRevisions(str(tmp_path), loss).steps == steps
+    assert HuggingFaceRevisions(str(tmp_path), loss, revisions=names).steps == steps
+    assert HuggingFaceRevisions(str(tmp_path), loss, pattern="([0-9,]+)(?:-2BT)?$").steps  # a pattern selects
+    with pytest.raises(ValueError, match="pattern = 'x' has 0 groups"):
+        HuggingFaceRevisions(str(tmp_path), loss, pattern="x")
+
+
+def rewrite(folder, change):
+    """Change the tensors of a revision."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: {n: v for n, v in t.items() if n != "embed_out.weight"}, "the checkpoint lacks 'lm_head.weight'"),
+        (lambda t: {f"_orig_mod.{name}": value for name, value in t.items()}, r"the model lacks '_orig_mod\.embed_out"),
+        (lambda t: t | {"gpt_neox.final_layer_norm.bias": torch.ones(3)}, "mismatched_keys: .*final_layer_norm.bias"),
+        (lambda t: t | {"value_head.weight": torch.ones(3)}, "the model lacks 'value_head.weight'"),
+    ],
+)
+def test_revision_without_all_weights_is_refused_instead_of_filled_at_random(tmp_path, change, told):
+    write_run(tmp_path / "run", MODELS["neox"], ["step0", "step1"])
+    rewrite(tmp_path / "run" / "step1", change)
+    checkpoints = HuggingFaceRevisions(str(tmp_path / "run"), token_loss(MODELS["neox"]))
+    assert len(checkpoints.theta(0)) == checkpoints.token_loss.n_parameters
+    with pytest.raises(ValueError, match=rf"run@step1 does not have the weights of the model: .*{told}"):
+        checkpoints.theta(1)
+
+
+def test_tied_weights_and_buffers_of_old_are_not_missed(tmp_path):
+    written = write_run(tmp_path / "run", MODELS["llama, tied"], ["step0"])
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.masked_bias": torch.tensor(-1e4)}
+    rewrite(tmp_path / "run" / "step0", lambda tensors: tensors | buffers)
+    loss = token_loss(MODELS["llama, tied"])
+    expected = loss.flatten(dict(written["step0"].named_parameters()))
+    assert torch.equal(HuggingFaceRevisions(str(tmp_path / "run"), loss).theta(0), expected)
+    rewrite(tmp_path / "run" / "step0", lambda t: {n: v for n, v in t.items() if n != "model.embed_tokens.weight"})
+    with pytest.raises(ValueError, match=r"lacks 'lm_head.weight', 'model.embed_tokens.weight'"):
+        HuggingFaceRevisions(str(tmp_path / "run"), loss).theta(0)
+
+
+class Around(nn.Module):
+    """A model of one's own around one of transformers."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.language_model = inner
+
+
+def test_rename_fits_revisions_to_a_model_around_them(tmp_path):
+    written = write_run(tmp_path / "run", MODELS["llama"], ["step0"])
+    loss = TokenLoss(Around(MODELS["llama"]().eval()), next_token_losses)
+    with pytest.raises(ValueError, match=r"does not fit the model: .*set rename"):
+        HuggingFaceRevisions(str(tmp_path / "run"), loss).theta(0)
+    theta = HuggingFaceRevisions(str(tmp_path / "run"), loss, rename={"^": "language_model."}).theta(0)
+    assert torch.equal(theta, torch.cat([p.detach().flatten() for p in written["step0"].parameters()]))
+
+
+MOE = {"num_key_value_heads": 1, "num_experts_per_tok": 1}
+CONVERTED = {
+    "neox": MODELS["neox"],
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **MOE, num_local_experts=2)),
+    "qwen2-moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **SIZES,
+            **MOE,
+            num_experts=2,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+            decoder_sparse_step=1,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_folder_that_transformers_wrote_under_other_names_is_read_by_it(tmp_path, kind):
+    """Experts are several tensors in the file and one in the model."""
+    written = write_run(tmp_path, CONVERTED[kind], ["checkpoint-500", "checkpoint-1000"])
+    loss = token_loss(CONVERTED[kind])
+    assert set(load_file(tmp_path / "checkpoint-500" / "model.safetensors")) != set(loss.parameters)
+    checkpoints = SafetensorsFolder(tmp_path, loss)
+    for step in checkpoints.steps:
+        expected = torch.cat([p.detach().flatten() for p in written[f"checkpoint-{step}"].parameters()])
+        assert torch.equal(checkpoints.theta(step), expected)
+    assert checkpoints.header(500) is None
+    rewrite(tmp_path / "checkpoint-500", lambda tensors: dict(list(tensors.items())[1:]))
+    with pytest.raises(
+        ValueError, match=r"checkpoint-500 does not have the weights of the model: .*the checkpoint lacks"
+    ):
+        checkpoints.theta(500)
+    (tmp_path / "checkpoint-1000" / "config.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-1000 does not fit the model: the checkpoint lacks"):
+        checkpoints.theta(1000)
 
 
 def test_checkpoint_of_another_model_and_a_damaged_one_are_named(tmp_path):
@@ -183,12 +314,13 @@ class Hub(BaseHTTPRequestHandler):
 
     folder: Path
     asked: list
+    listed = False  # whether revisions were listed
 
     def commit(self, revision):
         return hashlib.sha1(revision.encode()).hexdigest()
 
     def revision(self, commit):
-        return next(p.name for p in self.folder.iterdir() if commit in (p.name, self.commit(p.name)))
+        return next((p.name for p in self.folder.iterdir() if commit in (p.name, self.commit(p.name))), None)
 
     def send(self, code, content=b"", **headers):
         self.send_response(code)
@@ -204,6 +336,7 @@ class Hub(BaseHTTPRequestHandler):
             refs = [{"name": p.name, "ref": f"refs/heads/{p.name}", "targetCommit": self.commit(p.name)}
                     for p in sorted(self.folder.iterdir())]  # fmt: skip
             if parts[-1] == "refs":
+                Hub.listed = True
                 content = {"branches": refs, "tags": [], "converts": []}
             else:
                 name = self.revision(parts[-1]) if "revision" in parts else "step0"
@@ -216,6 +349,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.send(200, json.dumps(content).encode(), Content_Type="application/json")
         if "resolve" in parts:
             name = self.revision(parts[parts.index("resolve") + 1])
+            if name is None:
+                return self.send(404, b"", X_Error_Code="RevisionNotFound")
             file = self.folder / name / parts[-1]
             if not file.exists():
                 return self.send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit(name))
@@ -244,35 +379,88 @@ def hub(tmp_path):
 
 
 SCRIPT = """
-import sys, json, torch
+import sys, json, torch, typer
 sys.path[:0] = {tests!r}
 from test_huggingface import MODELS, token_loss
+from polca_lib.analysis.cli import reported_errors
 from polca_lib.storage.huggingface import HuggingFaceRevisions
-source = HuggingFaceRevisions("lab/tiny", token_loss(MODELS["neox"]), keep={keep})
-assert source.steps == [0, 512, 1000], source.steps
-thetas = {{step: source.theta(step) for step in (1000, 0)}}
+try:
+  with reported_errors():
+    source = HuggingFaceRevisions("lab/tiny", token_loss(MODELS["neox"]), **{arguments!r})
+    thetas = {{step: source.theta(step) for step in (1000, 0)}}
+except typer.Exit as exit:
+    sys.exit(exit.exit_code)
 torch.save(thetas, {out!r})
-print(json.dumps([source.name(1000), source.identity(1000)]))
+print(json.dumps([source.name(1000), source.identity(1000), source.steps]))
 """
+
+
+def read_from(address, tmp_path, *, offline=False, **arguments):
+    """Read two revisions in a process of its own, with its own cache."""
+    tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script = SCRIPT.format(tests=tests, arguments=arguments, out=str(tmp_path / "thetas.pt"))
+    env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+
+
+def check_read(done, tmp_path, written, steps):
+    assert done.returncode == 0, done.stderr[-3000:]
+    name, identity, found = json.loads(done.stdout.splitlines()[-1])
+    assert name == "lab/tiny@step1000"
+    assert identity == hashlib.sha1(b"step1000").hexdigest()
+    assert found == steps
+    thetas = torch.load(tmp_path / "thetas.pt", weights_only=True)
+    (tmp_path / "thetas.pt").unlink()
+    for step, theta in thetas.items():
+        expected = torch.cat([p.detach().flatten() for p in written[f"step{step}"].parameters()])
+        assert torch.equal(theta, expected)
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_revisions_of_the_hub_are_downloaded_as_they_are_asked_for(tmp_path, hub, keep):
     address, written, asked = hub
-    out, cache = tmp_path / "thetas.pt", tmp_path / "cache"
-    script = SCRIPT.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], keep=keep, out=str(out))
-    env = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "TMPDIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_read(read_from(address, tmp_path, keep=keep), tmp_path, written, [0, 512, 1000])
     assert asked == ["step1000", "step0"]
-    name, identity = json.loads(done.stdout.splitlines()[-1])
-    assert name == "lab/tiny@step1000"
-    assert identity == hashlib.sha1(b"step1000").hexdigest()
-    thetas = torch.load(out, weights_only=True)
-    for step, theta in thetas.items():
-        expected = torch.cat([p.detach().flatten() for p in written[f"step{step}"].parameters()])
-        assert torch.equal(theta, expected)
-    assert bool(list(cache.rglob("*.safetensors"))) == keep
+    assert bool(list((tmp_path / "cache").rglob("*.safetensors"))) == keep
     left = [file for file in tmp_path.rglob("*.safetensors") if tmp_path / "lab" not in file.parents]
     assert bool(left) == keep
+
+
+def test_what_was_listed_is_read_without_a_network(tmp_path, hub):
+    address, written, asked = hub
+    check_read(read_from(address, tmp_path), tmp_path, written, [0, 512, 1000])
+    asked.clear()
+    check_read(read_from(address, tmp_path, offline=True), tmp_path, written, [0, 512, 1000])
+    done = read_from(address, tmp_path, offline=True, revisions=["step1000", "step0"])
+    check_read(done, tmp_path, written, [0, 1000])
+    assert not asked
+
+
+def test_revisions_named_by_hand_need_no_list_and_no_network_the_second_time(tmp_path, hub):
+    address, written, asked = hub
+    Hub.listed = False
+    for offline in (False, True):
+        done = read_from(address, tmp_path, offline=offline, revisions=["step0", "step1000"])
+        check_read(done, tmp_path, written, [0, 1000])
+        assert asked == ["step1000", "step0"]
+    assert not Hub.listed
+
+
+@pytest.mark.parametrize("arguments", [{}, {"revisions": ["step0", "step1000"], "offline": True}])
+def test_without_network_and_cache_one_line_says_so(tmp_path, arguments):
+    done = read_from("http://127.0.0.1:9", tmp_path, **arguments)  # no server listens there
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert line.startswith("error: lab/tiny can't be reached and is not in the cache: ")
+    assert done.stderr.splitlines()[-1] == line
+
+
+def test_unknown_revision_and_repository_of_the_hub_are_named(tmp_path, hub):
+    done = read_from(hub[0], tmp_path, revisions=["step0", "step77"])
+    assert done.returncode == 2, done.stderr
+    assert "error: lab/tiny lacks one of revisions = step0, step77" in done.stderr
+    with pytest.raises(FileNotFoundError, match="runs/of/mine is neither a folder nor a repository"):
+        HuggingFaceRevisions("runs/of/mine", token_loss(MODELS["neox"]))

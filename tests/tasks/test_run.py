@@ -9,6 +9,7 @@ from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method.vectors import read_vectors
 from polca_lib.storage.artefacts import ArtefactMismatch
+from polca_lib.storage.pieces import PieceStore
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.run import Run
 
@@ -154,6 +155,16 @@ def test_provenance_says_preset_seed_device_and_commit_of_each_stage(run):
         assert table[f"{stage}: commit"]
         assert table[f"{stage}: wall time"].endswith(" s")
     assert table["torch"] == torch.__version__
+
+
+def test_basis_made_at_the_former_default_tolerance_opens_and_says_so(monkeypatch):
+    given = {n: v for n, v in TINY_RUN.items() if n != "basis.tolerance"}
+    former = Run.from_preset("smoke", **given, **{"basis.tolerance": 0.01})
+    _ = former.basis
+    monkeypatch.setattr(PieceStore, "write", lambda *a, **k: pytest.fail("a piece was computed again"))
+    run = Run.from_preset("smoke", **given)
+    assert run.basis.identical(former.basis)
+    assert run.provenance()["value"]["basis: tolerance"] == "0.01"
 
 
 def test_provenance_of_a_run_not_yet_started_is_its_settings_alone():

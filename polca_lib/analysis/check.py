@@ -1,0 +1,254 @@
+"""Look for what would go wrong with a run, before anything is computed: ``polca check``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polca_lib.analysis.analysis import Analysis
+from polca_lib.analysis.runfile import open_analysis, open_checkpoints
+from polca_lib.analysis.settings import RunFile
+from polca_lib.derivatives.batches import losses_by_example, n_examples, token_name
+from polca_lib.derivatives.strategy import choose
+from polca_lib.derivatives.token_loss import split_examples, to_device
+from polca_lib.method.settings import few
+from polca_lib.method.vectors import gaussian
+from polca_lib.storage.checkpoint_folders import SafetensorsFolder, StateDictFolder
+from polca_lib.storage.checkpoints import Checkpoints
+from polca_lib.storage.hashing import hash_tensors
+from polca_lib.storage.names import few as few_names
+
+READ_BYTES = 2 * 2**30
+"""Weights of more bytes are only read if that is asked for."""
+
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    state: Literal["ok", "note", "problem"]
+    about: str  # steps, weights, values, tokens, losses, settings, ...
+    text: str  # of a problem: also what to do
+
+
+def as_table(findings: list[Finding]) -> str:
+    """The findings as text, and how many problems there are."""
+    width = max((len(finding.about) for finding in findings), default=0)
+    lines = [f"{finding.state:<8} {finding.about:<{width}}  {finding.text}" for finding in findings]
+    problems = sum(finding.state == "problem" for finding in findings)
+    last = f"{problems} problem{'s' * (problems != 1)}; mend them before polca run" if problems else "no problem found"
+    return "\n".join([*lines, "", last])
+
+
+def check_folder(path: Path, *, read: bool = False) -> list[Finding]:
+    """Check a folder of checkpoints without a model: names, steps, shapes, dtypes, and values of small runs.
+
+    Args:
+        path: folder with safetensors or ``state_dict`` files, or with subfolders that hold them.
+        read: read all weights, whatever their size.
+    """
+    findings: list[Finding] = []
+    for kind in (SafetensorsFolder, StateDictFolder):
+        opened = _attempt(findings, kind.__name__, lambda kind=kind: kind(path, None))
+        if opened is not None:
+            # What the other kind could not read does not matter.
+            notes = [finding for finding in findings if finding.state == "note"]
+            return [Finding("ok", "kind", kind.__name__), *notes, *check_checkpoints(opened, read=read)]
+    return findings
+
+
+def check_file(path: Path, *, code: bool = True, read: bool = False) -> list[Finding]:
+    """Check the run that a TOML file describes.
+
+    Args:
+        path: of the file.
+        code: call the function that the file names. Without it, checkpoints are only compared with one another.
+        read: read all weights, whatever their size.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or wrong.
+    """
+    run_file, findings = RunFile.read(path), []
+    analysis = _attempt(findings, "opening", lambda: open_analysis(run_file)) if code else None
+    if analysis is not None:
+        return findings + check_analysis(analysis, read=read)
+    checkpoints = _attempt(findings, "checkpoints", lambda: open_checkpoints(run_file, None))
+    return findings if checkpoints is None else findings + check_checkpoints(checkpoints, read=read)
+
+
+def check_checkpoints(checkpoints: Checkpoints, *, read: bool = False) -> list[Finding]:
+    """Check checkpoints: steps, names, shapes and dtypes of all; values, too, if they are small or with ``read``.
+
+    Without ``token_loss`` they are only compared with one another.
+    """
+    steps = checkpoints.steps
+    gaps = {int(gap) for gap in np.diff(steps)}
+    cadence = f", every {gaps.pop()}" if len(gaps) == 1 else ""
+    many = len(steps) > 1
+    findings = [Finding("ok" if many else "problem", "steps", f"{len(steps)} checkpoints: {few(steps)}{cadence}")]
+    if checkpoints.token_loss is not None:
+        findings += [Finding("note", "checkpoints", note) for note in getattr(checkpoints, "notes", list)()]
+    headers = _headers(checkpoints, findings)
+    if not headers:
+        findings.append(Finding("note", "weights", "names and shapes can only be read with the weights"))
+        return findings
+    findings += _compare_layouts(headers)
+    size = sum(tensor.nbytes for tensors in headers.values() for tensor in tensors.values())
+    if read or size <= READ_BYTES:
+        findings += _check_values(checkpoints, list(headers))
+    else:
+        findings.append(Finding("note", "values", f"{size / 2**30:.1f} GiB were not read; polca check --read does it"))
+    return findings
+
+
+def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
+    """Check all that an analysis depends on: checkpoints, data, loss, derivatives and settings.
+
+    The loss of all examples is computed at the first and the last checkpoint; nothing is written.
+    """
+    checkpoints, loss = analysis.checkpoints.inner, analysis.checkpoints.token_loss
+    findings = check_checkpoints(checkpoints, read=read)
+    first, last = analysis.steps[0], analysis.steps[-1]
+    theta = _attempt(findings, "weights", lambda: checkpoints.theta(first))
+    if theta is None:
+        return findings
+    # Count the tokens, and check that the loss can be taken apart and differentiated.
+    batch = to_device(analysis.validation, theta.device)
+    counts = _attempt(findings, "tokens", lambda: loss.check(theta, batch, "validation"))
+    if counts is None:
+        return findings
+    each = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.min()}"
+    findings.append(
+        Finding("ok", "tokens", f"{counts.sum():,} of {n_examples(batch):,} examples, {each} in an example")
+    )
+    _attempt(findings, "tokens", lambda: analysis.with_places(counts))
+    # Compute the losses at both ends of the training.
+    for step in (first, last):
+        point = theta if step == first else _attempt(findings, "weights", lambda: checkpoints.theta(last))
+        if point is not None:
+            findings.append(_check_losses(lambda part, point=point: loss(point, part), batch, step))
+    if analysis.hessian is not None:
+        hessian = to_device(analysis.hessian, theta.device)
+        if (
+            _attempt(findings, "hessian", lambda: analysis.hessian_token_loss.check_data(theta, hessian, "hessian"))
+            is not None
+        ):
+            findings.append(Finding("ok", "hessian", f"{n_examples(hessian):,} examples"))
+    # Differentiate two examples along two directions, as the run will do.
+    order = 2 if analysis.settings.projection.curvature else 1
+    pair, options = next(split_examples(batch, 2)), analysis.settings.projection.differentiation(order)
+    directions = torch.stack([gaussian(seed, 0, len(theta), device=theta.device, dtype=theta.dtype) for seed in (0, 1)])
+    directions /= directions.norm(dim=1, keepdim=True)
+    if _attempt(findings, "derivatives", lambda: choose(loss, theta, pair, directions, **options)) is not None:
+        findings.append(
+            Finding("ok", "derivatives", f"of order {order}, right in float64 on {n_examples(pair)} examples")
+        )
+    _attempt(findings, "settings", lambda: analysis.settings.clustering.check(analysis.steps, int(counts.sum())))
+    return findings
+
+
+def _attempt(findings: list[Finding], about: str, function: Callable[[], Any]) -> Any:
+    """Result of ``function``; its warnings become notes, and an expected error becomes a problem and gives None."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            result = function()
+        except _EXPECTED as error:
+            findings.append(Finding("problem", about, str(error)))
+            result = None
+    findings += [Finding("note", about, str(one.message)) for one in told if one.category is UserWarning]
+    return result
+
+
+def _headers(checkpoints: Checkpoints, findings: list[Finding]) -> dict[int, Mapping[str, Tensor]]:
+    """Names and shapes of the tensors of each checkpoint that can be read without its values."""
+    headers = {}
+    for step in checkpoints.steps:
+        tensors = _attempt(findings, "weights", lambda step=step: getattr(checkpoints, "header", _none)(step))
+        if tensors is not None:
+            headers[step] = tensors
+    return headers
+
+
+def _none(_: int) -> None:
+    """Header of a checkpoint of a class that has none."""
+
+
+def _compare_layouts(headers: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Finding]:
+    """Compare names, shapes and dtypes of all checkpoints with those of most."""
+    layouts = {step: {name: tuple(t.shape) for name, t in tensors.items()} for step, tensors in headers.items()}
+    common = Counter(tuple(layout.items()) for layout in layouts.values()).most_common(1)[0][0]
+    usual = dict(common)
+    numbers = sum(math.prod(shape) for shape in usual.values())
+    same = [step for step, layout in layouts.items() if layout == usual]
+    yield Finding("ok", "weights", f"{len(usual)} tensors, {numbers:,} numbers, alike in {len(same)} of {len(layouts)}")
+    for step, layout in layouts.items():
+        told = [f"lacks {few_names(sorted(usual.keys() - layout.keys()))}"] * bool(usual.keys() - layout.keys())
+        told += [f"has also {few_names(sorted(layout.keys() - usual.keys()))}"] * bool(layout.keys() - usual.keys())
+        shapes = [
+            f"{n} {layout[n]} instead of {usual[n]}" for n in layout.keys() & usual.keys() if layout[n] != usual[n]
+        ]
+        told += [f"has {few_names(sorted(shapes))}"] * bool(shapes)
+        if told:
+            text = f"step {step} {', '.join(told)}; is it of another model? leave it out with steps or a pattern"
+            yield Finding("problem", "weights", text)
+    dtypes = {step: ", ".join(sorted({str(t.dtype)[6:] for t in headers[step].values()})) for step in same}
+    groups = {dtype: [step for step in dtypes if dtypes[step] == dtype] for dtype in dtypes.values()}
+    told = (
+        "; ".join(f"{dtype} at {few(steps)}" for dtype, steps in groups.items())
+        if len(groups) > 1
+        else next(iter(groups))
+    )
+    yield Finding("note" if len(groups) > 1 else "ok", "dtypes", told)
+
+
+def _check_values(checkpoints: Checkpoints, steps: list[int]) -> list[Finding]:
+    """Read the weights: look for equal checkpoints, and for what is not finite."""
+    findings, digests, wrong = [], {}, []
+    for step in steps:
+        if checkpoints.token_loss is None:
+            tensors = _attempt(findings, "weights", lambda step=step: checkpoints.tensors(step))
+        else:
+            theta = _attempt(findings, "weights", lambda step=step: checkpoints.theta(step))
+            tensors = None if theta is None else {"theta": theta}
+        if tensors is not None:
+            digests.setdefault(hash_tensors(tensors), []).append(step)
+            floating = (t for t in tensors.values() if t.is_floating_point())
+            wrong += [step] if not all(t.isfinite().all() for t in floating) else []
+    equal = [group for group in digests.values() if len(group) > 1]
+    if equal and len(digests) == 1:
+        findings.append(
+            Finding("problem", "values", "all checkpoints hold the same weights; check how they were saved")
+        )
+    else:
+        text = "{} hold the same weights; if that is a mistake, leave some out with steps"
+        findings += [Finding("note", "values", text.format(few(group))) for group in equal]
+    if wrong:
+        text = f"weights are not finite at {few(wrong)}; leave these checkpoints out with steps"
+        findings.append(Finding("problem", "values", text))
+    if not equal and not wrong:
+        findings.append(Finding("ok", "values", f"all finite and different, in {sum(map(len, digests.values()))}"))
+    return findings
+
+
+@torch.no_grad()
+def _check_losses(loss: Callable[[Any], Tensor], batch: Any, step: int) -> Finding:
+    """Mean and range of the losses at a checkpoint, or the first token whose loss is not finite."""
+    losses, counts = losses_by_example(loss, batch)
+    if len(odd := (~losses.isfinite()).nonzero()[:, 0].tolist()):
+        where = token_name(odd[0], counts)
+        text = (
+            f"step {step}: {losses[odd[0]].item()} for {where}, not finite for {len(odd):,} of {len(losses):,} tokens"
+        )
+        return Finding("problem", "losses", text)
+    low, mean, high = losses.min().item(), losses.mean().item(), losses.max().item()
+    return Finding("ok", "losses", f"step {step}: mean {mean:.4g} nats, from {low:.3g} to {high:.4g}")

@@ -1,0 +1,174 @@
+"""``polca check`` on runs and folders that are awkward on purpose: it names what would go wrong, and where."""
+
+import json
+
+import faults
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import polca
+
+from polca_lib.analysis.check import check_file, check_folder
+
+
+def told(findings, state="problem"):
+    return "\n".join(f"{finding.about}: {finding.text}" for finding in findings if finding.state == state)
+
+
+def change(file, function):
+    """Change the tensors of a checkpoint."""
+    save_file(function(load_file(file)), file)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return faults.make(tmp_path / "run")
+
+
+def test_sound_run_has_no_problem(run):
+    findings = check_file(run / "polca.toml")
+    assert told(findings) == told(findings, "note") == ""
+    by_name = {finding.about: finding.text for finding in findings}
+    assert by_name["steps"] == "7 checkpoints: 0, 20, 40, 60, 80, 100, 120, every 20"
+    assert by_name["weights"] == "4 tensors, 212 numbers, alike in 7 of 7"
+    assert by_name["tokens"] == "80 of 40 examples, 2 in an example"
+    assert by_name["hessian"] == "30 examples"
+    assert sum(finding.about == "losses" for finding in findings) == 2
+    assert not (run / "results").exists()  # nothing is written
+
+
+def test_table_names_the_problem_and_the_exit_code_says_so(run):
+    change(run / "checkpoints" / "step-40.safetensors", lambda t: {**t, "0.weight": torch.zeros(16, 9)})
+    done = polca("check", cwd=run)
+    assert done.exit_code == 2
+    assert "step-40.safetensors does not fit the model: parameter '0.weight' has shape (16, 9)" in done.stdout
+    assert "alike in 6 of 6" in done.stdout
+    assert "1 problem; mend them before polca run" in done.stdout
+    planned = polca("plan", cwd=run)
+    assert planned.exit_code == 2
+    assert "step-40.safetensors does not fit the model" in planned.stderr
+
+
+def other_shape(folder):
+    change(folder / "step-40.safetensors", lambda t: {**t, "0.weight": torch.zeros(16, 9)})
+
+
+def lacks_a_tensor(folder):
+    change(folder / "step-60.safetensors", lambda t: {n: v for n, v in t.items() if n != "2.bias"})
+
+
+def has_one_more(folder):
+    change(folder / "step-60.safetensors", lambda t: {**t, "3.bias": torch.zeros(4)})
+
+
+def not_finite(folder):
+    change(folder / "step-80.safetensors", lambda t: {**t, "2.bias": torch.full((4,), float("nan"))})
+
+
+def cut_off(folder):
+    file = folder / "step-20.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def two_of_a_step(folder):
+    (folder / "newer-step-20.safetensors").write_bytes((folder / "step-20.safetensors").read_bytes())
+
+
+def link_to_nothing(folder):
+    (folder / "step-140.safetensors").symlink_to(folder / "gone.safetensors")
+
+
+def no_clear_step(folder):
+    for file in list(folder.iterdir()):
+        step = file.stem.removeprefix("step-")
+        file.rename(folder / f"model_{step}_2024{step}.safetensors")
+
+
+def all_alike(folder):
+    for file in folder.iterdir():
+        file.write_bytes((folder / "step-20.safetensors").read_bytes())
+
+
+def one_for_each_process(folder):
+    (folder / "step-140").mkdir()
+    (folder / "step-140" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
+
+
+AWKWARD = {
+    other_shape: "step 40 has 0.weight (16, 9) instead of (16, 8)",
+    lacks_a_tensor: "step 60 lacks 2.bias",
+    has_one_more: "step 60 has also 3.bias",
+    not_finite: "weights are not finite at 80",
+    cut_off: "step-20.safetensors is damaged",
+    two_of_a_step: "are both of step 20",
+    link_to_nothing: "which is missing; restore or delete it",
+    no_clear_step: "the step is not clear from all names",
+    all_alike: "all checkpoints hold the same weights",
+    one_for_each_process: "zero_to_fp32.py",
+}
+
+
+@pytest.mark.parametrize("make", AWKWARD, ids=lambda make: make.__name__)
+def test_folder_of_checkpoints_is_checked_without_a_model(run, make):
+    make(run / "checkpoints")
+    assert AWKWARD[make] in told(check_folder(run / "checkpoints"))
+    assert AWKWARD[make] in told(check_file(run / "polca.toml", code=False))
+
+
+def test_notes_are_no_problems(run):
+    folder = run / "checkpoints"
+    (folder / "step-40.safetensors").write_bytes((folder / "step-20.safetensors").read_bytes())
+    change(folder / "step-100.safetensors", lambda t: {name: value.half() for name, value in t.items()})
+    (folder / "last.safetensors").write_bytes((folder / "step-120.safetensors").read_bytes())
+    findings = check_folder(folder)
+    assert told(findings) == ""
+    notes = told(findings, "note")
+    assert "20, 40 hold the same weights" in notes
+    assert "float16 at 100" in notes
+    assert "last.safetensors" in notes
+
+
+def test_large_runs_are_only_read_when_asked(run, monkeypatch):
+    monkeypatch.setattr("polca_lib.analysis.check.READ_BYTES", 1000)
+    not_finite(run / "checkpoints")
+    findings = check_folder(run / "checkpoints")
+    assert "were not read; polca check --read" in told(findings, "note")
+    assert told(findings) == ""
+    assert "not finite at 80" in told(check_folder(run / "checkpoints", read=True))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "about"),
+    [
+        ("return torch.randn(n, 2, 8", "return float('nan') * torch.randn(n, 2, 8", "loss is nan for example 0, pos"),
+        ('np.tile(["one", "two"], 40)', 'np.tile(["one", "two"], 39)', "tokens has 78 rows; allowed: 80"),
+        ("model.eval()", "nn.Sequential(model, nn.Dropout(0.5))", "drops out with p = 0.5"),
+        ('reduction="none"', 'reduction="mean"', "allowed: one floating-point number for each target token"),
+    ],
+    ids=["not finite", "table", "dropout", "mean"],
+)  # fmt: skip
+def test_data_and_loss_are_checked(run, old, new, about):
+    text = (run / "my_run.py").read_text()
+    assert old in text
+    (run / "my_run.py").write_text(text.replace(old, new))
+    assert about in told(check_file(run / "polca.toml"))
+
+
+def test_loss_that_is_only_infinite_at_the_end_is_found(run):
+    change(run / "checkpoints" / "step-120.safetensors", lambda t: {**t, "2.weight": t["2.weight"] * 1e38})
+    assert "step 120: nan for example" in told(check_file(run / "polca.toml")).replace("inf for", "nan for")
+
+
+def test_without_code_nothing_of_the_file_is_called(run):
+    settings = (run / "polca.toml").read_text()
+    settings = settings.replace(
+        'setup = "my_run:setup"', 'setup = "os:system"\narguments = { command = "touch called" }'
+    )
+    (run / "polca.toml").write_text(settings)
+    done = polca("check", "--no-code", "--json", cwd=run)
+    assert done.exit_code == 0, done.stdout
+    assert not (run / "called").exists()
+    assert json.loads(done.stdout)["findings"][0]["state"] == "ok"
+    # With it, the file is trusted as a script would be.
+    assert "returns int; allowed: polca_lib.Subject" in polca("check", cwd=run).stdout
+    assert (run / "called").exists()
