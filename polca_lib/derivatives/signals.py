@@ -130,7 +130,7 @@ def signals(
     n = n_examples(batch)
     signal_of: dict[int, Tensor] = {}  # by product, of the last backward pass
 
-    def run(other_parameters: dict[str, Tensor], probe: Tensor, one: Batch) -> tuple[Tensor, list[Tensor]]:
+    def run(other_parameters: dict[str, Tensor], probe: Tensor, batch_of_one: Batch) -> tuple[Tensor, list[Tensor]]:
         entered = []
 
         def at_product(index: int, x: Tensor, _: Derived, bias: Tensor | None) -> Tensor:
