@@ -100,7 +100,7 @@ class Run(Analysis):
         """Task, preset, seed and device; commit and time of each opened stage; versions of the software."""
         rows = {name: getattr(self.settings, name) for name in ("task", "preset", "seed", "device")}
         rows["torch threads"] = torch.get_num_threads()
-        return provenance(rows | self._comparisons(), self._opened("training", "basis", "projection", "clusters"))
+        return provenance(rows, self._opened("training", "basis", "projection", "clusters"))
 
     # The key of a stage contains the settings of the training, not the checkpoints, so it is known before training.
 
