@@ -9,6 +9,7 @@ the stages that depend on it. Stopped or killed work resumes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import warnings
 from collections.abc import Sequence
@@ -447,18 +448,18 @@ class Analysis:
         folder: Path = getattr(self, f"_{stage}").path
         if self._compared.get(str(folder), "").startswith("as at"):
             return
-        stored, losses, begun = Witness.read(folder / "witness.json"), None, is_begun(folder / FILES[stage])
+        begun, losses = is_begun(folder / FILES[stage]), None
+        stored = Witness.read(folder / "witness.json") if begun else None
         if stored is None and stage == "projection":  # of version 0.2 or earlier
             losses = self._first_losses(folder / FILES[stage])
-        step = stored.step if stored else self.steps[0]
-        if stored is None and losses is None and begun:
-            self._compared[str(folder)] = "not compared: no losses were stored that can be compared"
-        elif at_work or (begun and self.checkpoints.at_hand(step)):
-            with (
-                contextlib.nullcontext() if at_work else contextlib.suppress(OSError)
-            ):  # results open without checkpoints
+        step, unknown = stored.step if stored else self.steps[0], stored is None and losses is None
+        reason = "no losses were stored that can be compared" if unknown and begun else "no checkpoint is at hand"
+        self._compared[str(folder)] = f"not compared: {reason}"
+        if not (unknown and begun) and (at_work or (begun and self.checkpoints.at_hand(step))):
+            # Results open without checkpoints.
+            with contextlib.nullcontext() if at_work else contextlib.suppress(OSError):
                 witness = self._witness(stage, step)
-                if stored is None and losses is None:
+                if unknown:
                     write_atomically(folder / "witness.json", json.dumps(witness._asdict()).encode())
                 stored = stored or Witness(step, (losses or witness.losses)[: len(witness.losses)], [])
                 if problem := stored.difference(witness):
@@ -519,8 +520,8 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             )
     # Group what is missing: one pass for each analysis with the curvature of all tokens, one pass for the others.
     by_path = {str(analysis._projection.path): analysis for analysis in analyses}  # the same one may be there twice
-    for analysis in by_path.values():
-        analysis._compare_loss("projection")
+    for analysis, stage in itertools.product(by_path.values(), ("basis", "projection")):
+        analysis._compare_loss(stage)
     missing = [analysis for analysis in by_path.values() if analysis.stored("projection") is None]
     groups = [[analysis] for analysis in missing if analysis.settings.projection.curvature_of_all]
     groups.append([analysis for analysis in missing if not analysis.settings.projection.curvature_of_all])
@@ -534,9 +535,8 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             # Acquire locks in sorted order to avoid deadlock.
             for analysis in sorted(group, key=lambda analysis: str(analysis._projection.path)):
                 stack.enter_context(analysis._projection.at_work())
-            for analysis in group:
-                analysis._compare_loss("basis", at_work=True)
-                analysis._compare_loss("projection", at_work=True)
+            for analysis, stage in itertools.product(group, ("basis", "projection")):
+                analysis._compare_loss(stage, at_work=True)
             paths = [analysis._projection.path / FILES["projection"] for analysis in group]
             settings = [analysis.settings.projection for analysis in group]
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory
