@@ -318,6 +318,7 @@ class Analysis:
             "device": self.checkpoints.device,
             "torch threads": torch.get_num_threads(),
         }
+<<<<<<< HEAD
         if notes := self.checkpoints.notes():
             rows["notes on checkpoints"] = "; ".join(notes)
         return provenance(rows | self._comparisons(), self._opened("basis", "projection", "clusters"))
@@ -328,6 +329,12 @@ class Analysis:
             f"{stage}: loss": str(artefact.path) for stage, artefact in self._opened("basis", "projection").items()
         }
         return {name: self._compared[path] for name, path in opened.items() if path in self._compared}
+=======
+        opened = self._opened("basis", "projection", "clusters")
+        for stage, artefact in opened.items():
+            rows |= {f"{stage}: loss": self._compared[key] for key in {str(artefact.path)} & self._compared.keys()}
+        return provenance(rows, opened)
+>>>>>>> part-c
 
     @property
     def tolerance(self) -> float:
@@ -434,14 +441,9 @@ class Analysis:
         return results if results is None else separate_columns(results)
 
     def _compare_loss(self, stage: str, *, at_work: bool = False) -> None:
-        """Compare the loss with the one that a stage was begun with, because code has no hash.
+        """Refuse another loss than the one that ``basis`` or ``projection`` was begun with: code has no hash.
 
-        Args:
-            stage: ``basis`` or ``projection``.
-            at_work: whether the stage is to be computed. Otherwise nothing is downloaded or trained to compare.
-
-        Raises:
-            ArtefactMismatch: they differ.
+        Unless ``at_work``, when the stage is to be computed, nothing is downloaded or trained to compare.
         """
         if stage == "basis" and self._basis_settings.kind not in HESSIAN_KINDS:
             return  # does not depend on the loss
@@ -540,10 +542,14 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             paths = [analysis._projection.path / FILES["projection"] for analysis in group]
             settings = [analysis.settings.projection for analysis in group]
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory
+<<<<<<< HEAD
             witness = first._witness("projection", first.steps[0])
             project_runs(
                 paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
             )
     if equal := getattr(first.checkpoints, "duplicates", list)():
         warnings.warn(f"checkpoints hold the same weights: steps {' and steps '.join(map(str, equal))}", stacklevel=2)
+=======
+            project_runs(paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code)
+>>>>>>> part-c
     return [analysis.stored("projection") for analysis in analyses]

@@ -185,6 +185,7 @@ def test_names_of_olmo_and_stages_of_training_are_known(tmp_path):
         HuggingFaceRevisions(str(tmp_path / "olmo"), loss)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("names", "steps"),
     [
@@ -304,6 +305,24 @@ def test_folder_that_transformers_wrote_under_other_names_is_read_by_it(tmp_path
     (tmp_path / "checkpoint-1000" / "config.json").unlink()
     with pytest.raises(ValueError, match="checkpoint-1000 does not fit the model: the checkpoint lacks"):
         checkpoints.theta(1000)
+=======
+def test_revision_is_at_hand_if_it_is_local_or_in_the_cache(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", MODELS["neox"], ["step0", "step1000"])
+    loss = TokenLoss(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)).eval(), next_token_losses)
+    checkpoints = HuggingFaceRevisions(str(tmp_path / "run"), loss)
+    assert checkpoints.at_hand(1000)
+    cached = {("someone/model", "model.safetensors", "commit")}
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda repo, name, revision: "/cache/file" if (repo, name, revision) in cached else None,
+    )
+    checkpoints.repo = "someone/model"
+    assert not checkpoints.at_hand(1000)
+    checkpoints._by_step[1000] = checkpoints._by_step[1000]._replace(commit="commit")
+    assert checkpoints.at_hand(1000)
+    checkpoints._keep = False  # is downloaded each time
+    assert not checkpoints.at_hand(1000)
+>>>>>>> part-c
 
 
 def test_checkpoint_of_another_model_and_a_damaged_one_are_named(tmp_path):
