@@ -224,6 +224,18 @@ def _differentiable() -> Iterator[None]:
         vars(checkpoints).update(originals)
 
 
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Take back what modules note in a pass, such as tables in another dtype."""
+    attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+
+
 class _LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Loss):
         super().__init__()
