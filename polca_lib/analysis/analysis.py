@@ -318,23 +318,12 @@ class Analysis:
             "device": self.checkpoints.device,
             "torch threads": torch.get_num_threads(),
         }
-<<<<<<< HEAD
         if notes := self.checkpoints.notes():
             rows["notes on checkpoints"] = "; ".join(notes)
-        return provenance(rows | self._comparisons(), self._opened("basis", "projection", "clusters"))
-
-    def _comparisons(self) -> dict[str, str]:
-        """Whether the loss is the one that each opened stage was computed with, by stage."""
-        opened = {
-            f"{stage}: loss": str(artefact.path) for stage, artefact in self._opened("basis", "projection").items()
-        }
-        return {name: self._compared[path] for name, path in opened.items() if path in self._compared}
-=======
         opened = self._opened("basis", "projection", "clusters")
         for stage, artefact in opened.items():
             rows |= {f"{stage}: loss": self._compared[key] for key in {str(artefact.path)} & self._compared.keys()}
         return provenance(rows, opened)
->>>>>>> part-c
 
     @property
     def tolerance(self) -> float:
@@ -542,14 +531,10 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             paths = [analysis._projection.path / FILES["projection"] for analysis in group]
             settings = [analysis.settings.projection for analysis in group]
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory
-<<<<<<< HEAD
             witness = first._witness("projection", first.steps[0])
             project_runs(
                 paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
             )
     if equal := getattr(first.checkpoints, "duplicates", list)():
         warnings.warn(f"checkpoints hold the same weights: steps {' and steps '.join(map(str, equal))}", stacklevel=2)
-=======
-            project_runs(paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code)
->>>>>>> part-c
     return [analysis.stored("projection") for analysis in analyses]

@@ -202,23 +202,11 @@ class _Session:
         self._batch = to_device(job.batch, job.checkpoints.device)
         self._thetas: dict[int, Tensor] = {}
         self._vectors: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
-<<<<<<< HEAD
         self._strategies: dict[tuple[int, int, int], Strategy] = {}
-        self._compare_loss()
-
-    def _compare_loss(self) -> None:
-        """Refuse to work with a model or a loss that changed on its way to this worker."""
-        if (expected := self._job.witness) is None:
-            return
-        found = Witness.of(self._job.checkpoints.token_loss, self._theta(expected.step), self._batch, expected.step)
-        if problem := expected.difference(found):
-=======
-        self._strategies: dict[tuple[int, int], Strategy] = {}
         # Refuse to work with a model or a loss that changed on its way to this worker.
         step, loss = job.steps[0], job.checkpoints.token_loss
         witness = job.witness and Witness.of(loss, self._theta(step), self._batch, step)
         if job.witness and (problem := job.witness.difference(witness)):
->>>>>>> part-c
             raise EngineFailure(
                 f"a worker computes {problem} of {job.checkpoints.name(step)}: the model or the loss is another one "
                 "there. It may use a global variable, a file or the environment, or other versions are installed; hand "

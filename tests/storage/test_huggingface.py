@@ -185,7 +185,6 @@ def test_names_of_olmo_and_stages_of_training_are_known(tmp_path):
         HuggingFaceRevisions(str(tmp_path / "olmo"), loss)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("names", "steps"),
     [
@@ -305,7 +304,8 @@ def test_folder_that_transformers_wrote_under_other_names_is_read_by_it(tmp_path
     (tmp_path / "checkpoint-1000" / "config.json").unlink()
     with pytest.raises(ValueError, match="checkpoint-1000 does not fit the model: the checkpoint lacks"):
         checkpoints.theta(1000)
-=======
+
+
 def test_revision_is_at_hand_if_it_is_local_or_in_the_cache(tmp_path, monkeypatch):
     write_run(tmp_path / "run", MODELS["neox"], ["step0", "step1000"])
     loss = TokenLoss(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)).eval(), next_token_losses)
@@ -322,7 +322,6 @@ def test_revision_is_at_hand_if_it_is_local_or_in_the_cache(tmp_path, monkeypatc
     assert checkpoints.at_hand(1000)
     checkpoints._keep = False  # is downloaded each time
     assert not checkpoints.at_hand(1000)
->>>>>>> part-c
 
 
 def test_checkpoint_of_another_model_and_a_damaged_one_are_named(tmp_path):
