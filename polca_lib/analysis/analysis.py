@@ -30,13 +30,7 @@ from polca_lib.method.basis import compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens
 from polca_lib.method.decomposition import projected_loss
-from polca_lib.method.settings import (
-    FORMER_TOLERANCE,
-    BasisKind,
-    BasisSettings,
-    ClusteringSettings,
-    check_n_vectors,
-)
+from polca_lib.method.settings import FORMER_TOLERANCE, BasisKind, BasisSettings, ClusteringSettings, check_n_vectors
 from polca_lib.report.findings import Findings
 from polca_lib.report.page import write_report
 from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile, provenance
@@ -274,7 +268,7 @@ class Analysis:
 
     @property
     def _basis_provenance(self) -> dict[str, object]:
-        """What the settings alone do not tell about the basis: its tolerance, and fewer vectors than asked for."""
+        """What the settings do not tell about the basis: its tolerance, and fewer vectors than asked for."""
         rows: dict[str, object] = {"basis: tolerance": self.tolerance} if "_basis" in self.__dict__ else {}
         basis = self.__dict__.get("basis", self.__dict__.get("projections"))
         if basis is not None and basis.sizes["vector"] < (asked := self._basis_settings.n_vectors):
