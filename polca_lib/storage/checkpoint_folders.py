@@ -29,7 +29,7 @@ _NESTED = ("model", "state_dict", "model_state_dict", "module", "net", "network"
 _NO_WEIGHTS = re.compile(
     r"\.|(optim|optimizer|scheduler|scaler|rng_state|random_states|training_args)s?(?![a-z])", re.IGNORECASE
 )
-_SHARD = re.compile(r"-\d+-of-\d+\.")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _BY_PROCESS = re.compile(r"mp_rank_\d|zero_pp_rank_\d|\.distcp$")
 
 
