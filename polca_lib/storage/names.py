@@ -95,11 +95,15 @@ def steps_of(
         steps, unclear = {}, unclear + list(steps)
     if (unclear and not (lenient and steps)) or (names and not steps):
         told = [f"{name} ({' or '.join(readings[name][2]) or 'no number'})" for name in unclear or names]
-        example = re.search(r"[a-z_=-]*(?=[0-9]|$)", (unclear or ["step-"])[0], re.IGNORECASE)[0]
+        # Propose a pattern around the first whole number.
+        name = (unclear or names)[0]
+        number = next((match for match in _ANY.finditer(name) if _whole_number(match[0]) is not None), None)
+        before, after = (name[: number.start()], name[number.end() :]) if number else ("step-", "")
+        example = re.search(r"[a-z_=-]*$", before, re.I)[0] + "([0-9]+)" + re.match(r"[a-z_-]*", after, re.I)[0]
         raise ValueError(
             f"the step is not clear from all names in {where}: {few(told)}"
             + ("; others have it after a word such as step" if any_labelled else "")
-            + f". Set pattern, a regular expression whose only group is the step, such as '{example}([0-9]+)'; names "
+            + f". Set pattern, a regular expression whose only group is the step, such as {example!r}; names "
             "that it does not match are left aside"
         )
     return steps, [name for name in names if name not in steps]
