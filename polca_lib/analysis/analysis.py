@@ -320,14 +320,10 @@ class Analysis:
         }
         if notes := self.checkpoints.notes():
             rows["notes on checkpoints"] = "; ".join(notes)
-        return provenance(rows | self._comparisons(), self._opened("basis", "projection", "clusters"))
-
-    def _comparisons(self) -> dict[str, str]:
-        """Whether the loss is the one that each opened stage was computed with, by stage."""
-        opened = {
-            f"{stage}: loss": str(artefact.path) for stage, artefact in self._opened("basis", "projection").items()
-        }
-        return {name: self._compared[path] for name, path in opened.items() if path in self._compared}
+        opened = self._opened("basis", "projection", "clusters")
+        for stage, artefact in opened.items():
+            rows |= {f"{stage}: loss": self._compared[key] for key in {str(artefact.path)} & self._compared.keys()}
+        return provenance(rows, opened)
 
     @property
     def tolerance(self) -> float:
@@ -434,14 +430,9 @@ class Analysis:
         return results if results is None else separate_columns(results)
 
     def _compare_loss(self, stage: str, *, at_work: bool = False) -> None:
-        """Compare the loss with the one that a stage was begun with, because code has no hash.
+        """Refuse another loss than the one that ``basis`` or ``projection`` was begun with: code has no hash.
 
-        Args:
-            stage: ``basis`` or ``projection``.
-            at_work: whether the stage is to be computed. Otherwise nothing is downloaded or trained to compare.
-
-        Raises:
-            ArtefactMismatch: they differ.
+        Unless ``at_work``, when the stage is to be computed, nothing is downloaded or trained to compare.
         """
         if stage == "basis" and self._basis_settings.kind not in HESSIAN_KINDS:
             return  # does not depend on the loss

@@ -87,19 +87,12 @@ def _converted(data: Any, name: str) -> Batch:
         )
 
     def is_leaf(value: object) -> bool:
-        numbers = isinstance(value, list) and value and all(type(n) in (bool, int, float) for n in _flat(value))
+        numbers = (
+            isinstance(value, list) and value and all(type(n) in (bool, int, float) for n in pytree.tree_leaves(value))
+        )
         return numbers or _is_shared(value)
 
     return pytree.tree_map(convert, data, is_leaf=is_leaf)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    """The items of nested lists."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
 
 
 def _joined(loader: DataLoader, name: str) -> Batch:

@@ -16,7 +16,7 @@ _MAX_TEXT = 1000  # characters of a text; the longest text sets the size of the 
 # Names of variables and coordinates of results.
 _TAKEN = re.compile(
     r"_done|amplification|axis|birth_step|change|claimed|cluster|curvature|distance|eigenvalue|"
-    r"fisher|gaussian|gradient|high|inside|inside_loss|loss|loss_change|low|medoid|median|"
+    r"fisher|gaussian|gradient|high|inside|inside_loss|largest_loss|loss|loss_change|low|medoid|median|"
     r"mixing|movement|movement_share|nearest|noise|parameter|polca|polyfit_coefficients|"
     r"product_error|products|projected_loss|quantile|rank|residual|reversals|sample|step|token|"
     r"tokens|true|undefined|variable|vector|vectors"

@@ -110,11 +110,10 @@ class HuggingFaceRevisions(Checkpoints):
         """Whether the revision is in a local folder, or in the cache of the hub."""
         if Path(self.repo).is_dir():
             return True
-        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub import try_to_load_from_cache as cached
 
         commit, names = self._by_step[step].commit, ("model.safetensors", "model.safetensors.index.json")
-        cached = (try_to_load_from_cache(self.repo, name, revision=commit) for name in names)
-        return self._keep and any(isinstance(path, str) for path in cached)
+        return self._keep and any(isinstance(cached(self.repo, name, revision=commit), str) for name in names)
 
     def notes(self) -> list[str]:
         """Revisions that were left aside."""

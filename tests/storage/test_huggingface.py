@@ -306,6 +306,24 @@ def test_folder_that_transformers_wrote_under_other_names_is_read_by_it(tmp_path
         checkpoints.theta(1000)
 
 
+def test_revision_is_at_hand_if_it_is_local_or_in_the_cache(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", MODELS["neox"], ["step0", "step1000"])
+    loss = TokenLoss(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)).eval(), next_token_losses)
+    checkpoints = HuggingFaceRevisions(str(tmp_path / "run"), loss)
+    assert checkpoints.at_hand(1000)
+    cached = {("someone/model", "model.safetensors", "commit")}
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda repo, name, revision: "/cache/file" if (repo, name, revision) in cached else None,
+    )
+    checkpoints.repo = "someone/model"
+    assert not checkpoints.at_hand(1000)
+    checkpoints._by_step[1000] = checkpoints._by_step[1000]._replace(commit="commit")
+    assert checkpoints.at_hand(1000)
+    checkpoints._keep = False  # is downloaded each time
+    assert not checkpoints.at_hand(1000)
+
+
 def test_checkpoint_of_another_model_and_a_damaged_one_are_named(tmp_path):
     write_run(tmp_path / "run", MODELS["neox"], ["step0", "step1"])
     other = GPTNeoXForCausalLM(GPTNeoXConfig(**{**SIZES, "hidden_size": 32}))
