@@ -152,7 +152,7 @@ class _Folder(Checkpoints):
                 raise
         # transformers writes the weights of some models under other names than the model has.
         source = {"pretrained_model_name_or_path": self.name(step), "use_safetensors": ".bin" not in self._suffixes}
-        return flatten(self, step, read_pretrained(self.name(step), model, source, self.token_loss.dtype))
+        return flatten(self, step, read_pretrained(self.name(step), model, source, self.token_loss))
 
     def header(self, step: int) -> dict[str, Tensor] | None:
         """Tensors of a checkpoint by names of the model, on device ``meta``: shapes and dtypes without values.

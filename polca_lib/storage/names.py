@@ -72,7 +72,8 @@ def steps_of(
     """
     names, steps, unclear = list(names), {}, []
     if pattern is not None:
-        if (groups := check_expressions("pattern", [pattern])) != 1:
+        check_expressions("pattern", {pattern: ""})
+        if (groups := re.compile(pattern).groups) != 1:
             raise ValueError(f"pattern = {pattern!r} has {groups} groups; allowed: one, the step")
         for name, match in ((name, re.search(pattern, name)) for name in names):
             if match and (step := _whole_number(match[1] or "")) is None:
@@ -115,20 +116,17 @@ def few(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_expressions(setting: str, expressions: Iterable[str] | Mapping[str, str]) -> int:
-    """Check regular expressions, and their replacements, and return the number of groups of the last.
+def check_expressions(setting: str, expressions: Mapping[str, str]) -> None:
+    """Check regular expressions and their replacements.
 
     Raises:
         ValueError: one of them is not valid.
     """
-    groups = 0
-    for expression in expressions:
+    for expression, replacement in expressions.items():
         try:
-            groups = re.compile(expression).groups
-            re.sub(expression, expressions[expression] if isinstance(expressions, Mapping) else "", "")
+            re.sub(expression, replacement, "")
         except (re.error, IndexError) as error:
             raise ValueError(f"{setting} = {expression!r} is not a valid regular expression: {error}") from None
-    return groups
 
 
 class NamesDiffer(ValueError):
