@@ -536,5 +536,7 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
                 paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
             )
     if equal := getattr(first.checkpoints, "duplicates", list)():
+        if any(set(first.steps) <= set(steps) for steps in equal):
+            raise ValueError("all checkpoints hold the same weights: no change to explain; check how they were saved")
         warnings.warn(f"checkpoints hold the same weights: steps {' and steps '.join(map(str, equal))}", stacklevel=2)
     return [analysis.stored("projection") for analysis in analyses]
