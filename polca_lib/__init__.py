@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polca_lib.analysis.analysis import Analysis, project_together
+    from polca_lib.analysis.check import check_analysis
     from polca_lib.analysis.engine import parallel_backend
     from polca_lib.analysis.plan import plan
     from polca_lib.analysis.settings import AnalysisSettings
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from polca_lib.storage.huggingface import HuggingFaceRevisions
     from polca_lib.tasks.run import Run
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _MODULES = {
     # One function and its derivatives
@@ -40,6 +41,7 @@ _MODULES = {
     # A run of your own
     "analysis.analysis": ("Analysis", "project_together"),
     "analysis.settings": ("AnalysisSettings",),
+    "analysis.check": ("check_analysis",),
     "analysis.plan": ("plan",),
     "analysis.engine": ("parallel_backend",),
     # The paper's tasks

@@ -1,4 +1,5 @@
 import os
+import pathlib
 import shutil
 
 import pytest
@@ -46,6 +47,39 @@ def run(runs_folder):
     run = Run.from_preset("smoke", **TINY_RUN)
     _ = run.projections
     return run
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Any attempt to write below a folder fails, as on a read-only disk."""
+
+    def lock(folder):
+        real = os.open, pathlib.Path.mkdir, io_open
+
+        def refuse(path):
+            raise OSError(30, "Read-only file system", str(path))
+
+        def os_open(path, flags, *more, **options):
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            return refuse(path) if writes and str(folder) in str(path) else real[0](path, flags, *more, **options)
+
+        def mkdir(self, *arguments, **options):
+            return refuse(self) if str(folder) in str(self) else real[1](self, *arguments, **options)
+
+        def opened(self, mode="r", *arguments, **options):
+            return (
+                refuse(self)
+                if str(folder) in str(self) and set(mode) & set("wax+")
+                else real[2](self, mode, *arguments, **options)
+            )
+
+        monkeypatch.setattr(os, "open", os_open)
+        monkeypatch.setattr(pathlib.Path, "mkdir", mkdir)
+        monkeypatch.setattr(pathlib.Path, "open", opened)
+        monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and str(folder) in str(path)))
+
+    io_open = pathlib.Path.open
+    return lock
 
 
 @pytest.fixture(scope="session")

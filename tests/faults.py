@@ -346,7 +346,13 @@ def read_only(folder, expected):
         code, told = finish(run)
         check(code == 0, told)
         same(run, expected)
-    return {"tries": 1, "figure": "said by name; went on once it could be written"}
+        # What is finished opens where nothing can be written.
+        subprocess.run(["mount", "-o", "remount,ro", str(run / "results")], check=True)
+        code, told = finish(run, stages=("basis", "projections", "labels"))
+        check(code == 0, told)
+        same(run, expected)
+        subprocess.run(["mount", "-o", "remount,rw", str(run / "results")], check=True)
+    return {"tries": 1, "figure": "said by name; went on once it could be written; opened again when it could not"}
 
 
 def clock_set_back(folder, expected):

@@ -9,6 +9,7 @@ the stages that depend on it. Stopped or killed work resumes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import warnings
 from collections.abc import Sequence
@@ -319,14 +320,10 @@ class Analysis:
         }
         if notes := self.checkpoints.notes():
             rows["notes on checkpoints"] = "; ".join(notes)
-        return provenance(rows | self._comparisons(), self._opened("basis", "projection", "clusters"))
-
-    def _comparisons(self) -> dict[str, str]:
-        """Whether the loss is the one that each opened stage was computed with, by stage."""
-        opened = {
-            f"{stage}: loss": str(artefact.path) for stage, artefact in self._opened("basis", "projection").items()
-        }
-        return {name: self._compared[path] for name, path in opened.items() if path in self._compared}
+        opened = self._opened("basis", "projection", "clusters")
+        for stage, artefact in opened.items():
+            rows |= {f"{stage}: loss": self._compared[key] for key in {str(artefact.path)} & self._compared.keys()}
+        return provenance(rows, opened)
 
     @property
     def tolerance(self) -> float:
@@ -433,32 +430,27 @@ class Analysis:
         return results if results is None else separate_columns(results)
 
     def _compare_loss(self, stage: str, *, at_work: bool = False) -> None:
-        """Compare the loss with the one that a stage was begun with, because code has no hash.
+        """Refuse another loss than the one that ``basis`` or ``projection`` was begun with: code has no hash.
 
-        Args:
-            stage: ``basis`` or ``projection``.
-            at_work: whether the stage is to be computed. Otherwise nothing is downloaded or trained to compare.
-
-        Raises:
-            ArtefactMismatch: they differ.
+        Unless ``at_work``, when the stage is to be computed, nothing is downloaded or trained to compare.
         """
         if stage == "basis" and self._basis_settings.kind not in HESSIAN_KINDS:
             return  # does not depend on the loss
         folder: Path = getattr(self, f"_{stage}").path
         if self._compared.get(str(folder), "").startswith("as at"):
             return
-        stored, losses, begun = Witness.read(folder / "witness.json"), None, is_begun(folder / FILES[stage])
+        begun, losses = is_begun(folder / FILES[stage]), None
+        stored = Witness.read(folder / "witness.json") if begun else None
         if stored is None and stage == "projection":  # of version 0.2 or earlier
             losses = self._first_losses(folder / FILES[stage])
-        step = stored.step if stored else self.steps[0]
-        if stored is None and losses is None and begun:
-            self._compared[str(folder)] = "not compared: no losses were stored that can be compared"
-        elif at_work or (begun and self.checkpoints.at_hand(step)):
-            with (
-                contextlib.nullcontext() if at_work else contextlib.suppress(OSError)
-            ):  # results open without checkpoints
+        step, unknown = stored.step if stored else self.steps[0], stored is None and losses is None
+        reason = "no losses were stored that can be compared" if unknown and begun else "no checkpoint is at hand"
+        self._compared[str(folder)] = f"not compared: {reason}"
+        if not (unknown and begun) and (at_work or (begun and self.checkpoints.at_hand(step))):
+            # Results open without checkpoints.
+            with contextlib.nullcontext() if at_work else contextlib.suppress(OSError):
                 witness = self._witness(stage, step)
-                if stored is None and losses is None:
+                if unknown:
                     write_atomically(folder / "witness.json", json.dumps(witness._asdict()).encode())
                 stored = stored or Witness(step, (losses or witness.losses)[: len(witness.losses)], [])
                 if problem := stored.difference(witness):
@@ -519,8 +511,8 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             )
     # Group what is missing: one pass for each analysis with the curvature of all tokens, one pass for the others.
     by_path = {str(analysis._projection.path): analysis for analysis in analyses}  # the same one may be there twice
-    for analysis in by_path.values():
-        analysis._compare_loss("projection")
+    for analysis, stage in itertools.product(by_path.values(), ("basis", "projection")):
+        analysis._compare_loss(stage)
     missing = [analysis for analysis in by_path.values() if analysis.stored("projection") is None]
     groups = [[analysis] for analysis in missing if analysis.settings.projection.curvature_of_all]
     groups.append([analysis for analysis in missing if not analysis.settings.projection.curvature_of_all])
@@ -534,9 +526,8 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             # Acquire locks in sorted order to avoid deadlock.
             for analysis in sorted(group, key=lambda analysis: str(analysis._projection.path)):
                 stack.enter_context(analysis._projection.at_work())
-            for analysis in group:
-                analysis._compare_loss("basis", at_work=True)
-                analysis._compare_loss("projection", at_work=True)
+            for analysis, stage in itertools.product(group, ("basis", "projection")):
+                analysis._compare_loss(stage, at_work=True)
             paths = [analysis._projection.path / FILES["projection"] for analysis in group]
             settings = [analysis.settings.projection for analysis in group]
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory

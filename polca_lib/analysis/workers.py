@@ -39,7 +39,6 @@ def project_runs(
     settings: Sequence[ProjectionSettings],
     memory: int | None = None,
     folders: Sequence[str] = (),
-    witness: Witness | None = None,
 ) -> list[xr.Dataset]:
     """<grad L(x; theta_t), b> and b^T H(x; theta_t) b for all checkpoints t, tokens x and vectors b.
 
@@ -58,8 +57,6 @@ def project_runs(
         memory: bytes for each worker; half of the free memory of the device if not given. Vectors that need more than
             half of it are processed in blocks. A resumed run keeps its first value.
         folders: folders with modules that the model or the loss need, see :class:`polca_lib.analysis.engine.Portable`.
-        witness: of the loss on ``batch`` in this process, with which every worker compares its own; computed if not
-            given.
 
     Returns:
         For each basis a dataset with attributes ``memory`` (bytes) and ``threads`` of each worker, and variables:
@@ -97,9 +94,9 @@ def project_runs(
         store.repair_pieces()
     # Resume with the memory and threads that the stores began with, so that all pieces round alike.
     job, together = replace(job, **{name: stores[0].attrs[name] for name in ("memory", "threads")}), _together(stores)
-    if witness is None and _missing(stores):
+    if _missing(stores):
         witness = Witness.of(checkpoints.token_loss, checkpoints.theta(steps[0]), batch, steps[0])
-    job = replace(job, witness=witness)
+        job = replace(job, witness=witness)
     try:
         carry_out(
             job,
@@ -156,7 +153,7 @@ class ProjectionJob:
     settings: Sequence[ProjectionSettings]
     memory: int
     threads: int
-    witness: Witness | None = None
+    witness: Witness | None = None  # of the loss in the process that hands out the tasks
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def open_store(self, index: int, tokens: pd.DataFrame, cut: tuple[str, int] | None) -> PieceStore:
@@ -206,18 +203,14 @@ class _Session:
         self._thetas: dict[int, Tensor] = {}
         self._vectors: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
         self._strategies: dict[tuple[int, int, int], Strategy] = {}
-        self._compare_loss()
-
-    def _compare_loss(self) -> None:
-        """Refuse to work with a model or a loss that changed on its way to this worker."""
-        if (expected := self._job.witness) is None:
-            return
-        found = Witness.of(self._job.checkpoints.token_loss, self._theta(expected.step), self._batch, expected.step)
-        if problem := expected.difference(found):
+        # Refuse to work with a model or a loss that changed on its way to this worker.
+        step, loss = job.steps[0], job.checkpoints.token_loss
+        witness = job.witness and Witness.of(loss, self._theta(step), self._batch, step)
+        if job.witness and (problem := job.witness.difference(witness)):
             raise EngineFailure(
-                f"a worker computes {problem} of {self._job.checkpoints.name(expected.step)}: the model or the loss is "
-                "another one there. It may use a global variable, a file or the environment, or other versions are "
-                'installed; hand everything in through the model or the loss, or use engine = "in-process"'
+                f"a worker computes {problem} of {job.checkpoints.name(step)}: the model or the loss is another one "
+                "there. It may use a global variable, a file or the environment, or other versions are installed; hand "
+                'everything in through the model or the loss, or use engine = "in-process"'
             )
 
     def carry_out(self, task: ProjectionTask) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polca_lib.derivatives.forward import Derivatives, by_jvp
-from polca_lib.derivatives.token_loss import Batch, TokenLoss
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, restored
 
 _STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # relative to the norm of the parameters
 _TOLERANCE = 1e-3
@@ -55,18 +54,6 @@ class _Float64(TorchFunctionMode):
         torch.set_default_dtype(self._default)
 
 
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Take back what modules note in a pass, such as tables in float64."""
-    attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for now, before in attributes:
-            now.clear()
-            now.update(before)
-
-
 def by_backward(
     token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, vectors: Float[Tensor, "vector d"], order: int
 ) -> Derivatives:
@@ -95,8 +82,8 @@ def check_derivatives(
         <grad L, b> = (L(theta + h b) - L(theta - h b)) / 2h + O(h^2)
         b^T H b = (<grad L(theta + h b), b> - <grad L(theta - h b), b>) / 2h + O(h^2)
 
-    A difference counts where it is the same for two steps h: near a kink, as that of ReLU, and where rounding
-    prevails, it is not. A warning says so if there are no such steps, or if the model can't compute in float64.
+    A difference counts where it is the same for two steps h and on both sides: near a kink, as that of ReLU, and where
+    rounding prevails, it is not. A warning says so if no difference counts, or the model can't compute in float64.
 
     Args:
         token_loss: the loss.
@@ -127,7 +114,7 @@ def check_derivatives(
         direction = (vector.double() / (vector.norm().item() or 1.0))[None]
 
         def shifted(step: float, order: int = 1, direction: Tensor = direction) -> list[Tensor]:
-            with _Float64(), _restored(token_loss.model):
+            with _Float64(), restored(token_loss.model):
                 loss, derived = derive(precise, theta.double() + step * direction[0], examples, direction, order)
             return [loss, *(derivative.flatten() for derivative in derived)]
 
@@ -149,31 +136,30 @@ def check_derivatives(
 def _relative_errors(
     computed: list[Float[Tensor, " token"]], shifted: Callable[[float], list[Tensor]], length: float
 ) -> dict[int, float]:
-    """Error of the first and second derivative relative to its size; of those that can be told."""
+    """Error of the first and second derivative relative to its size, where differences can tell."""
     errors: dict[int, float] = {}
-    smaller, smaller_step = None, 0.0
+    smaller, smaller_step = [], 0.0
     for step in (length * step for step in _STEPS):
-        above, below = shifted(step), shifted(-step)
-        larger = [(right - left) / (2 * step) for right, left in zip(above, below, strict=True)]
-        for index in range(len(computed) - 1):
-            if smaller is None or index in errors:
-                continue
+        # Differences on both sides of the point; the second is how much the two sides differ.
+        sides = zip(shifted(step), shifted(-step), computed, strict=False)
+        larger = [((b - a) / (2 * step), (b + a - 2 * middle) / (2 * step)) for b, a, middle in sides]
+        for index in range(len(computed) - 1) if smaller else ():
             # Losses are rounded to parts of 1 nat at least, slopes accordingly.
-            size = _size(computed[index]) + (1 + _size(computed[0])) / length**index
-            error = _relative_error(computed[index + 1], smaller[index], larger[index], _NOISE * size / smaller_step)
+            noise = _NOISE * (_size(computed[index]) + (1 + _size(computed[0])) / length**index) / smaller_step
+            error = _relative_error(computed[index + 1], *smaller[index], larger[index][0], noise)
             if error is not None:
-                errors[index] = error
+                errors.setdefault(index, error)
         if len(errors) == len(computed) - 1:
             break
         smaller, smaller_step = larger, step
     return errors
 
 
-def _relative_error(computed: Tensor, smaller: Tensor, larger: Tensor, noise: float) -> float | None:
-    """Error where differences with a smaller and a larger step agree; None if that is not even half of the tokens."""
+def _relative_error(computed: Tensor, smaller: Tensor, bend: Tensor, larger: Tensor, noise: float) -> float | None:
+    """Error where differences agree for two steps and on both sides; None if that is not even half of the tokens."""
     size = max(_size(computed), smaller.nan_to_num().abs().median().item())
-    settled = (smaller - larger).abs() <= _TOLERANCE / 4 * size + noise
-    if not 2 * settled.sum() >= max(1, len(computed)):
+    settled = torch.maximum((smaller - larger).abs(), bend.abs()) <= _TOLERANCE / 4 * size + noise
+    if not 2 * settled.sum() >= len(computed):
         return None
     error = (computed - smaller)[settled].square().mean().sqrt().item()
     return 0.0 if error <= noise else error / size
@@ -197,7 +183,7 @@ class _Names(TorchDispatchMode):
 
 
 def _suspects(token_loss: TokenLoss, theta: Tensor, batch: Batch) -> list[str]:
-    with torch.no_grad(), _Float64(), _restored(token_loss.model), _Names() as operations:
+    with torch.no_grad(), _Float64(), restored(token_loss.model), _Names() as operations:
         token_loss(theta, batch)
     return [name for operation, name in _SUSPECTS.items() if operation in operations.names]
 

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from polca_lib.derivatives.products import Derived, WatchProducts
-from polca_lib.derivatives.token_loss import Batch, TokenLoss
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, restored
 
 # Losses, and the first (and second) derivatives along all vectors.
 Derivatives = tuple[Float[Tensor, " token"], list[Float[Tensor, "token vector"]]]
@@ -77,7 +77,8 @@ def trace(
     """
     # Buffers and frozen parameters become constants of the graph: they are the same in each pass.
     tracer = make_fx(functionalize(_along(token_loss, order)), tracing_mode="fake", _allow_non_fake_inputs=True)
-    traced = tracer(theta, batch, torch.ones_like(theta), signals or {})
+    with restored(token_loss.model):
+        traced = tracer(theta, batch, torch.ones_like(theta), signals or {})
     _merge(traced.graph)
     traced.recompile()
     return traced

@@ -224,6 +224,18 @@ def _differentiable() -> Iterator[None]:
         vars(checkpoints).update(originals)
 
 
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Take back what modules note in a pass, such as tables in another dtype."""
+    attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+
+
 class _LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Loss):
         super().__init__()
@@ -326,6 +338,11 @@ class TokenLoss:
         }
 
     @property
+    def _trainable(self) -> list[nn.Parameter]:
+        named = dict(self.model.named_parameters())
+        return [named[name] for name in self.parameters]
+
+    @property
     def fixed(self) -> dict[str, Tensor]:
         """Frozen parameters, and buffers that a ``state_dict`` has: what the loss depends on beside ``theta``."""
         names = self.model.state_dict().keys()
@@ -337,7 +354,7 @@ class TokenLoss:
         Model and loss are pickled in one pass, so that closures, hooks and the loss reach the model that travels.
         """
         content = io.BytesIO()
-        _WithoutWeights(content, self.model).dump((self.model, self.loss))
+        _WithoutWeights(content, self._trainable).dump((self.model, self.loss))
         return _from_pickle, (content.getvalue(),)
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
@@ -437,12 +454,12 @@ class TokenLoss:
     @torch.no_grad()
     def _check_parameters_are_used(self, theta: Float[Tensor, " d"], batch: Batch) -> None:
         """Compare with the losses of the model when it really holds other weights, which are taken back at once."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = self._trainable
         if any(p.is_meta for p in trainable):  # a model without weights has none to hold on to
             return
         # Move all weights: at theta itself, a weight that is held on to may have the right value by chance.
         point = theta + (0.1 * theta.square().mean().sqrt() + 0.01) * direction(theta)
-        given, before = self(point, batch), [(p.data, p.data.clone()) for p in trainable]
+        given, before = self(point, batch), [(p.data, p.data.to("cpu", copy=True)) for p in trainable]
         try:
             for p, value in zip(trainable, self.unflatten(point).values(), strict=True):
                 if (p.dtype, p.device) == (value.dtype, value.device):
@@ -535,9 +552,9 @@ class TokenLoss:
 class _WithoutWeights(cloudpickle.Pickler):
     """Pickles the trainable parameters of a model as shapes alone, from wherever they are reached."""
 
-    def __init__(self, file: io.BytesIO, model: nn.Module):
+    def __init__(self, file: io.BytesIO, trainable: Sequence[nn.Parameter]):
         super().__init__(file)
-        self._trainable = {id(p) for p in model.parameters() if p.requires_grad}
+        self._trainable = {id(p) for p in trainable}
 
     def reducer_override(self, value: Any) -> Any:
         if id(value) in self._trainable:
@@ -566,7 +583,7 @@ def _from_pickle(content: bytes) -> TokenLoss:
 
 
 def direction(theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """A fixed direction without structure: each parameter has a part in it, whatever its value."""
+    """A fixed direction in which each parameter changes, whatever its value."""
     return torch.linspace(-1, 1, 102, dtype=theta.dtype).to(theta.device).repeat(len(theta) // 102 + 1)[: len(theta)]
 
 

@@ -65,12 +65,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def delete_partials(folder: Path, name: str | None = None) -> None:
-    """Delete partial files of killed processes: those of this machine, and those that did not change for an hour.
-
-    Args:
-        folder: a local folder.
-        name: of the file whose partial files are deleted; any file by default.
-    """
+    """Delete partial files, of one file or any, of ended processes of this machine or unchanged for an hour."""
     for partial in folder.glob(f".{'*' if name is None else glob.escape(name)}.*partial"):
         *_, host, process, _, _ = ("", "", "", *partial.name.split("."))
         with suppress(OSError):  # another process deletes it, too, or may not
@@ -86,11 +81,7 @@ def is_read_only(folder: Path) -> bool:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Say what to do if a disk or folder takes no files or no locks.
-
-    Raises:
-        OSError: with the path and the way round, in place of the error within the block.
-    """
+    """Replace the OSError of a disk or folder that takes no files or no locks by one that says what to do."""
     try:
         yield
     except (OSError, NotImplementedError) as error:
@@ -157,8 +148,7 @@ class Artefact:
     ) -> Artefact:
         """Open or create the artefact at :meth:`path_of`; see :meth:`open`.
 
-        Args:
-            later: settings that came into the key later. An artefact without them, if there is one, is opened.
+        Settings in ``later`` came into the key later: an artefact without them, if there is one, is opened instead.
         """
         if later and not (cls.path_of(folder, stage, config, parents) / "manifest.json").exists():
             config = {**config, **later}

@@ -84,7 +84,9 @@ class _Folder(Checkpoints):
         if path.name.startswith("."):
             return False
         if path.is_dir() and not self._holds_weights(path):
-            return any(_BY_PROCESS.search(file.name) for level in ("*", "*/*") for file in path.glob(level))
+            return bool(re.search(r"\d", path.name)) and any(
+                _BY_PROCESS.search(file.name) for level in ("*", "*/*") for file in path.glob(level)
+            )
         return path.suffix in ("", *self._suffixes) if not path.exists() else self._holds_weights(path)
 
     def _refuse(self, path: Path) -> None:
@@ -172,11 +174,15 @@ class _Folder(Checkpoints):
         return align(tensors, self.token_loss, self.rename)[0]
 
     def notes(self) -> list[str]:
-        """Names that were left aside, and buffers of the first checkpoint that are ignored."""
+        """Names that were left aside; buffers that are ignored, and weights that are the model's own, at the start."""
         notes = [f"left aside: {few(self._aside)}"] if self._aside else []
         with suppress(OSError, ValueError):
-            _, spare = align(self.tensors(self.steps[0], header=True), self.token_loss, self.rename)
+            aligned, spare = align(self.tensors(self.steps[0], header=True), self.token_loss, self.rename)
+            names = self.token_loss.names
+            there = {names[name] for name in aligned}
+            absent = [name for name in self.token_loss.model.state_dict() if names.get(name, name) not in there]
             notes += [f"ignored in checkpoints: {few(spare)}"] if spare else []
+            notes += [f"not in checkpoints, as in the model: {few(absent)}"] if absent else []
         return notes
 
     def tensors(self, step: int, *, header: bool = False) -> dict[str, Tensor]:

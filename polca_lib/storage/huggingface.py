@@ -76,7 +76,7 @@ class HuggingFaceRevisions(Checkpoints):
         check_expressions("rename", rename or {})
         self.repo, self.token_loss, self.device, self._keep = repo, token_loss, device, keep
         self._rename = dict(rename or {})
-        selected, self._aside = _revisions(repo, revisions, pattern)
+        selected, self._aside = _revisions(repo, revisions or None, pattern)
         if not selected:
             raise ValueError(f"{repo} has no revisions that name a step, such as step0 or step1000-tokens4B")
         # Select the revisions of one stage of training.
@@ -110,11 +110,10 @@ class HuggingFaceRevisions(Checkpoints):
         """Whether the revision is in a local folder, or in the cache of the hub."""
         if Path(self.repo).is_dir():
             return True
-        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub import try_to_load_from_cache as cached
 
         commit, names = self._by_step[step].commit, ("model.safetensors", "model.safetensors.index.json")
-        cached = (try_to_load_from_cache(self.repo, name, revision=commit) for name in names)
-        return self._keep and any(isinstance(path, str) for path in cached)
+        return self._keep and any(isinstance(cached(self.repo, name, revision=commit), str) for name in names)
 
     def notes(self) -> list[str]:
         """Revisions that were left aside."""
@@ -139,11 +138,8 @@ def read_pretrained(name: str, model: Any, source: Mapping[str, Any], dtype: tor
     Args:
         name: name of the checkpoint, for messages.
         model: class with ``from_pretrained``.
-        source: arguments of ``from_pretrained`` that say where the checkpoint is.
+        source: its arguments that say where the checkpoint is.
         dtype: dtype of the weights.
-
-    Returns:
-        The parameters, each under all of its names.
 
     Raises:
         DamagedFile: a file can't be read.
@@ -158,8 +154,10 @@ def read_pretrained(name: str, model: Any, source: Mapping[str, Any], dtype: tor
         )
     except SafetensorError as error:
         raise DamagedFile(f"{name} is damaged ({error})") from None
+    except OSError as error:
+        raise OSError(f"{name} can't be read: {' '.join(str(error).split())}") from None
     # transformers fills what is missing with random values. Tied to a parameter that is there, it is not missing.
-    tensors = dict(loaded.named_parameters(remove_duplicate=False))
+    tensors = loaded.state_dict(keep_vars=True)
     missing, unknown = (set(report.pop(key, ())) for key in ("missing_keys", "unexpected_keys"))
     read = {id(parameter) for key, parameter in tensors.items() if key not in missing}
     missing = sorted(key for key in missing if key in tensors and id(tensors[key]) not in read)

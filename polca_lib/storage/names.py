@@ -180,13 +180,13 @@ def align(
             raise ValueError(f"rename gives {renamed[name]!r} and {original!r} the same name {name!r}")
     renamed.pop("", None)
     # Compare the names as they are; then without wrappers; each also without fronts that all names of a side have.
-    closest = list(loss.parameters), list(renamed)
+    first_names, closest = loss.names, (list(loss.parameters), list(renamed))
     for clean in (str, _clean):
-        sources, targets = _by_key(renamed, clean), _by_key(loss.names, clean)
+        sources, targets = _by_key(renamed, clean), _by_key(first_names, clean)
         spare = {key for key, name in sources.items() if is_spare_buffer(name, tensors[renamed[name]])}
         for front, other in ((a, b) for a in _fronts(targets) for b in _fronts(sources.keys() - spare)):
             pairs = {key: targets.get(front + key.removeprefix(other)) for key in sources}
-            covered = {loss.names[name] for name in pairs.values() if name}
+            covered = {first_names[name] for name in pairs.values() if name}
             missing = [name for name in loss.parameters if name not in covered]
             unknown = [sources[key] for key, name in pairs.items() if not name and key not in spare]
             if not missing and not unknown:

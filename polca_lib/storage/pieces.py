@@ -162,9 +162,7 @@ class PieceStore:
                 for name in names:
                     self._writable[name][self._region(name, piece)] = values.get(name, np.nan)
                 if self._key is not None:
-                    self._writable["_sha256"][piece] = self._checksum(
-                        piece, {name: values.get(name, np.nan) for name in names}
-                    )
+                    self._writable["_sha256"][piece] = self._checksum(piece, dict.fromkeys(names, np.nan) | values)
                 self._writable["_done"][piece] = True
         except OSError as error:
             problem = f"{error.strerror or error}: piece {piece} was not written, finished pieces stay"
@@ -191,9 +189,11 @@ class PieceStore:
 
     def _is_in_place(self, piece: int) -> bool:
         """Whether a piece is the one that was written there; older stores do not tell."""
-        content = {name: self._group[name][self._region(name, piece)] for name in self._names(piece)}
+        if self._key is None:
+            return True
         try:
-            return self._key is None or (self._group["_sha256"][piece] == self._checksum(piece, content)).all()
+            content = {name: self._group[name][self._region(name, piece)] for name in self._names(piece)}
+            return bool((self._group["_sha256"][piece] == self._checksum(piece, content)).all())
         except (RuntimeError, ValueError):
             return False
 

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from polca_lib.storage.artefacts import Artefact, DamagedFile, write_atomically
+from polca_lib.storage.artefacts import Artefact, DamagedFile, explained, write_atomically
 from polca_lib.storage.hashing import hash_file, hash_json
 from polca_lib.storage.progress import progress
 from polca_lib.tasks import tokenization
@@ -119,7 +119,8 @@ def prepare_corpus(
         # Wait for other processes. The system releases the lock when a process ends, even if it is killed.
         lock = os.open(folder.parent, os.O_RDONLY)
         stack.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with explained(folder.parent):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             # Work in a partial folder, which a killed process may have left. Only a complete one gets the final name.
             partial = folder.with_name(f".{folder.name}.partial")

@@ -99,7 +99,7 @@ class Run(Analysis):
     def provenance(self) -> pd.DataFrame:
         """Task, preset, seed and device; commit and time of each opened stage; versions of the software."""
         rows = {name: getattr(self.settings, name) for name in ("task", "preset", "seed", "device")}
-        rows |= {"torch threads": torch.get_num_threads(), **self._basis_provenance, **self._comparisons()}
+        rows |= {"torch threads": torch.get_num_threads(), **self._basis_provenance}
         return provenance(rows, self._opened("training", "basis", "projection", "clusters"))
 
     # The key of a stage contains the settings of the training, not the checkpoints, so it is known before training.

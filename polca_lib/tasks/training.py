@@ -158,6 +158,8 @@ def _save_checkpoint(checkpoints: CheckpointFolder, step: int, model: nn.Module,
         with suppress(FileNotFoundError, DamagedFile):
             existing = load_tensors(checkpoints.file(step), step=step)
     if any(not torch.equal(value, parameters[name].detach().cpu()) for name, value in existing.items()):
+        for state in (checkpoints.path / "states").glob("step-*"):  # of this attempt
+            state.unlink()
         raise ArtefactMismatch(
             f"{checkpoints.file(step)} is there, but {checkpoints.path / 'states'} has no state to go on from, and "
             "training from the start gives other weights here; restore the states, or delete the folder to train anew"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import faults
 import pytest
+from cases import folder_bytes
 from typer.testing import CliRunner
 
 from polca_lib.analysis.cli import app
@@ -81,6 +82,21 @@ def test_report_is_written_where_it_is_asked_for(folder, ran):
     assert done.exit_code == 0, done.stderr
     assert "elsewhere.html" in done.stdout
     assert (folder / "elsewhere.html").exists()
+
+
+def test_finished_run_on_a_read_only_disk_has_nothing_to_do(folder, ran, read_only, tmp_path):
+    before = folder_bytes(folder / "results")
+    read_only(folder / "results")
+    again = polca("run", "--json", cwd=folder)
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == json.loads(ran.stdout)
+    assert polca("status", "--verify", cwd=folder).exit_code == 0
+    assert polca("report", "-o", tmp_path / "there.html", cwd=folder).exit_code == 0
+    assert (tmp_path / "there.html").stat().st_size > 1e6
+    here = polca("report", cwd=folder)
+    assert here.exit_code == 1
+    assert "Read-only file system" in here.output
+    assert folder_bytes(folder / "results") == before
 
 
 def test_stage_by_stage(tmp_path):

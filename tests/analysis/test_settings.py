@@ -7,7 +7,7 @@ from cases import Mlp, mlp_loss
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from polca_lib.analysis.runfile import _checkpoints
+from polca_lib.analysis.runfile import open_checkpoints
 from polca_lib.analysis.settings import AnalysisSettings, BasisSettings, ClusteringSettings, RunFile
 from polca_lib.derivatives.token_loss import TokenLoss
 
@@ -117,10 +117,10 @@ def test_file_gives_pattern_and_rename_to_every_kind_of_checkpoints(tmp_path):
     torch.save(weights, tmp_path / "epoch-3-of-9.pt")
     for kind in ("safetensors", "state_dict"):
         text = FILE.replace('"safetensors"', f'"{kind}"').replace('"checkpoints"', '"."') + names
-        checkpoints = _checkpoints(RunFile.read(written(tmp_path, text)), TokenLoss(Mlp(), mlp_loss))
+        checkpoints = open_checkpoints(RunFile.read(written(tmp_path, text)), TokenLoss(Mlp(), mlp_loss))
         assert checkpoints.steps == [3]
         assert torch.equal(checkpoints.theta(3), torch.cat([value.flatten() for value in weights.values()]))
     (tmp_path / "epoch-7-of-9").mkdir()
     text = FILE.replace('"safetensors"', '"huggingface"').replace('"checkpoints"', '"."') + names
-    checkpoints = _checkpoints(RunFile.read(written(tmp_path, text)), TokenLoss(Mlp(), mlp_loss))
+    checkpoints = open_checkpoints(RunFile.read(written(tmp_path, text)), TokenLoss(Mlp(), mlp_loss))
     assert (checkpoints.steps, checkpoints._rename) == ([7], {"^backbone[.]": ""})

@@ -144,6 +144,20 @@ def test_where_there_is_much_to_do_forward_mode_is_traced_if_it_can_be(name, ord
         torch.testing.assert_close(found, token_curvatures(token_loss, theta, batch, vectors), **EXACT)
 
 
+def test_a_graph_that_can_not_be_tried_is_not_used(monkeypatch):
+    """In the first examples a product to spare matters to several tokens, so that no graph with it is run."""
+    monkeypatch.setattr(strategies, "_TRACED", 0)
+    token_loss, theta, batch = problem("attention", examples=4)
+    real = strategies.model_structure
+    wrong = lambda *arguments: replace(real(*arguments), single_target=frozenset({0, 1}))  # noqa: E731
+    monkeypatch.setattr(strategies, "model_structure", wrong)
+    monkeypatch.setattr(strategies, "_SPARED", 10)
+    strategy = choose(token_loss, theta, batch, orthonormal(3, len(theta)), mode="forward")
+    assert strategy.structure.single_target == {0, 1}
+    assert strategy.traced is None
+    assert "matters to several tokens" in strategy.unfit["traced"]
+
+
 def right(token_loss, theta, batch, mode):
     """With enough vectors for reverse mode to be tried, and products spared if asked for."""
     vectors = orthonormal(min(10, len(theta)), len(theta)).to(theta)

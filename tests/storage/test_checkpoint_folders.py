@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import Attention, Mlp, flip_bit, mlp_loss, next_token_loss
 from safetensors.torch import save_file
+from torch import nn
 
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.artefacts import DamagedFile
@@ -235,6 +236,15 @@ def test_parameters_that_were_saved_with_their_gradients_become_plain_numbers(tm
     theta = StateDictFolder(tmp_path, LOSS).theta(1)
     assert torch.equal(theta, vector(1))
     assert not theta.requires_grad
+
+
+def test_running_statistics_that_were_not_saved_are_noted(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    save_file({name: p.detach() for name, p in model.named_parameters()}, tmp_path / "step-1.safetensors")
+    found = SafetensorsFolder(tmp_path, TokenLoss(model, mlp_loss))
+    assert len(found.theta(1)) == 18
+    told = "not in checkpoints, as in the model: 1.running_mean, 1.running_var, 1.num_batches_tracked"
+    assert found.notes() == [told]
 
 
 @pytest.mark.parametrize("legacy", [False, True])

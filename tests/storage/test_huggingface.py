@@ -244,6 +244,13 @@ def test_tied_weights_and_buffers_of_old_are_not_missed(tmp_path):
         HuggingFaceRevisions(str(tmp_path / "run"), loss).theta(0)
 
 
+def test_revision_without_safetensors_is_refused_in_one_line(tmp_path):
+    write_run(tmp_path / "run", MODELS["neox"], ["step0"])
+    (tmp_path / "run" / "step0" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"^\S*run@step0 can't be read: [^\n]*model\.safetensors[^\n]*$"):
+        HuggingFaceRevisions(str(tmp_path / "run"), token_loss(MODELS["neox"])).theta(0)
+
+
 class Around(nn.Module):
     """A model of one's own around one of transformers."""
 
@@ -297,6 +304,24 @@ def test_folder_that_transformers_wrote_under_other_names_is_read_by_it(tmp_path
     (tmp_path / "checkpoint-1000" / "config.json").unlink()
     with pytest.raises(ValueError, match="checkpoint-1000 does not fit the model: the checkpoint lacks"):
         checkpoints.theta(1000)
+
+
+def test_revision_is_at_hand_if_it_is_local_or_in_the_cache(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", MODELS["neox"], ["step0", "step1000"])
+    loss = TokenLoss(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)).eval(), next_token_losses)
+    checkpoints = HuggingFaceRevisions(str(tmp_path / "run"), loss)
+    assert checkpoints.at_hand(1000)
+    cached = {("someone/model", "model.safetensors", "commit")}
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda repo, name, revision: "/cache/file" if (repo, name, revision) in cached else None,
+    )
+    checkpoints.repo = "someone/model"
+    assert not checkpoints.at_hand(1000)
+    checkpoints._by_step[1000] = checkpoints._by_step[1000]._replace(commit="commit")
+    assert checkpoints.at_hand(1000)
+    checkpoints._keep = False  # is downloaded each time
+    assert not checkpoints.at_hand(1000)
 
 
 def test_checkpoint_of_another_model_and_a_damaged_one_are_named(tmp_path):
@@ -418,24 +443,27 @@ def check_read(done, tmp_path, written, steps):
         assert torch.equal(theta, expected)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_revisions_of_the_hub_are_downloaded_as_they_are_asked_for(tmp_path, hub, keep):
+def weights_left(tmp_path):
+    """Files of weights outside the hub, such as in its cache or in a temporary folder."""
+    return [file for file in tmp_path.rglob("*.safetensors") if tmp_path / "lab" not in file.parents]
+
+
+def test_revisions_of_the_hub_are_downloaded_as_they_are_asked_for(tmp_path, hub):
     address, written, asked = hub
-    check_read(read_from(address, tmp_path, keep=keep), tmp_path, written, [0, 512, 1000])
+    check_read(read_from(address, tmp_path, keep=False), tmp_path, written, [0, 512, 1000])
     assert asked == ["step1000", "step0"]
-    assert bool(list((tmp_path / "cache").rglob("*.safetensors"))) == keep
-    left = [file for file in tmp_path.rglob("*.safetensors") if tmp_path / "lab" not in file.parents]
-    assert bool(left) == keep
+    assert not weights_left(tmp_path)
 
 
-def test_what_was_listed_is_read_without_a_network(tmp_path, hub):
+def test_what_was_listed_and_kept_is_read_without_a_network(tmp_path, hub):
     address, written, asked = hub
     check_read(read_from(address, tmp_path), tmp_path, written, [0, 512, 1000])
-    asked.clear()
+    assert asked == ["step1000", "step0"]
+    assert weights_left(tmp_path)
     check_read(read_from(address, tmp_path, offline=True), tmp_path, written, [0, 512, 1000])
     done = read_from(address, tmp_path, offline=True, revisions=["step1000", "step0"])
     check_read(done, tmp_path, written, [0, 1000])
-    assert not asked
+    assert asked == ["step1000", "step0"]
 
 
 def test_revisions_named_by_hand_need_no_list_and_no_network_the_second_time(tmp_path, hub):

@@ -1,14 +1,15 @@
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from cases import TINY_RUN, fail_at, folder_bytes, token_gradients
+from cases import TINY_RUN, fail_at, flip_bit, folder_bytes, token_gradients
 
 from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method.vectors import read_vectors
-from polca_lib.storage.artefacts import ArtefactMismatch
+from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
 from polca_lib.storage.pieces import PieceStore
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.run import Run
@@ -123,6 +124,30 @@ def test_run_killed_in_a_stage_finishes_to_the_same_bytes(run, tmp_path, monkeyp
     assert again.projections.identical(run.projections)
     for file, content in arrays(again).items():
         assert (run.folder / file).read_bytes() == content
+
+
+def test_damaged_basis_is_named_and_mended_as_in_any_analysis(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "copy")
+    mine = Run(run.settings, tmp_path / "copy")
+    flip_bit(mine._basis.path / "basis.zarr" / "vectors" / "1.0", -1)
+    shutil.rmtree(mine._projection.path)
+    with pytest.raises(DamagedFile, match=r"basis\.zarr/vectors is damaged.*polca paper run"):
+        _ = mine.projections
+    again = Run(run.settings, tmp_path / "copy", verify=True)
+    with pytest.warns(UserWarning, match="1 files are damaged and will be recomputed"):
+        _ = again.basis
+    assert again.projections.identical(run.projections)
+    assert read_vectors(again.basis).equal(read_vectors(run.basis))
+
+
+def test_run_whose_loss_changed_does_not_project_on_its_old_basis(run, tmp_path, monkeypatch):
+    shutil.copytree(run.folder, tmp_path / "copy")
+    mine = Run(run.settings, tmp_path / "copy")
+    shutil.rmtree(mine._projection.path)
+    loss = arithmetic.Addition.loss
+    monkeypatch.setattr(arithmetic.Addition, "loss", staticmethod(lambda model, batch: 2 * loss(model, batch)))
+    with pytest.raises(ArtefactMismatch, match=r"basis-.* was begun with another loss"):
+        _ = Run(run.settings, tmp_path / "copy").projections
 
 
 def test_same_settings_elsewhere_give_the_same_bytes(run, tmp_path):

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from cases import Mlp, fail_at, flip_bit, folder_bytes, mlp_batch, mlp_loss
 from torch import nn
 
 from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.storage.artefacts import ArtefactMismatch
 from polca_lib.storage.checkpoints import CheckpointFolder
 from polca_lib.tasks.settings import TrainingSettings
 from polca_lib.tasks.training import NonFiniteLoss, train
@@ -135,6 +137,27 @@ def test_deleted_checkpoint_is_made_again(tmp_path, whole):
     checkpoints.file(4).unlink()
     run(tmp_path)
     assert folder_bytes(tmp_path) == whole
+
+
+def test_states_that_were_deleted_do_not_cost_the_checkpoints(tmp_path, whole):
+    run(tmp_path)
+    shutil.rmtree(tmp_path / "states")
+    run(tmp_path)
+    assert folder_bytes(tmp_path) == whole
+
+
+def test_checkpoints_of_another_machine_are_not_overwritten_without_their_states(tmp_path):
+    run(tmp_path)
+    shutil.rmtree(tmp_path / "states")
+    before = {name: content for name, content in folder_bytes(tmp_path).items() if "states" not in name}
+    # Another machine or version rounds differently.
+    with pytest.raises(ArtefactMismatch, match=r"step-00000002\.safetensors is there, but .*states has no state"):
+        run(tmp_path, lambda model, batch: 1.0001 * mlp_loss(model, batch) ** 1.0001)
+    after = {name: content for name, content in folder_bytes(tmp_path).items() if "states" not in name}
+    assert after == before
+    # A state of step 0 that the failed attempt left does not hide that.
+    with pytest.raises(ArtefactMismatch):
+        run(tmp_path, lambda model, batch: 1.0001 * mlp_loss(model, batch) ** 1.0001)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
