@@ -237,6 +237,7 @@ def _eigenvectors(
     tolerance = TOLERANCE if settings.tolerance is None else settings.tolerance
     how = {"which": settings.which, "max_products": settings.max_products, "solver": settings.solver, "seed": None}
     options = {"device": first.device, "dtype": first.dtype}
+    largest = np.abs(store.dataset()["eigenvalue"].values[:start]).max(initial=0)
     while len(basis) < n_vectors:
         step = int(births[len(basis)])
         name = f"basis vector {len(basis) + 1} (step {step})"
@@ -258,6 +259,14 @@ def _eigenvectors(
                 missed = "may not be the top one: the products do not rule out a larger eigenvalue"
             warnings.warn(
                 f"{name} after basis.max_products = {settings.max_products} products {missed}; raise max_products",
+                stacklevel=2,
+            )
+        # Products of H have errors of about eps |H|: a smaller eigenvalue of P H P is one of these errors.
+        largest, smallest = max(largest, pairs.values.abs().max().item()), pairs.values.abs().min().item()
+        if smallest <= 10 * torch.finfo(first.dtype).eps * largest:
+            warnings.warn(
+                f"{name} has eigenvalue {smallest:.0e}, which is rounding beside {largest:.0e}: the loss has no curvature "
+                "in the directions left; lower basis.n_vectors",
                 stacklevel=2,
             )
         for value, vector, residual in zip(pairs.values, pairs.vectors, pairs.residuals, strict=True):
