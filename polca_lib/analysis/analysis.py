@@ -332,7 +332,7 @@ class Analysis:
 
     @property
     def _basis_provenance(self) -> dict[str, object]:
-        """What the settings alone do not tell about the basis: its tolerance, and fewer vectors than asked for."""
+        """What the settings do not tell about the basis: its tolerance, and fewer vectors than asked for."""
         rows: dict[str, object] = {"basis: tolerance": self.tolerance} if "_basis" in self.__dict__ else {}
         basis = self.__dict__.get("basis", self.__dict__.get("projections"))
         if basis is not None and basis.sizes["vector"] < (asked := self._basis_settings.n_vectors):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 Batch = Any
 """A tensor, or a nest of tensors, whose first dimension is the example; see :func:`as_batch`."""
@@ -87,33 +87,37 @@ def _converted(data: Any, name: str) -> Batch:
         )
 
     def is_leaf(value: object) -> bool:
-        numbers = (
-            isinstance(value, list) and value and all(type(n) in (bool, int, float) for n in pytree.tree_leaves(value))
-        )
-        return numbers or _is_shared(value)
+        numbers = pytree.tree_leaves(value) if isinstance(value, list) else ()
+        return _is_shared(value) or (bool(numbers) and all(type(n) in (bool, int, float) for n in numbers))
 
     return pytree.tree_map(convert, data, is_leaf=is_leaf)
 
 
 def _joined(loader: DataLoader, name: str) -> Batch:
     """The batches of a loader as one."""
-    if isinstance(loader.sampler, RandomSampler):
-        raise ValueError(f"{name} is a DataLoader that shuffles: its order changes with each opening; shuffle=False")
-    parts = [pytree.tree_flatten(_converted(part, name), is_leaf=_is_shared) for part in loader]
-    leaves, specs = [leaves for leaves, _ in parts], [spec for _, spec in parts]
-    joined: list[Any] = []
-    for column in zip(*leaves, strict=False):
-        first = column[0]
-        if isinstance(first, Tensor) and len({leaf.shape[1:] for leaf in column}) == 1:
-            joined.append(torch.cat(column))
-        elif all(repr(leaf) == repr(first) for leaf in column) and not isinstance(first, Tensor):
-            joined.append(first)
-    if not parts or any(spec != specs[0] for spec in specs) or len(joined) < len(leaves[0]):
+
+    def join(first: Any, *others: Any) -> Any:
+        if isinstance(first, Tensor):
+            return torch.cat([first, *others])
+        if any(repr(leaf) != repr(first) for leaf in others):
+            raise ValueError(f"{first!r} is not the same in all")
+        return first
+
+    def read() -> Batch:
+        return pytree.tree_map(join, *[_converted(part, name) for part in loader] or [()], is_leaf=_is_shared)
+
+    try:
+        batch, again = map(pytree.tree_leaves, (read(), joined := read()))
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{name} is a DataLoader whose {len(parts)} batches can't be joined: they differ in structure, in "
-            "length of sequences, or in text; pad all to one length, leave out text, and hand over one batch"
+            f"{name} is a DataLoader whose batches can't be joined ({error}); pad all to one length, leave out text, "
+            "and hand over one batch"
+        ) from error
+    if not all(torch.equal(*pair) for pair in zip(batch, again, strict=True) if isinstance(pair[0], Tensor)):
+        raise ValueError(
+            f"{name} is a DataLoader that gives other examples each time; switch off shuffle, or random crops"
         )
-    return pytree.tree_unflatten(joined, specs[0])
+    return joined
 
 
 def n_examples(batch: Batch, name: str = "batch") -> int:

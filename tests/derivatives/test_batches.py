@@ -20,7 +20,7 @@ from cases import (
     token_gradients,
 )
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import polca_lib.derivatives.strategy as strategies
 from polca_lib import MaskedLoss, Shared, TokenLoss, plan
@@ -289,13 +289,14 @@ def nested():
         ({"ids": IDS, "odd": np.array([object()])}, r"holds numpy\.ndarray"),
         (torch.eye(3).to_sparse(), r"a tensor of layout torch\.sparse_coo"),
         (nested, "a tensor of layout"),
-        (DataLoader(TensorDataset(torch.ones(4)), shuffle=True), "DataLoader that shuffles"),
-        (DataLoader([]), "DataLoader whose 0 batches can't be joined"),
+        (DataLoader(TensorDataset(torch.arange(100)), shuffle=True), "DataLoader that gives other examples each time"),
+        (DataLoader(torch.arange(100), sampler=SubsetRandomSampler(range(100))), "gives other examples each time"),
+        (DataLoader([]), "no tensor, only nothing"),
         (
             DataLoader([torch.ones(2), torch.ones(3)], batch_size=1),
-            "DataLoader whose 2 batches can't be joined.*length of sequences",
+            "DataLoader whose batches can't be joined.*Sizes of tensors must match.*pad all to one length",
         ),
-        (DataLoader([(1, "a"), (2, "b")], batch_size=1), "can't be joined.*text"),
+        (DataLoader([(1, "a"), (2, "b")], batch_size=1), "can't be joined.*'a' is not the same in all.*leave out text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_batch_is_refused_by_what_it_is(data, told):
