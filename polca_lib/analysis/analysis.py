@@ -531,10 +531,7 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             paths = [analysis._projection.path / FILES["projection"] for analysis in group]
             settings = [analysis.settings.projection for analysis in group]
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory
-            witness = first._witness("projection", first.steps[0])
-            project_runs(
-                paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
-            )
+            project_runs(paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code)
     if equal := getattr(first.checkpoints, "duplicates", list)():
         if any(set(first.steps) <= set(steps) for steps in equal):
             raise ValueError("all checkpoints hold the same weights: no change to explain; check how they were saved")

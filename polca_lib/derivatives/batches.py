@@ -17,7 +17,7 @@ Batch = Any
 """A tensor, or a nest of tensors, whose first dimension is the example; see :func:`as_batch`."""
 
 _CONSTANTS = (str, bytes, bool, int, float, complex, type(None))
-_EXAMPLES = 4  # in one pass when losses are counted
+_EXAMPLES, _NUMBERS = 4, 2048  # in one pass when losses are counted: at least so many examples, numbers of a tensor
 
 
 class Shared(NamedTuple):
@@ -180,6 +180,13 @@ def by_example(function: Callable[..., Any], batch: Batch, *others: Any) -> Any:
     return vmap(alone, in_dims=(dims, *(0 for _ in others)))(batch, *others)
 
 
+def _pass_size(batch: Batch) -> int:
+    """Number of examples in one pass: as many as have few numbers, so that small ones take few passes."""
+    leaves = pytree.tree_leaves(batch, is_leaf=_is_shared)
+    largest = max(leaf[:1].numel() for leaf in leaves if isinstance(leaf, Tensor))
+    return max(_EXAMPLES, _NUMBERS // max(1, largest))
+
+
 @torch.no_grad()
 def count_losses(loss: Callable[[Batch], Tensor], batch: Batch) -> tuple[Int[np.ndarray, " example"], bool]:
     """Number of losses of each example, and whether ``vmap`` can take any of them together.
@@ -188,7 +195,7 @@ def count_losses(loss: Callable[[Batch], Tensor], batch: Batch) -> tuple[Int[np.
     """
     counts: list[int] = []
     try:
-        for part in split_examples(batch, _EXAMPLES):
+        for part in split_examples(batch, _pass_size(batch)):
             counts += [by_example(loss, part).shape[1]] * n_examples(part)
         return np.array(counts), len(set(counts)) == 1
     except Exception:  # of whatever a loss does
@@ -204,15 +211,14 @@ def losses_by_example(
     Raises:
         ValueError: examples have another number of losses together than alone.
     """
-    (counts, _), losses = count_losses(loss, batch), []
-    for index, part in enumerate(split_examples(batch, _EXAMPLES)):
+    (counts, _), size, losses = count_losses(loss, batch), _pass_size(batch), []
+    for start, part in zip(range(0, len(counts), size), split_examples(batch, size), strict=True):
         losses.append(loss(part))
-        alone = counts[index * _EXAMPLES :][:_EXAMPLES]
+        alone = counts[start : start + size]
         if len(losses[-1]) != alone.sum():
             raise ValueError(
-                f"examples {index * _EXAMPLES} to {index * _EXAMPLES + len(alone) - 1} have {len(losses[-1])} losses "
-                f"together, but {' + '.join(map(str, alone))} alone: the number depends on the other examples, and "
-                "they can't be taken apart"
+                f"examples {start} to {start + len(alone) - 1} have {len(losses[-1])} losses together, but "
+                f"{alone.sum()} one by one: the number depends on the other examples, and they can't be taken apart"
             )
     return torch.cat(losses), counts
 

@@ -127,7 +127,11 @@ def test_examples_are_run_one_by_one_only_if_their_numbers_depend_on_the_data():
 
     theta = problem("mlp", dtype=torch.float32).theta
     assert count(TokenLoss(Mlp(), loss), theta, mlp_batch(9, torch.float32))[1].tolist() == 9 * [2]
-    assert sizes == [1, 1, 1, 4, 4, 1]  # of each four, one under vmap
+    assert sizes == [1, 9]  # the first under vmap
+    sizes.clear()
+    wide = tuple(part.repeat(100, 1, 200)[:9] if part.ndim == 3 else part for part in mlp_batch(9, torch.float32))
+    count(TokenLoss(nn.Linear(600, 3), loss), torch.zeros(1803), wide)
+    assert sizes == [1, 1, 1, 4, 4, 1]
 
 
 def test_number_of_losses_that_depends_on_the_other_examples_is_refused():
@@ -136,8 +140,8 @@ def test_number_of_losses_that_depends_on_the_other_examples_is_refused():
         return next_token_loss(model, tokens[:, :width])
 
     token_loss = TokenLoss(Attention(), loss)
-    with pytest.raises(ValueError, match=r"examples 4 to 7 have 12 losses together, but 3 \+ 0 \+ 2 \+ 3 alone"):
-        count(token_loss, problem("attention", dtype=torch.float32).theta, PADDED[[1, 1, 1, 1, 4, 5, 6, 7]])
+    with pytest.raises(ValueError, match=r"examples 0 to 3 have 12 losses together, but 8 one by one"):
+        count(token_loss, problem("attention", dtype=torch.float32).theta, PADDED[4:8])
 
 
 def by_length(model, batch):
