@@ -263,8 +263,8 @@ def _eigenvectors(
         largest, smallest = max(largest, pairs.values.abs().max().item()), pairs.values.abs().min().item()
         if smallest <= 10 * torch.finfo(first.dtype).eps * largest:
             warnings.warn(
-                f"{name} has eigenvalue {smallest:.0e}, which is rounding beside {largest:.0e}: the loss has no curvature "
-                "in the directions left; lower basis.n_vectors",
+                f"{name} has eigenvalue {smallest:.0e}, which is rounding beside {largest:.0e}: the loss has no "
+                "curvature in the directions left; lower basis.n_vectors",
                 stacklevel=2,
             )
         for value, vector, residual in zip(pairs.values, pairs.vectors, pairs.residuals, strict=True):
