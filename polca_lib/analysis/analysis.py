@@ -332,7 +332,7 @@ class Analysis:
 
     @property
     def _basis_provenance(self) -> dict[str, object]:
-        """What the settings alone do not tell about the basis: its tolerance, and fewer vectors than asked for."""
+        """What the settings do not tell about the basis: its tolerance, and fewer vectors than asked for."""
         rows: dict[str, object] = {"basis: tolerance": self.tolerance} if "_basis" in self.__dict__ else {}
         basis = self.__dict__.get("basis", self.__dict__.get("projections"))
         if basis is not None and basis.sizes["vector"] < (asked := self._basis_settings.n_vectors):
@@ -531,10 +531,9 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             paths = [analysis._projection.path / FILES["projection"] for analysis in group]
             settings = [analysis.settings.projection for analysis in group]
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory
-            witness = first._witness("projection", first.steps[0])
-            project_runs(
-                paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code, witness
-            )
+            project_runs(paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code)
     if equal := getattr(first.checkpoints, "duplicates", list)():
+        if any(set(first.steps) <= set(steps) for steps in equal):
+            raise ValueError("all checkpoints hold the same weights: no change to explain; check how they were saved")
         warnings.warn(f"checkpoints hold the same weights: steps {' and steps '.join(map(str, equal))}", stacklevel=2)
     return [analysis.stored("projection") for analysis in analyses]

@@ -11,13 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 Batch = Any
 """A tensor, or a nest of tensors, whose first dimension is the example; see :func:`as_batch`."""
 
 _CONSTANTS = (str, bytes, bool, int, float, complex, type(None))
-_EXAMPLES = 4  # in one pass when losses are counted
+_EXAMPLES, _NUMBERS = 4, 2048  # in one pass when losses are counted: at least so many examples, numbers of a tensor
 
 
 class Shared(NamedTuple):
@@ -87,33 +87,37 @@ def _converted(data: Any, name: str) -> Batch:
         )
 
     def is_leaf(value: object) -> bool:
-        numbers = (
-            isinstance(value, list) and value and all(type(n) in (bool, int, float) for n in pytree.tree_leaves(value))
-        )
-        return numbers or _is_shared(value)
+        numbers = pytree.tree_leaves(value) if isinstance(value, list) else ()
+        return _is_shared(value) or (bool(numbers) and all(type(n) in (bool, int, float) for n in numbers))
 
     return pytree.tree_map(convert, data, is_leaf=is_leaf)
 
 
 def _joined(loader: DataLoader, name: str) -> Batch:
     """The batches of a loader as one."""
-    if isinstance(loader.sampler, RandomSampler):
-        raise ValueError(f"{name} is a DataLoader that shuffles: its order changes with each opening; shuffle=False")
-    parts = [pytree.tree_flatten(_converted(part, name), is_leaf=_is_shared) for part in loader]
-    leaves, specs = [leaves for leaves, _ in parts], [spec for _, spec in parts]
-    joined: list[Any] = []
-    for column in zip(*leaves, strict=False):
-        first = column[0]
-        if isinstance(first, Tensor) and len({leaf.shape[1:] for leaf in column}) == 1:
-            joined.append(torch.cat(column))
-        elif all(repr(leaf) == repr(first) for leaf in column) and not isinstance(first, Tensor):
-            joined.append(first)
-    if not parts or any(spec != specs[0] for spec in specs) or len(joined) < len(leaves[0]):
+
+    def join(first: Any, *others: Any) -> Any:
+        if isinstance(first, Tensor):
+            return torch.cat([first, *others])
+        if any(repr(leaf) != repr(first) for leaf in others):
+            raise ValueError(f"{first!r} is not the same in all")
+        return first
+
+    def read() -> Batch:
+        return pytree.tree_map(join, *[_converted(part, name) for part in loader] or [()], is_leaf=_is_shared)
+
+    try:
+        batch, again = map(pytree.tree_leaves, (read(), joined := read()))
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{name} is a DataLoader whose {len(parts)} batches can't be joined: they differ in structure, in "
-            "length of sequences, or in text; pad all to one length, leave out text, and hand over one batch"
+            f"{name} is a DataLoader whose batches can't be joined ({error}); pad all to one length, leave out text, "
+            "and hand over one batch"
+        ) from error
+    if not all(torch.equal(*pair) for pair in zip(batch, again, strict=True) if isinstance(pair[0], Tensor)):
+        raise ValueError(
+            f"{name} is a DataLoader that gives other examples each time; switch off shuffle, or random crops"
         )
-    return pytree.tree_unflatten(joined, specs[0])
+    return joined
 
 
 def n_examples(batch: Batch, name: str = "batch") -> int:
@@ -176,6 +180,13 @@ def by_example(function: Callable[..., Any], batch: Batch, *others: Any) -> Any:
     return vmap(alone, in_dims=(dims, *(0 for _ in others)))(batch, *others)
 
 
+def _pass_size(batch: Batch) -> int:
+    """Number of examples in one pass: as many as have few numbers, so that small ones take few passes."""
+    leaves = pytree.tree_leaves(batch, is_leaf=_is_shared)
+    largest = max(leaf[:1].numel() for leaf in leaves if isinstance(leaf, Tensor))
+    return max(_EXAMPLES, _NUMBERS // max(1, largest))
+
+
 @torch.no_grad()
 def count_losses(loss: Callable[[Batch], Tensor], batch: Batch) -> tuple[Int[np.ndarray, " example"], bool]:
     """Number of losses of each example, and whether ``vmap`` can take any of them together.
@@ -184,7 +195,7 @@ def count_losses(loss: Callable[[Batch], Tensor], batch: Batch) -> tuple[Int[np.
     """
     counts: list[int] = []
     try:
-        for part in split_examples(batch, _EXAMPLES):
+        for part in split_examples(batch, _pass_size(batch)):
             counts += [by_example(loss, part).shape[1]] * n_examples(part)
         return np.array(counts), len(set(counts)) == 1
     except Exception:  # of whatever a loss does
@@ -200,15 +211,14 @@ def losses_by_example(
     Raises:
         ValueError: examples have another number of losses together than alone.
     """
-    (counts, _), losses = count_losses(loss, batch), []
-    for index, part in enumerate(split_examples(batch, _EXAMPLES)):
+    (counts, _), size, losses = count_losses(loss, batch), _pass_size(batch), []
+    for start, part in zip(range(0, len(counts), size), split_examples(batch, size), strict=True):
         losses.append(loss(part))
-        alone = counts[index * _EXAMPLES :][:_EXAMPLES]
+        alone = counts[start : start + size]
         if len(losses[-1]) != alone.sum():
             raise ValueError(
-                f"examples {index * _EXAMPLES} to {index * _EXAMPLES + len(alone) - 1} have {len(losses[-1])} losses "
-                f"together, but {' + '.join(map(str, alone))} alone: the number depends on the other examples, and "
-                "they can't be taken apart"
+                f"examples {start} to {start + len(alone) - 1} have {len(losses[-1])} losses together, but "
+                f"{alone.sum()} one by one: the number depends on the other examples, and they can't be taken apart"
             )
     return torch.cat(losses), counts
 

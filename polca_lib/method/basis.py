@@ -18,7 +18,7 @@ from polca_lib.derivatives.batches import as_batch
 from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.memory import default_budget, rows_that_fit
 from polca_lib.derivatives.token_loss import Batch, TokenLoss
-from polca_lib.method.eigenpairs import Eigenpairs, krylov_rows, top_eigenpairs
+from polca_lib.method.eigenpairs import krylov_rows, top_eigenpairs
 from polca_lib.method.interventions import losses_at
 from polca_lib.method.settings import HESSIAN_KINDS, TOLERANCE, BasisSettings, check_n_vectors, few
 from polca_lib.method.vectors import gaussian, inner_products, mixing, orthogonalise, read_vectors, without
@@ -235,27 +235,21 @@ def _eigenvectors(
     first = checkpoints.theta(int(births[start]))
     hessian = HessianOperator(hessian_loss, first, hessian_batch, shared - room * vector_bytes)
     tolerance = TOLERANCE if settings.tolerance is None else settings.tolerance
-
-    def search() -> Eigenpairs:
-        # Solve P H P v = lambda v. P is applied once in a product, after H: in Lanczos every vector but the start is a
-        # sum of products and of the start, and P was applied to all of these.
-        return top_eigenpairs(
-            lambda vector: without(hessian(vector), basis),
-            without(gaussian(seed, len(basis), n_parameters, device=first.device, dtype=first.dtype), basis),
-            settings.k,
-            which=settings.which,
-            tolerance=tolerance,
-            max_products=settings.max_products,
-            solver=settings.solver,
-            seed=None,
-        )
-
+    how = {"which": settings.which, "max_products": settings.max_products, "solver": settings.solver, "seed": None}
+    options = {"device": first.device, "dtype": first.dtype}
+    largest = np.abs(store.dataset()["eigenvalue"].values[:start]).max(initial=0)
     while len(basis) < n_vectors:
         step = int(births[len(basis)])
         name = f"basis vector {len(basis) + 1} (step {step})"
         hessian.move_to(checkpoints.theta(step))
         try:
-            pairs = search()
+            # Solve P H P v = lambda v. P is applied once in a product, after H: in Lanczos every vector is a sum of
+            # products and of the start, and P was applied to all of these.
+            start_vector = without(gaussian(seed, len(basis), n_parameters, **options), basis)
+            pairs = top_eigenpairs(
+                lambda vector: without(hessian(vector), basis), start_vector, settings.k, tolerance=tolerance, **how
+            )
+            del start_vector
         except ArithmeticError as error:
             cause = _cause(error, hessian_loss, checkpoints.theta(step), hessian_batch)
             raise ValueError(f"{name}: {error}; {cause}") from error
@@ -265,6 +259,14 @@ def _eigenvectors(
                 missed = "may not be the top one: the products do not rule out a larger eigenvalue"
             warnings.warn(
                 f"{name} after basis.max_products = {settings.max_products} products {missed}; raise max_products",
+                stacklevel=2,
+            )
+        # Products of H have errors of about eps |H|: a smaller eigenvalue of P H P is one of these errors.
+        largest, smallest = max(largest, pairs.values.abs().max().item()), pairs.values.abs().min().item()
+        if smallest <= 10 * torch.finfo(first.dtype).eps * largest:
+            warnings.warn(
+                f"{name} has eigenvalue {smallest:.0e}, which is rounding beside {largest:.0e}: the loss has no "
+                "curvature in the directions left; lower basis.n_vectors",
                 stacklevel=2,
             )
         for value, vector, residual in zip(pairs.values, pairs.vectors, pairs.residuals, strict=True):

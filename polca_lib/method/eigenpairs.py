@@ -25,6 +25,7 @@ _Recurrence = tuple[Sequence[Float[Tensor, " d"]], list[float], list[float]]  # 
 
 _MARGIN = 10  # times the tolerance: the relative distance above a Ritz value in which an eigenvalue may be missed
 _CHANCE = 1e-3  # probability that an eigenvalue beyond that distance is missed
+_RANK = {"largest": np.positive, "magnitude": np.abs}  # of an eigenvalue; that of the most wanted is the largest
 _ADDED = 2**31  # index of the random vector that is added to a start; no vector of a basis has it
 
 
@@ -144,7 +145,7 @@ def top_eigenpairs(
         exhausted = beta[-1] <= 1e-7 * np.abs(ritz).max()  # the Krylov space is invariant
         if exhausted and not ritz.any():
             raise ZeroDivisionError("the operator is zero and has no top eigenvector")
-        wanted = np.argsort(-_rank(ritz, which), kind="stable")[:k]
+        wanted = np.argsort(-_RANK[which](ritz), kind="stable")[:k]
         estimates = np.abs(beta[-1] * basis[-1, wanted])
         converged = m >= k and bool(np.all(estimates <= tolerance * np.abs(ritz[wanted])) and np.all(ritz[wanted] != 0))
         converged = converged and (exhausted or _none_missed(ritz, ritz[wanted], beta, which, tolerance, len(start)))
@@ -169,21 +170,16 @@ def top_eigenpairs(
     return Eigenpairs(values, vectors, residuals, m, converged)
 
 
-def _rank(values: np.ndarray, which: _Which) -> np.ndarray:
-    """Numbers by which eigenvalues are ordered, the most wanted has the largest."""
-    return values if which == "largest" else np.abs(values)
-
-
 def _none_missed(
     ritz: np.ndarray, wanted: np.ndarray, beta: Sequence[float], which: _Which, tolerance: float, d: int
 ) -> bool:
-    """Whether eigenvalues that would be wanted lie near wanted Ritz values, see :func:`top_eigenpairs`."""
+    """Whether all eigenvalues that would be wanted are near wanted Ritz values, see :func:`top_eigenpairs`."""
     margin = min(_MARGIN * tolerance, 0.5)
     # Ends of the intervals around wanted Ritz values. By magnitude, eigenvalues of the other sign may be wanted, too.
     edges = np.concatenate([wanted + margin * np.abs(wanted), wanted - margin * np.abs(wanted), -(1 + margin) * wanted])
     # Keep ends beyond the last wanted value that are in no other interval. Between two neighbouring roots |p_m| has one
     # maximum, so if it is large at the ends of a gap, it is large in all of the gap.
-    edges = edges[_rank(edges, which) > _rank(wanted, which).min()]
+    edges = edges[_RANK[which](edges) > _RANK[which](wanted).min()]
     inside = np.abs(edges[:, None] - wanted) < 0.999 * margin * np.abs(wanted)
     edges = edges[~inside.any(axis=1)]
     # |p_m(t)| >= 1 / delta, in logarithms.

@@ -17,10 +17,8 @@ Solver = Literal["lanczos", "cola"]
 HESSIAN_KINDS: tuple[BasisKind, ...] = ("hessian", "shuffled", "final")
 """Kinds of basis that are made of eigenvectors of the Hessian."""
 
-TOLERANCE = 1e-3
-"""Relative residual at which Lanczos stops, if none is given."""
-FORMER_TOLERANCE = 0.01
-"""The same up to version 0.2: a basis that was made with it is opened where no tolerance is given."""
+TOLERANCE, FORMER_TOLERANCE = 1e-3, 0.01
+"""Relative residual at which Lanczos stops if none is given, and up to version 0.2. Bases made with the latter open."""
 
 _VECTORS = 10  # of a basis, if nothing says how many
 

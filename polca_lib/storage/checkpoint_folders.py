@@ -29,7 +29,7 @@ _NESTED = ("model", "state_dict", "model_state_dict", "module", "net", "network"
 _NO_WEIGHTS = re.compile(
     r"\.|(optim|optimizer|scheduler|scaler|rng_state|random_states|training_args)s?(?![a-z])", re.IGNORECASE
 )
-_SHARD = re.compile(r"-\d+-of-\d+\.")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _BY_PROCESS = re.compile(r"mp_rank_\d|zero_pp_rank_\d|\.distcp$")
 
 
@@ -118,8 +118,9 @@ class _Folder(Checkpoints):
         if not index.exists():
             files = self._weights(checkpoint)
             if len(files) != 1:
+                names = few(file.name for file in files)
                 raise ValueError(
-                    f"{checkpoint} has {len(files)} files with weights and no index; allowed: one, or {self._index}"
+                    f"{checkpoint} has weights in {names}, and no {self._index}; allowed: one, or an index"
                 )
             return files
         try:
@@ -151,7 +152,7 @@ class _Folder(Checkpoints):
                 raise
         # transformers writes the weights of some models under other names than the model has.
         source = {"pretrained_model_name_or_path": self.name(step), "use_safetensors": ".bin" not in self._suffixes}
-        return flatten(self, step, read_pretrained(self.name(step), model, source, self.token_loss.dtype))
+        return flatten(self, step, read_pretrained(self.name(step), model, source, self.token_loss))
 
     def header(self, step: int) -> dict[str, Tensor] | None:
         """Tensors of a checkpoint by names of the model, on device ``meta``: shapes and dtypes without values.
@@ -192,7 +193,9 @@ class _Folder(Checkpoints):
             try:
                 tensors |= self._load(path, header=header)
             except (SafetensorError, RuntimeError, EOFError, OSError, KeyError) as error:
-                raise DamagedFile(f"{path} is damaged, or can't be read ({error})") from None
+                raise DamagedFile(
+                    f"{path} is damaged, or can't be read ({str(error) or type(error).__name__})"
+                ) from None
         return {name: tensor.to("meta") for name, tensor in tensors.items()} if header else tensors
 
     def _pretrained(self, step: int) -> type | None:
@@ -287,7 +290,8 @@ class StateDictFolder(_Folder):
         if isinstance(content, Mapping):  # modules may store anything as extra state
             extra = {name: torch.empty(0) for name in content if str(name).endswith("_extra_state")}
             content = {**content, **extra}
-        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        items = content.items() if isinstance(content, Mapping) else [(None, None)]
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
             raise ValueError(f"{path} holds no state_dict, tensors by name; say under which key it is stored")
         return content
 

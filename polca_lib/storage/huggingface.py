@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 import textwrap
@@ -26,6 +27,8 @@ from polca_lib.storage.names import check_expressions, few, is_spare_buffer, ste
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Fields of a configuration that change the function and no shape.
+_FUNCTION = re.compile(r"rope|rotary|eps|act|heads|window|scal|multiplier|parallel|softcap|norm|expert|layer_types")
 # What stands before the step, but for an epoch.
 _STAGE = re.compile(r"(?!epoch)(.+?)[-_](?:global[-_]?)?(?:step|iter)", re.IGNORECASE)
 
@@ -128,29 +131,30 @@ class HuggingFaceRevisions(Checkpoints):
         keep = self._keep or Path(self.repo).is_dir()
         with nullcontext() if keep else tempfile.TemporaryDirectory() as cache:
             source |= {"cache_dir": cache, "use_safetensors": True}
-            tensors = read_pretrained(self.name(step), AutoModelForCausalLM, source, self.token_loss.dtype)
+            tensors = read_pretrained(self.name(step), AutoModelForCausalLM, source, self.token_loss)
             return flatten(self, step, tensors, self._rename)
 
 
-def read_pretrained(name: str, model: Any, source: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def read_pretrained(name: str, model: Any, source: Mapping[str, Any], loss: TokenLoss) -> dict[str, Tensor]:
     """Let transformers read a checkpoint, and refuse it unless every weight of the model is there.
 
     Args:
         name: name of the checkpoint, for messages.
         model: class with ``from_pretrained``.
         source: its arguments that say where the checkpoint is.
-        dtype: dtype of the weights.
+        loss: loss of the model; its configuration is compared.
 
     Raises:
         DamagedFile: a file can't be read.
-        ValueError: weights are missing, unknown, or have another shape.
+        ValueError: weights are missing, unknown, or have another shape; or the configuration is that of another
+            function, such as another rotary base.
         OSError: a file is missing, or its download fails.
     """
     from safetensors import SafetensorError
 
     try:
         loaded, report = model.from_pretrained(
-            **source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            **source, dtype=loss.dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except SafetensorError as error:
         raise DamagedFile(f"{name} is damaged ({error})") from None
@@ -166,6 +170,14 @@ def read_pretrained(name: str, model: Any, source: Mapping[str, Any], dtype: tor
     told += [describe_names(missing, unknown)] if missing or unknown else []
     if told:
         raise ValueError(f"{name} does not have the weights of the model: {'; '.join(told)}")
+    # Weights of the same shapes may be those of another function.
+    config, other = getattr(getattr(loss.model, "_orig_mod", loss.model), "config", None), loaded.config
+    if type(config) is type(other):
+        config, other = config.to_dict(), other.to_dict()
+        fields = [field for field in other if _FUNCTION.search(field) and config.get(field) != other[field]]
+        if fields:
+            told = ", ".join(f"{field} = {other[field]!r}, not {config.get(field)!r}" for field in fields)
+            raise ValueError(f"{name} has {told} of the model; build the model with its config, or leave it out")
     return {key: parameter.detach() for key, parameter in tensors.items()}
 
 

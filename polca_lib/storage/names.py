@@ -72,7 +72,8 @@ def steps_of(
     """
     names, steps, unclear = list(names), {}, []
     if pattern is not None:
-        if (groups := check_expressions("pattern", [pattern])) != 1:
+        check_expressions("pattern", {pattern: ""})
+        if (groups := re.compile(pattern).groups) != 1:
             raise ValueError(f"pattern = {pattern!r} has {groups} groups; allowed: one, the step")
         for name, match in ((name, re.search(pattern, name)) for name in names):
             if match and (step := _whole_number(match[1] or "")) is None:
@@ -95,11 +96,15 @@ def steps_of(
         steps, unclear = {}, unclear + list(steps)
     if (unclear and not (lenient and steps)) or (names and not steps):
         told = [f"{name} ({' or '.join(readings[name][2]) or 'no number'})" for name in unclear or names]
-        example = re.search(r"[a-z_=-]*(?=[0-9]|$)", (unclear or ["step-"])[0], re.IGNORECASE)[0]
+        # Propose a pattern around the first whole number.
+        name = (unclear or names)[0]
+        number = next((match for match in _ANY.finditer(name) if _whole_number(match[0]) is not None), None)
+        before, after = (name[: number.start()], name[number.end() :]) if number else ("step-", "")
+        example = re.search(r"[a-z_=-]*$", before, re.I)[0] + "([0-9]+)" + re.match(r"[a-z_-]*", after, re.I)[0]
         raise ValueError(
             f"the step is not clear from all names in {where}: {few(told)}"
             + ("; others have it after a word such as step" if any_labelled else "")
-            + f". Set pattern, a regular expression whose only group is the step, such as '{example}([0-9]+)'; names "
+            + f". Set pattern, a regular expression whose only group is the step, such as {example!r}; names "
             "that it does not match are left aside"
         )
     return steps, [name for name in names if name not in steps]
@@ -111,20 +116,17 @@ def few(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_expressions(setting: str, expressions: Iterable[str] | Mapping[str, str]) -> int:
-    """Check regular expressions, and their replacements, and return the number of groups of the last.
+def check_expressions(setting: str, expressions: Mapping[str, str]) -> None:
+    """Check regular expressions and their replacements.
 
     Raises:
         ValueError: one of them is not valid.
     """
-    groups = 0
-    for expression in expressions:
+    for expression, replacement in expressions.items():
         try:
-            groups = re.compile(expression).groups
-            re.sub(expression, expressions[expression] if isinstance(expressions, Mapping) else "", "")
+            re.sub(expression, replacement, "")
         except (re.error, IndexError) as error:
             raise ValueError(f"{setting} = {expression!r} is not a valid regular expression: {error}") from None
-    return groups
 
 
 class NamesDiffer(ValueError):

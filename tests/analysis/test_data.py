@@ -179,7 +179,7 @@ def test_shared_tensor_serves_basis_projections_and_workers(tmp_path):
     checkpoints = tiny_checkpoints(tmp_path / "checkpoints", STEPS)
     checkpoints = CheckpointFolder(checkpoints.path, TokenLoss(Mlp(), loss))
     shift = torch.tensor([[0.1, 0.2, 0.3]])
-    data = {"x": x, "y": y, "shift": Shared(shift), "scale": 2}
+    data = {"x": x, "y": y, "shift": Shared(shift), "scale": torch.tensor(2.0)}
     options = {"basis": {"n_vectors": 2}}
     told = analyse(tmp_path / "a", checkpoints, data, hessian=data, **options)
     plain = {**data, "shift": shift.repeat(6, 1)[:, None]}

@@ -509,3 +509,20 @@ def test_eigenproblem_that_fails_names_vector_step_and_cause(tmp_path, loss, bad
     settings = BasisSettings(n_vectors=2)
     with pytest.raises(ValueError, match=rf"basis vector 1 \(step 10\): .*{cause}"):
         compute_basis(tmp_path / "basis.zarr", settings, checkpoints, BATCH, steps=[10, 20])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_hessian_of_two_directions_says_that_further_vectors_are_rounding(tmp_path, recwarn, k):
+    quadratic = torch.randn(2, 31, generator=torch.Generator().manual_seed(0))
+
+    def loss(model, batch):
+        theta = torch.cat([parameter.flatten() for parameter in model.parameters()])
+        return (quadratic @ theta).square().sum() + 0 * mlp_loss(model, batch)
+
+    checkpoints = walk(tmp_path, torch.randn(5, 31), loss)
+    compute_basis(tmp_path / "two.zarr", BasisSettings(n_vectors=2, k=k), checkpoints, BATCH, steps=[10, 20])
+    assert not recwarn
+    settings = BasisSettings(n_vectors=4, k=k)
+    with pytest.warns(UserWarning, match=rf"basis vector 3 \(step {[30, 20][k - 1]}\) has eigenvalue .* rounding"):
+        basis = compute_basis(tmp_path / "four.zarr", settings, checkpoints, BATCH, steps=[10, 20, 30, 40])
+    assert gram_error(read_vectors(basis)) < 1e-5

@@ -91,7 +91,7 @@ def test_pattern_says_which_number_is_the_step(tmp_path):
         plain(tmp_path, f"epoch{step}-of-9", step)
     plain(tmp_path, "best", 0)
     with pytest.raises(
-        ValueError, match=r"step is not clear.*epoch5-of-9\.pt \(5 or 9\).*such as 'epoch\(\[0-9\]\+\)'"
+        ValueError, match=r"step is not clear.*epoch5-of-9\.pt \(5 or 9\).*such as 'epoch\(\[0-9\]\+\)-of-'"
     ):
         StateDictFolder(tmp_path, LOSS)
     found = StateDictFolder(tmp_path, LOSS, pattern=r"epoch(\d+)")
@@ -280,6 +280,26 @@ def test_rename_gives_the_names_of_the_model(tmp_path):
     for wrong in ({"(": ""}, {"(a)": r"\2"}):
         with pytest.raises(ValueError, match="is not a valid regular expression"):
             SafetensorsFolder(tmp_path, LOSS, rename=wrong)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {0: torch.ones(3)}, {**state(0), "epoch": 3}, {"params": state(0)}])
+def test_content_that_is_no_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "step-1.pt")
+    with pytest.raises(ValueError, match=r"step-1\.pt holds no state_dict, tensors by name"):
+        StateDictFolder(tmp_path, LOSS).theta(1)
+
+
+def test_two_models_in_a_checkpoint_are_named_and_so_is_an_empty_file(tmp_path):
+    for name in ("model", "model_1"):
+        (tmp_path / "step-1").mkdir(exist_ok=True)
+        save_file(state(0), tmp_path / "step-1" / f"{name}.safetensors")
+    with pytest.raises(
+        ValueError, match=r"step-1 has weights in model\.safetensors, model_1\.safetensors, and no model"
+    ):
+        SafetensorsFolder(tmp_path, LOSS).theta(1)
+    (tmp_path / "step-2.pt").write_bytes(b"")
+    with pytest.raises(DamagedFile, match=r"step-2\.pt is damaged, or can't be read \(EOFError\)"):
+        StateDictFolder(tmp_path, LOSS).theta(2)
 
 
 @pytest.mark.parametrize(("source", "write"), [(SafetensorsFolder, safetensors), (StateDictFolder, plain)])

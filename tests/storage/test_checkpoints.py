@@ -128,12 +128,3 @@ def test_equal_weights_at_different_steps_are_known_once_they_were_read(tmp_path
         checkpoints.theta(step)
     assert checkpoints.duplicates() == [[0, 20, 50], [10, 40]]
     assert checkpoints.notes() == ["the same weights at steps 0, 20, 50", "the same weights at steps 10, 40"]
-
-
-def test_run_without_any_change_is_refused_when_the_last_checkpoint_is_read(tmp_path):
-    checkpoints = checksummed(tmp_path, [1, 1, 1])
-    checkpoints.theta(0)
-    checkpoints.theta(20)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"all 3 checkpoints hold the same weights, from .*00\.saf.* no change"):
-            checkpoints.theta(10)

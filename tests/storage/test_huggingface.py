@@ -251,6 +251,27 @@ def test_revision_without_safetensors_is_refused_in_one_line(tmp_path):
         HuggingFaceRevisions(str(tmp_path / "run"), token_loss(MODELS["neox"])).theta(0)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_attention_heads", 4), ("rms_norm_eps", 1e-3), ("rope_parameters", {"rope_theta": 5e5})]
+)
+def test_revision_whose_configuration_is_another_function_is_refused(tmp_path, field, value):
+    """Its weights have the same names and shapes: long-context training changes the rotary base, for example."""
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "num_attention_heads": 2}
+    write_run(tmp_path / "run", lambda: LlamaForCausalLM(LlamaConfig(**sizes)), ["step0", "step1"])
+    file = tmp_path / "run" / "step1" / "config.json"
+    config = json.loads(file.read_text())
+    config[field] = {**config[field], **value} if isinstance(value, dict) else value
+    # Differences that change nothing are allowed.
+    file.write_text(json.dumps({**config, "use_cache": False, "attention_dropout": 0.3, "eos_token_id": 3}))
+    if field == "num_attention_heads":  # heads of half the width
+        file.write_text(json.dumps({**config, "num_key_value_heads": 4, "head_dim": 4}))
+    loss = token_loss(lambda: LlamaForCausalLM(LlamaConfig(**sizes)))
+    checkpoints = HuggingFaceRevisions(str(tmp_path / "run"), loss)
+    assert len(checkpoints.theta(0)) == loss.n_parameters
+    with pytest.raises(ValueError, match=rf"run@step1 has {field} = .*, not .* of the model; build the model"):
+        checkpoints.theta(1)
+
+
 class Around(nn.Module):
     """A model of one's own around one of transformers."""
 

@@ -1,5 +1,7 @@
 """Names that others chose: which number is the step, and which tensor is which parameter."""
 
+import re
+
 import pytest
 import torch
 from cases import Mlp, mlp_loss
@@ -74,6 +76,21 @@ def test_names_that_are_read_in_two_ways_are_refused():
     for lenient in (False, True):
         with pytest.raises(ValueError, match=r"ckpt_1 \(1\), fp16 \(16\)"):
             steps_of(["ckpt_1", "fp16"], "runs", lenient=lenient)
+
+
+@pytest.mark.parametrize(
+    ("names", "proposed"),
+    [
+        (["D_100.pth", "G_100.pth"], "'D_([0-9]+)'"),
+        (["100_model.pt", "100_optimiser.pt"], "'([0-9]+)_model'"),
+        (["best-epoch=14-val_loss=0.33"], "'best-epoch=([0-9]+)-val_loss'"),
+        (["epoch-1.5", "epoch-2.0"], "'step-([0-9]+)'"),  # not what would read 1.5 as 1
+        (["model.pt"], "'step-([0-9]+)'"),
+    ],
+)
+def test_pattern_that_is_proposed_matches_a_whole_number(names, proposed):
+    with pytest.raises(ValueError, match="such as " + re.escape(proposed)):
+        steps_of(names, "runs")
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,48 @@ def test_variable_that_is_not_given_is_empty_rather_than_lost(tmp_path):
     assert bool(PieceStore.load(store.path)["distance"].isnull().all())
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"loss": np.ones(6)}, r"loss of step 20 of .*has shape \(6,\) and dtype float64; allowed: shape \(2,\)"),
+        ({"loss": np.ones(1)}, r"has shape \(1,\).*allowed: shape \(2,\)"),
+        ({"loss": 1.0}, r"has shape \(\) .*allowed: shape \(2,\)"),
+        ({"loss": np.ones((1, 2))}, r"has shape \(1, 2\)"),
+        ({"distance": np.ones(1)}, r"distance of step 20 of .* has shape \(1,\).*allowed: shape \(\)"),
+        ({"loss": np.ones(2), "distance": np.array("1")}, "dtype <U1; allowed"),
+    ],
+)
+def test_values_that_are_not_exactly_of_the_shape_of_a_piece_are_refused(tmp_path, values, told):
+    store = open_store(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        store.write(1, **values)
+    assert 1 in store.missing()
+    assert np.isnan(store.dataset()["loss"].values).all()
+
+
+def test_blocks_of_another_width_are_refused_and_those_of_the_last_are_narrower(tmp_path):
+    store = open_blocks(tmp_path)
+    sizes = [len(range(5)[block]) for block in store.blocks]
+    with pytest.raises(ValueError, match=r"of step \d+, vectors .* has shape"):
+        store.write(len(sizes) - 1, gradient=np.ones((2, sizes[0])))
+    assert not store.done().any()
+
+
+def test_integers_and_booleans_can_not_be_missing_nor_be_floats(tmp_path):
+    template = xr.Dataset(coords={"vector": [1, 2]})
+    kinds = {"axis": (("vector",), "int64"), "kept": (("vector",), "bool"), "value": (("vector",), "float32")}
+    store = PieceStore(tmp_path / "x.zarr", template, kinds, dim="vector")
+    for values, told in (
+        ({"axis": 3}, "kept of vector 1 .* is missing; allowed: .* bool"),
+        ({"axis": 3.5, "kept": True}, "axis of vector 1 .* dtype float64; allowed: .* int64"),
+        ({"axis": np.nan, "kept": True}, "axis of vector 1 .* dtype float64"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            store.write(0, **values)
+    store.write(0, axis=3, kept=True)
+    assert np.isnan(store.dataset()["value"].values[0])
+
+
 @pytest.mark.parametrize("name", ["step", "text", "loss", "distance", "_done"])
 def test_start_that_was_cut_short_heals(tmp_path, monkeypatch, name):
     create = zarr.Group.create_array
