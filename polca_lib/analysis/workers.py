@@ -315,7 +315,8 @@ class _Session:
         key, token_loss = (len(vectors), order, n_examples(batch)), self._job.checkpoints.token_loss
         if key not in self._strategies:
             theta = self._theta(self._job.steps[0], keep=False)
-            memory = max(1, self._job.memory - len(vectors) * token_loss.n_parameters * token_loss.dtype.itemsize)
+            # The vectors of all bases stay in memory, also while those of one are differentiated along.
+            memory = max(1, self._job.memory - self._vectors[1].nbytes)
             keywords = settings.differentiation(order)
             self._strategies[key] = choose(token_loss, theta, batch, vectors, **keywords, memory=memory)
         return self._strategies[key]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polca_lib.derivatives.forward import Derivatives, by_jvp
-from polca_lib.derivatives.token_loss import Batch, TokenLoss, restored
+from polca_lib.derivatives.token_loss import Batch, TokenLoss, lacks_derivatives, restored
 
 _STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # relative to the norm of the parameters
 _TOLERANCE = 1e-3
@@ -89,48 +89,45 @@ def check_derivatives(
         token_loss: the loss.
         theta: parameters, shape (d,).
         batch: a few examples.
-        vectors: a few directions in rows.
+        vectors: a few directions in rows; the direction of the differences has a part in each.
         order: of the highest derivative, 1 or 2.
         derive: computes losses and derivatives, by default as forward mode does.
 
     Raises:
         ValueError: torch has no such derivatives, or wrong ones. The message names operations that may be the reason.
     """
-    mode = "forward" if derive is by_jvp else "reverse"
     try:
         derive(token_loss, theta, batch, vectors, order)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as failure:
-        raise ValueError(
-            f"the model or the loss has no derivatives of order {order} in {mode} mode ({failure}); write the part "
-            "that lacks them with elementary operations of torch, or give its autograd.Function derivatives"
-        ) from failure
+        raise ValueError(lacks_derivatives(failure, order, "forward" if derive is by_jvp else "reverse")) from failure
     precise, length = token_loss.in_float64(), theta.double().norm().item() or 1.0
     examples = pytree.tree_map(
         lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, batch
     )
-    for vector in vectors:
-        direction = (vector.double() / (vector.norm().item() or 1.0))[None]
+    # Add all vectors to one direction; with unlike weights, or two that are opposite would cancel.
+    parts = [vector.double() / (vector.norm().item() or 1.0) / number for number, vector in enumerate(vectors, start=1)]
+    direction = sum(parts)[None] / (sum(parts).norm().item() or 1.0)
 
-        def shifted(step: float, order: int = 1, direction: Tensor = direction) -> list[Tensor]:
-            with _Float64(), restored(token_loss.model):
-                loss, derived = derive(precise, theta.double() + step * direction[0], examples, direction, order)
-            return [loss, *(derivative.flatten() for derivative in derived)]
+    def shifted(step: float, order: int = 1) -> list[Tensor]:
+        with _Float64(), restored(token_loss.model):
+            loss, derived = derive(precise, theta.double() + step * direction[0], examples, direction, order)
+        return [loss, *(derivative.flatten() for derivative in derived)]
 
-        try:
-            computed = shifted(0.0, order)
-            if not computed[0].numel():  # no target token
-                return
-            errors = _relative_errors(computed, shifted, length)
-        except Exception as failure:  # a model may raise anything
-            warnings.warn(f"derivatives were not checked: in float64 {type(failure).__name__}: {failure}", stacklevel=2)
+    try:
+        computed = shifted(0.0, order)
+        if not computed[0].numel():  # no target token
             return
-        for index, error in sorted(errors.items()):
-            if not error <= _TOLERANCE:
-                raise ValueError(_message(index + 1, error, _suspects(precise, theta.double(), examples)))
-        if len(errors) < order and computed[0].isfinite().all():
-            warnings.warn("derivatives were not checked: the loss has kinks at each step, or is rounded", stacklevel=2)
+        errors = _relative_errors(computed, shifted, length)
+    except Exception as failure:  # a model may raise anything
+        warnings.warn(f"derivatives were not checked: in float64 {type(failure).__name__}: {failure}", stacklevel=2)
+        return
+    for index, error in sorted(errors.items()):
+        if not error <= _TOLERANCE:
+            raise ValueError(_message(index + 1, error, _suspects(precise, theta.double(), examples)))
+    if len(errors) < order and computed[0].isfinite().all():
+        warnings.warn("derivatives were not checked: the loss has kinks at each step, or is rounded", stacklevel=2)
 
 
 def _relative_errors(

@@ -75,8 +75,10 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self._known.update(_storages((args, kwargs)))
         # Forward mode uses tensors of zeros without memory. Below this mode torch's kernels would read them, and crash.
-        args, kwargs = pytree.tree_map_only(torch.Tensor, _materialised, (args, kwargs or {}))
-        result = function(*args, **kwargs)
+        # Views do not read; they stay without memory, as several elements would share it and could not be written to.
+        if not function.is_view:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _materialised, (args, kwargs))
+        result = function(*args, **(kwargs or {}))
         for storage in _storages(result):
             if storage not in self._known:
                 self._known.add(storage)

@@ -181,6 +181,7 @@ _COMPOSED = {
     _functional.instance_norm: _instance_norm,
     torch.instance_norm: _instance_norm,
     torch._weight_norm: _weight_norm,
+    Tensor.requires_grad_: lambda tensor, requires_grad=True: tensor,  # derivatives are with respect to theta alone
     _functional.silu: _activation(lambda x: x * x.sigmoid()),
     _functional.mish: _activation(lambda x: x * _functional.softplus(x).tanh()),
     _functional.hardsigmoid: _activation(lambda x: _functional.relu6(x + 3) / 6),
@@ -222,6 +223,15 @@ def _differentiable() -> Iterator[None]:
             yield
     finally:
         vars(checkpoints).update(originals)
+
+
+def lacks_derivatives(error: Exception, order: int = 1, mode: str = "forward") -> str:
+    """Say that derivatives are missing, and what to do."""
+    return (
+        f"the model or the loss has no derivatives of order {order} in {mode} mode ({error}); write the part that "
+        "lacks them with elementary operations of torch, give its autograd.Function derivatives, or load the model "
+        'with plain operations (transformers: attn_implementation="eager", experts_implementation="eager")'
+    )
 
 
 @contextmanager
@@ -400,10 +410,7 @@ class TokenLoss:
         try:
             torch.func.jvp(lambda point: self(point, example), (theta,), (tangent,))
         except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                f"the model has no derivatives in forward mode ({error}); write the part that lacks them with plain "
-                "operations of torch, or give its autograd.Function a jvp"
-            ) from error
+            raise ValueError(lacks_derivatives(error)) from error
         return counts
 
     @torch.no_grad()

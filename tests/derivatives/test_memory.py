@@ -58,6 +58,25 @@ def test_tangents_of_all_vectors_count_under_vmap():
     assert peak == (1 + 1 + 8) * 4 * N
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.nn.functional.mse_loss(x, torch.ones(N), reduction="none"),
+        # A tangent of zeros that is expanded is written to later.
+        lambda x: x.view(1, 2, -1).transpose(1, 2) * torch.ones(1, N // 2, 1),
+    ],
+)
+def test_derivatives_of_derivatives_are_measured_though_torch_has_zeros_without_memory(function):
+    def second(vector):
+        slope = lambda at: jvp(function, (at,), (vector,))[1]  # noqa: E731
+        return jvp(slope, (torch.ones(N),), (vector,))[1]
+
+    results = []
+    vectors = torch.ones(3, N)
+    assert peak_bytes(lambda: results.append(vmap(second)(vectors)), "cpu") > 4 * N
+    torch.testing.assert_close(results[0], vmap(second)(vectors))
+
+
 def by_the_allocator(function):
     """Peak of all that torch's own allocator gave out and took back, beyond what was there before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
