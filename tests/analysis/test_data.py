@@ -20,6 +20,8 @@ from cases import (
     token_gradients,
 )
 
+import polca_lib.analysis.workers as workers
+import polca_lib.derivatives.strategy as strategy
 from polca_lib import Analysis, MaskedLoss, Shared, TokenLoss
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.analysis.workers import NonFiniteProjection, project_runs
@@ -95,6 +97,22 @@ def test_projections_of_ragged_losses_are_those_of_brute_force(tmp_path, setting
                 point = theta + vectors.T @ (vectors @ (after - theta))
                 inside = TokenLoss(Attention().double(), ragged_loss)(point, BATCH)
                 np.testing.assert_allclose(at["inside_loss"], inside, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_of_other_sizes_have_a_strategy_each(tmp_path, monkeypatch):
+    checkpoints, chosen = ragged_checkpoints(tmp_path / "checkpoints"), []
+
+    def choose(token_loss, theta, batch, vectors, **options):
+        chosen.append((len(vectors), options["order"], len(batch)))
+        return strategy.choose(token_loss, theta, batch, vectors, **options)
+
+    monkeypatch.setattr(workers, "choose", choose)
+    kinds = [BasisSettings(kind="random", n_vectors=2), BasisSettings(kind="trajectory", n_vectors=2)]
+    bases = [compute_basis(tmp_path / kind.kind, kind, checkpoints, None, steps=STEPS[1:]) for kind in kinds]
+    both = [ProjectionSettings(curvature=True, curvature_examples=n) for n in (3, 7)]
+    tokens = pd.DataFrame({"id": range(sum(TARGETS))})
+    project_runs([tmp_path / "one", tmp_path / "two"], checkpoints, STEPS, BATCH, tokens, bases, both)
+    assert chosen == [(4, 1, 10), (2, 2, 3), (2, 2, 7)]
 
 
 def test_sample_without_targets_is_refused(tmp_path):

@@ -116,6 +116,13 @@ def test_any_run_has_a_page(tmp_path, shape, told):
     assert told in visible(written(tmp_path, *made(**shape)))
 
 
+def test_breakthroughs_that_are_left_out_are_told_with_the_reason():
+    projections, labels = made(steps=(0, 10), **text())
+    with pytest.warns(UserWarning, match=r"breakthroughs are left out: clustering\.breakthrough_window = .* steps of"):
+        table = found(projections, labels).clusters
+    assert table["breakthrough"].isna().all()
+
+
 def test_run_without_clusters_says_so(tmp_path):
     projections, labels = made(**text())
     none = xr.full_like(labels, OUTLIER)
