@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from cases import (
     Attention,
     Mlp,
@@ -319,8 +320,6 @@ def test_values_of_columns_are_stored_as_they_are_also_where_some_are_missing(tm
 def test_columns_of_an_older_store_are_shown_with_their_names():
     # Names that the results use were stored as they are; those with a space lost their place among the coordinates.
     coords = {"step": [0, 1], "token": [0, 1], "true": ("token", ["a", "b"]), "skill": ("token", ["c", "d"])}
-    import xarray as xr
-
     older = xr.Dataset({"loss": (("step", "token"), np.ones((2, 2)))}, coords)
     older["part of speech"] = "token", ["e", "f"]
     opened = separate_columns(older)
@@ -345,12 +344,11 @@ def test_numbers_of_clusters_may_have_gaps(tmp_path, checkpoints):
 # Losses that are not finite
 
 
-def masked_row(step, hidden=None):
+def masked_row(step):
     """A loss that is NaN for one token, once the first weight passes a threshold."""
 
     def loss(model, batch):
         losses = mlp_loss(model, batch)
-        bad = torch.arange(len(losses)) == -5  # never, but shows the shape
         row = (batch[0][:, 0, 0] == MARK) & (model.layers[0].bias[0] > step)
         bad = row.repeat_interleave(2) & (torch.arange(len(losses)) % 2 == 1)
         return losses + torch.where(bad, torch.nan, 0.0)
