@@ -48,6 +48,7 @@ def run(
         sample = projection.curvature_examples if measured else None
         kinds = [kind for kind in beside.split(",") if kind]
         others = [first.on_basis(kind, curvature=measured, curvature_examples=sample) for kind in kinds]
+        _ = [each.basis for each in (first, *others)]  # damaged ones are mended although their projections are there
         project_together([first, *others])
         typer.echo(first.provenance().to_string(header=False))
 

@@ -457,7 +457,7 @@ class Analysis:
                     raise ArtefactMismatch(
                         f"{folder} was begun with another loss: the model or its loss gives {problem}, at "
                         f"{self.checkpoints.name(step)}. The loss, the forward pass or a frozen weight has changed; "
-                        "use another folder, or delete this one to recompute it"
+                        f"use another folder of results, or delete {folder.name} to recompute it"
                     )
                 self._compared[str(folder)] = f"as at the start of the stage (step {step})"
 

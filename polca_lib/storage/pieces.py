@@ -224,7 +224,7 @@ class PieceStore:
         Only the process that holds the lock of the artefact may call this.
         """
         for partial in list(self.path.rglob("*.partial")):
-            partial.unlink()
+            partial.unlink(missing_ok=True)  # an orphaned worker may end meanwhile
         files: list[Path] = []
         for piece, damaged in self.damaged().items():
             self._writable["_done"][piece] = False

@@ -64,7 +64,10 @@ Other.__name__ = "Mlp"
 def test_finished_run_is_not_opened_with_another_loss(tmp_path, checkpoints, loss, model):
     first = analyse(tmp_path, checkpoints)
     expected = first.labels
-    with pytest.raises(ArtefactMismatch, match=r"was begun with another loss.*use another folder, or delete this one"):
+    with pytest.raises(
+        ArtefactMismatch,
+        match=r"was begun with another loss.*use another folder of results, or delete .*-\w+ to recompute",
+    ):
         analyse(tmp_path, checkpoints, loss, model).labels  # noqa: B018
     with pytest.raises(ArtefactMismatch, match="basis-"):
         analyse(tmp_path, checkpoints, loss, model).basis  # noqa: B018

@@ -1,7 +1,7 @@
 """The commands `polca paper` as a user types them."""
 
 import pytest
-from cases import TINY_RUN
+from cases import TINY_RUN, flip_bit
 from polca_paper.cli import app
 from polca_paper.saved_study import PAPER
 from typer.testing import CliRunner
@@ -19,6 +19,16 @@ def test_run_computes_a_preset_on_several_bases_and_prints_what_made_it(run):
     assert "smoke" in done.stdout
     assert "projection: commit" in done.stdout
     assert run.on_basis("random").stored("projection") is not None
+
+
+def test_run_mends_a_damaged_basis_also_if_its_projections_are_there(run):
+    file = run._basis.path / "basis.zarr" / "vectors" / "1.0"
+    before = file.read_bytes()
+    flip_bit(file, -1)
+    with pytest.warns(UserWarning, match="1 files are damaged and will be recomputed"):
+        done = polca_paper("run", "--preset", "smoke", *TINY)
+    assert done.exit_code == 0, done.stderr
+    assert file.read_bytes() == before
 
 
 def test_verdicts_of_the_kept_studies_are_those_of_the_repository(tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from polca_lib.analysis.status import status
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage import pieces
 from polca_lib.storage.artefacts import Artefact, DamagedFile
-from polca_lib.storage.checkpoints import CheckpointFolder, load_tensors, save_tensors
+from polca_lib.storage.checkpoint_folders import SafetensorsFolder
+from polca_lib.storage.checkpoints import CheckpointFolder, ChecksummedCheckpoints, load_tensors, save_tensors
 from polca_lib.storage.hashing import hash_tensors
 from polca_lib.storage.pieces import PieceStore
 
@@ -47,6 +48,20 @@ def test_exchanged_checkpoints_are_refused(folder):
         folder.theta(20)
     exchange(folder.file(20), folder.file(40))
     assert torch.equal(folder.theta(20), theta)
+
+
+def test_exchanged_checkpoints_of_another_format_are_refused_once_they_were_read(folder, tmp_path):
+    tensors = {step: folder.token_loss.unflatten(folder.theta(step)) for step in (20, 40)}
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for step, values in tensors.items():
+        content = save({name: value.contiguous() for name, value in values.items()})
+        (theirs / f"step-{step}.safetensors").write_bytes(content)
+    checkpoints = ChecksummedCheckpoints(SafetensorsFolder(theirs, folder.token_loss), tmp_path / "read")
+    assert torch.equal(checkpoints.theta(20), folder.theta(20))
+    exchange(theirs / "step-20.safetensors", theirs / "step-40.safetensors")
+    with pytest.raises(DamagedFile, match=r"step-20\.safetensors is not what it was when it was first read"):
+        checkpoints.theta(20)
 
 
 def test_checkpoint_of_version_02_is_read_and_verified(folder):
