@@ -1,6 +1,7 @@
 """Packaging, layout and notebooks as they are kept in the repository."""
 
 import ast
+import csv
 import re
 import runpy
 import subprocess
@@ -220,3 +221,13 @@ def test_readme_gives_the_two_commands():
     readme = (ROOT / "README.md").read_text()
     assert "make book" in readme
     assert "make test" in readme
+
+
+def test_each_situation_of_the_book_is_a_test():
+    rows = list(csv.DictReader((ROOT / "book" / "situations.csv").open(encoding="utf-8")))
+    assert len(rows) > 100
+    for row in rows:
+        file, _, name = row["test"].strip("`").partition("::")
+        assert f"\ndef {name.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(), row["test"]
+        assert re.match(r"works|refused", row["what happens"]), row
+        assert re.fullmatch(r"(\[[\w.-]+#\d+\]\(https://github\.com/[\w.-]+/[\w.-]+/issues/\d+\))?", row["from"]), row
