@@ -30,8 +30,9 @@ from polca_lib.analysis.settings import AnalysisSettings
 from polca_lib.analysis.status import FILES
 from polca_lib.analysis.workers import project_runs
 from polca_lib.derivatives.batches import as_batch
+from polca_lib.derivatives.finite_differences import check_derivatives
 from polca_lib.derivatives.memory import checked_device
-from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, to_device
+from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, direction, split_examples, to_device
 from polca_lib.method.basis import compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens
@@ -207,10 +208,13 @@ class Analysis:
         self._compare_loss("basis")
         if self.stored("basis") is not None:
             return load_basis(path)
-        # Refuse data that can't be used before anything is computed from them.
+        # Refuse data, and second derivatives that are missing or wrong, before anything is computed from them.
         _ = self.tokens
+        theta = self.checkpoints.theta(self.steps[0])
+        if self.settings.projection.curvature:
+            pair = to_device(next(split_examples(self.validation, 2)), theta.device)
+            check_derivatives(self.checkpoints.token_loss, theta, pair, direction(theta)[None], order=2)
         if self.hessian is not None and self.settings.basis.kind in HESSIAN_KINDS:
-            theta = self.checkpoints.theta(self.steps[0])
             self.hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
         with self._basis.at_work():
             if self.hessian is not None:  # else the basis is refused

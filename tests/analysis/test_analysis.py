@@ -217,6 +217,38 @@ def test_tokens_that_do_not_fit_are_refused_before_the_basis_is_computed(tmp_pat
         assert run.stored("basis") is None
 
 
+def test_missing_second_derivatives_are_refused_before_the_basis_is_computed(tmp_path):
+    class Cubed(torch.autograd.Function):
+        """Has a slope that torch takes for a constant."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x**3
+
+        @staticmethod
+        def setup_context(context, inputs, output):
+            context.slope = 3 * inputs[0].detach() ** 2
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * context.slope
+
+        @staticmethod
+        def jvp(context, tangent):
+            return tangent * context.slope
+
+    checkpoints = tiny_checkpoints(tmp_path / "checkpoints", range(0, 81, 10))
+    checkpoints.token_loss = TokenLoss(Mlp(), lambda model, batch: Cubed.apply(mlp_loss(model, batch)))
+    trapezoid = analyse(tmp_path / "run", checkpoints, basis={"kind": "trajectory", "n_vectors": 2})
+    assert trapezoid.labels.shape == (2, 40)
+    second = trapezoid.on_basis("random", curvature=True)
+    with pytest.raises(ValueError, match="second derivatives"):
+        _ = second.basis
+    assert second.stored("basis") is None
+
+
 def two_directions(path):
     """Nine checkpoints of a walk in two directions, a long and a short one, in float32."""
     path.mkdir()
