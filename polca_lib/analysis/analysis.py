@@ -33,7 +33,7 @@ from polca_lib.derivatives.batches import as_batch
 from polca_lib.derivatives.finite_differences import check_derivatives
 from polca_lib.derivatives.memory import checked_device
 from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, direction, split_examples, to_device
-from polca_lib.method.basis import compute_basis, load_basis
+from polca_lib.method.basis import WITHOUT_HESSIAN, compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
 from polca_lib.method.clustering import cluster_tokens
 from polca_lib.method.decomposition import projected_loss
@@ -124,7 +124,7 @@ class Analysis:
         """The same analysis with other settings of basis, projection and clustering."""
         # Share what does not depend on these settings, so that the token table is checked only once.
         shared = {"folder", "checkpoints", "validation", "hessian", "hessian_loss", "verify"}
-        shared |= {"tokens", "_token_table", "_code", "_witnesses", "_compared"}
+        shared |= {"tokens", "_token_table", "_code", "_witnesses", "_compared", "_fixed"}
         analysis = object.__new__(type(self))
         analysis.__dict__.update({name: value for name, value in self.__dict__.items() if name in shared})
         analysis.settings = settings
@@ -208,14 +208,7 @@ class Analysis:
         self._compare_loss("basis")
         if self.stored("basis") is not None:
             return load_basis(path)
-        # Refuse data, and second derivatives that are missing or wrong, before anything is computed from them.
-        _ = self.tokens
-        theta = self.checkpoints.theta(self.steps[0])
-        if self.settings.projection.curvature:
-            pair = to_device(next(split_examples(self.validation, 2)), theta.device)
-            check_derivatives(self.checkpoints.token_loss, theta, pair, direction(theta)[None], order=2)
-        if self.hessian is not None and self.settings.basis.kind in HESSIAN_KINDS:
-            self.hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
+        self.check_before()
         with self._basis.at_work():
             if self.hessian is not None:  # else the basis is refused
                 self._compare_loss("basis", at_work=True)
@@ -228,7 +221,31 @@ class Analysis:
                 seed=self.settings.seed,
                 memory=self.settings.memory,
                 hessian_loss=None if self.settings.basis.targets == "answer" else self.hessian_token_loss,
+                ends=self._ends,
             )
+
+    def check_before(self) -> None:
+        """Refuse what can be refused before anything is computed: data, derivatives, settings.
+
+        Raises:
+            ValueError: see :attr:`tokens`; second derivatives are missing or wrong; settings do not fit the tokens.
+        """
+        kind, projection = self.settings.basis.kind, self.settings.projection
+        if self.hessian is None and kind in HESSIAN_KINDS:
+            raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {WITHOUT_HESSIAN}")
+        self.settings.clustering.check(self.steps, len(self.tokens))
+        theta = self.checkpoints.theta(self.steps[0])
+        if projection.curvature:
+            pair = to_device(next(split_examples(self.validation, 2)), theta.device)
+            check_derivatives(self.checkpoints.token_loss, theta, pair, direction(theta)[None], order=2)
+        if kind in HESSIAN_KINDS:
+            self.hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
+        # Look at three checkpoints, and at all if these are equal.
+        middle = self.steps[len(self.steps) // 2]
+        if all(torch.equal(theta, self.checkpoints.theta(step)) for step in {middle, self.steps[-1]}) and all(
+            torch.equal(theta, self.checkpoints.theta(step)) for step in self.steps[1:]
+        ):
+            raise ValueError("all checkpoints hold the same weights: no change to explain; check how they were saved")
 
     @property
     def hessian_token_loss(self) -> TokenLoss:
@@ -360,6 +377,11 @@ class Analysis:
         return self.settings.basis.resolved(self.checkpoints.steps)
 
     @property
+    def _ends(self) -> tuple[int, int]:
+        """First and last step that the basis depends on."""
+        return self.steps[0], self.steps[-1]
+
+    @property
     def _births(self) -> list[int]:
         """Steps of the basis checkpoints: of all checkpoints with ``basis.every``, else of those analysed."""
         basis = self.settings.basis
@@ -448,11 +470,15 @@ class Analysis:
         if stored is None and stage == "projection":  # of version 0.2 or earlier
             losses = self._first_losses(folder / FILES[stage])
         step, unknown = stored.step if stored else self.steps[0], stored is None and losses is None
-        reason = "no losses were stored that can be compared" if unknown and begun else "no checkpoint is at hand"
+        reason = (
+            "no losses were stored that can be compared"
+            if unknown and begun
+            else "no model and checkpoint can be run here"
+        )
         self._compared[str(folder)] = f"not compared: {reason}"
         if not (unknown and begun) and (at_work or (begun and self.checkpoints.at_hand(step))):
-            # Results open without checkpoints.
-            with contextlib.nullcontext() if at_work else contextlib.suppress(OSError):
+            # Results open without checkpoints, and where the model is too large to run.
+            with contextlib.nullcontext() if at_work else contextlib.suppress(OSError, MemoryError, RuntimeError):
                 witness = self._witness(stage, step)
                 if unknown:
                     write_atomically(folder / "witness.json", json.dumps(witness._asdict()).encode())

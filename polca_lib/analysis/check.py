@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from polca_lib.analysis.analysis import Analysis
 from polca_lib.analysis.runfile import open_analysis, open_checkpoints
 from polca_lib.analysis.settings import RunFile
-from polca_lib.derivatives.batches import losses_by_example, n_examples, token_name
+from polca_lib.derivatives.batches import losses_by_example, map_examples, n_examples, token_name
+from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.strategy import choose
 from polca_lib.derivatives.token_loss import split_examples, to_device
-from polca_lib.method.settings import few
+from polca_lib.method.settings import HESSIAN_KINDS, few_steps
 from polca_lib.method.vectors import gaussian
 from polca_lib.storage.checkpoint_folders import SafetensorsFolder, StateDictFolder
 from polca_lib.storage.checkpoints import Checkpoints
@@ -80,28 +81,42 @@ def check_file(path: Path, *, code: bool = True, read: bool = False) -> list[Fin
     run_file, findings = RunFile.read(path), []
     analysis = _attempt(findings, "opening", lambda: open_analysis(run_file)) if code else None
     if analysis is not None:
-        return findings + check_analysis(analysis, read=read)
+        findings += check_analysis(analysis, read=read)
+        for kind in run_file.beside:
+            control = _attempt(findings, f"beside {kind}", lambda kind=kind: analysis.on_basis(kind))
+            if control is not None and kind in HESSIAN_KINDS and analysis.hessian is None:
+                findings.append(Finding("problem", f"beside {kind}", f"basis {kind} needs Subject.hessian"))
+        return findings
     checkpoints = _attempt(findings, "checkpoints", lambda: open_checkpoints(run_file, None))
-    return findings if checkpoints is None else findings + check_checkpoints(checkpoints, read=read)
+    if checkpoints is None:
+        return findings
+    steps = _attempt(findings, "steps", lambda: run_file.settings.chosen(checkpoints.steps))
+    return findings + check_checkpoints(checkpoints, steps=steps, read=read)
 
 
-def check_checkpoints(checkpoints: Checkpoints, *, read: bool = False) -> list[Finding]:
-    """Check checkpoints: steps, names, shapes and dtypes of all; values, too, if they are small or with ``read``.
+def check_checkpoints(
+    checkpoints: Checkpoints, *, steps: Sequence[int] | None = None, read: bool = False
+) -> list[Finding]:
+    """Check checkpoints: names, shapes and dtypes; values, too, if they are small.
 
     Without ``token_loss`` they are only compared with one another.
+
+    Args:
+        steps: those to check; all if not given.
+        read: read all weights, whatever their size.
     """
-    steps = checkpoints.steps
+    steps = list(steps or checkpoints.steps)
     gaps = {int(gap) for gap in np.diff(steps)}
     cadence = f", every {gaps.pop()}" if len(gaps) == 1 else ""
     many = len(steps) > 1
-    findings = [Finding("ok" if many else "problem", "steps", f"{len(steps)} checkpoints: {few(steps)}{cadence}")]
+    findings = [Finding("ok" if many else "problem", "steps", f"{len(steps)} checkpoints: {few_steps(steps)}{cadence}")]
     if checkpoints.token_loss is not None:
         findings += [Finding("note", "checkpoints", note) for note in getattr(checkpoints, "notes", list)()]
-    headers = _headers(checkpoints, findings)
+    headers = _headers(checkpoints, steps, findings)
     if not headers:
         findings.append(Finding("note", "weights", "names and shapes can only be read with the weights"))
         return findings
-    findings += _compare_layouts(headers)
+    findings += _compare_layouts(headers, "problem" if checkpoints.token_loss is None else "note")
     size = sum(tensor.nbytes for tensors in headers.values() for tensor in tensors.values())
     if read or size <= READ_BYTES:
         findings += _check_values(checkpoints, list(headers))
@@ -116,7 +131,7 @@ def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
     The loss of all examples is computed at the first and the last checkpoint; nothing is written.
     """
     checkpoints, loss = analysis.checkpoints.inner, analysis.checkpoints.token_loss
-    findings = check_checkpoints(checkpoints, read=read)
+    findings = check_checkpoints(checkpoints, steps=analysis.steps, read=read)
     first, last = analysis.steps[0], analysis.steps[-1]
     theta = _attempt(findings, "weights", lambda: checkpoints.theta(first))
     if theta is None:
@@ -136,6 +151,10 @@ def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
         point = theta if step == first else _attempt(findings, "weights", lambda: checkpoints.theta(last))
         if point is not None:
             findings.append(_check_losses(lambda part, point=point: loss(point, part), batch, step))
+    wants_hessian = analysis.settings.basis.kind in HESSIAN_KINDS
+    if analysis.hessian is None and wants_hessian:
+        text = f"basis.kind = {analysis.settings.basis.kind!r} needs a sample of the training data, Subject.hessian"
+        findings.append(Finding("problem", "hessian", text))
     if analysis.hessian is not None:
         hessian = to_device(analysis.hessian, theta.device)
         if (
@@ -143,12 +162,18 @@ def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
             is not None
         ):
             findings.append(Finding("ok", "hessian", f"{n_examples(hessian):,} examples"))
+            if wants_hessian:
+                make = lambda: HessianOperator(analysis.hessian_token_loss, theta, next(split_examples(hessian, 4)))  # noqa: E731
+                _attempt(findings, "hessian", make)
     # Differentiate two examples along two directions, as the run will do.
     order = 2 if analysis.settings.projection.curvature else 1
-    pair, options = next(split_examples(batch, 2)), analysis.settings.projection.differentiation(order)
+    most_first = torch.from_numpy(np.argsort(-counts, kind="stable")[:2].copy())
+    pair = map_examples(lambda tensor: tensor[most_first.to(tensor.device)], batch)
+    options, before = analysis.settings.projection.differentiation(order), len(findings)
     directions = torch.stack([gaussian(seed, 0, len(theta), device=theta.device, dtype=theta.dtype) for seed in (0, 1)])
     directions /= directions.norm(dim=1, keepdim=True)
-    if _attempt(findings, "derivatives", lambda: choose(loss, theta, pair, directions, **options)) is not None:
+    _attempt(findings, "derivatives", lambda: choose(loss, theta, pair, directions, **options))
+    if len(findings) == before:
         findings.append(
             Finding("ok", "derivatives", f"of order {order}, right in float64 on {n_examples(pair)} examples")
         )
@@ -162,17 +187,23 @@ def _attempt(findings: list[Finding], about: str, function: Callable[[], Any]) -
         warnings.simplefilter("always", UserWarning)
         try:
             result = function()
-        except _EXPECTED as error:
-            findings.append(Finding("problem", about, str(error)))
+        except Exception as error:  # models and losses may raise anything
+            text = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
             result = None
-    findings += [Finding("note", about, str(one.message)) for one in told if one.category is UserWarning]
+            if all(finding.text != text for finding in findings):
+                findings.append(Finding("problem", about, text))
+    texts = [str(warning.message) for warning in told if warning.category is UserWarning]
+    known = {finding.text for finding in findings}
+    findings += [Finding("note", about, text) for text in texts if text not in known]
     return result
 
 
-def _headers(checkpoints: Checkpoints, findings: list[Finding]) -> dict[int, Mapping[str, Tensor]]:
+def _headers(
+    checkpoints: Checkpoints, steps: Sequence[int], findings: list[Finding]
+) -> dict[int, Mapping[str, Tensor]]:
     """Names and shapes of the tensors of each checkpoint that can be read without its values."""
     headers = {}
-    for step in checkpoints.steps:
+    for step in steps:
         tensors = _attempt(findings, "weights", lambda step=step: getattr(checkpoints, "header", _none)(step))
         if tensors is not None:
             headers[step] = tensors
@@ -183,8 +214,14 @@ def _none(_: int) -> None:
     """Header of a checkpoint of a class that has none."""
 
 
-def _compare_layouts(headers: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Finding]:
-    """Compare names, shapes and dtypes of all checkpoints with those of most."""
+def _compare_layouts(
+    headers: Mapping[int, Mapping[str, Tensor]], state: Literal["note", "problem"]
+) -> Iterator[Finding]:
+    """Compare names, shapes and dtypes of all checkpoints with those of most.
+
+    Args:
+        state: of what differs; all headers that fit the model may be read, such as those without a tied weight.
+    """
     layouts = {step: {name: tuple(t.shape) for name, t in tensors.items()} for step, tensors in headers.items()}
     common = Counter(tuple(layout.items()) for layout in layouts.values()).most_common(1)[0][0]
     usual = dict(common)
@@ -199,12 +236,12 @@ def _compare_layouts(headers: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Fi
         ]
         told += [f"has {few_names(sorted(shapes))}"] * bool(shapes)
         if told:
-            text = f"step {step} {', '.join(told)}; is it of another model? leave it out with steps or a pattern"
-            yield Finding("problem", "weights", text)
+            advice = "; is it of another model? leave it out with steps or a pattern" * (state == "problem")
+            yield Finding(state, "weights", f"step {step} {', '.join(told)}{advice}")
     dtypes = {step: ", ".join(sorted({str(t.dtype)[6:] for t in headers[step].values()})) for step in same}
     groups = {dtype: [step for step in dtypes if dtypes[step] == dtype] for dtype in dtypes.values()}
     told = (
-        "; ".join(f"{dtype} at {few(steps)}" for dtype, steps in groups.items())
+        "; ".join(f"{dtype} at {few_steps(steps)}" for dtype, steps in groups.items())
         if len(groups) > 1
         else next(iter(groups))
     )
@@ -231,9 +268,9 @@ def _check_values(checkpoints: Checkpoints, steps: list[int]) -> list[Finding]:
         )
     else:
         text = "{} hold the same weights; if that is a mistake, leave some out with steps"
-        findings += [Finding("note", "values", text.format(few(group))) for group in equal]
+        findings += [Finding("note", "values", text.format(few_steps(group))) for group in equal]
     if wrong:
-        text = f"weights are not finite at {few(wrong)}; leave these checkpoints out with steps"
+        text = f"weights are not finite at {few_steps(wrong)}; leave these checkpoints out with steps"
         findings.append(Finding("problem", "values", text))
     if not equal and not wrong:
         findings.append(Finding("ok", "values", f"all finite and different, in {sum(map(len, digests.values()))}"))

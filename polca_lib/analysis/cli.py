@@ -96,7 +96,7 @@ def plan(
 
         run_file = RunFile.read(file)
         analysis = open_analysis(run_file)
-        findings = check_checkpoints(analysis.checkpoints.inner)
+        findings = check_checkpoints(analysis.checkpoints.inner, steps=analysis.steps)
         if problems := [finding.text for finding in findings if finding.state == "problem"]:
             raise ValueError("\n".join(problems))
         planned = analysis.plan(
@@ -151,6 +151,10 @@ def run(
         analyses, stages = [analysis, *controls], list(Stage)[: list(Stage).index(stage) + 1]
         done: dict[str, Any] = {"folder": str(analysis.folder)}
         with parallel_backend(name, workers=workers or run_file.engine.workers, address=address):
+            # Refuse what can be refused before the first basis is computed.
+            for each in analyses:
+                if each.stored("basis") is None:
+                    each.check_before()
             _ = [each.basis for each in analyses]
             if Stage.projections in stages:
                 project_together(analyses)

@@ -18,7 +18,7 @@ from upath import UPath
 
 from polca_lib.analysis.engine import EngineName
 from polca_lib.derivatives.strategy import Mode, Precision
-from polca_lib.method.settings import BasisKind, BasisSettings, ClusteringSettings, Section, few
+from polca_lib.method.settings import BasisKind, BasisSettings, ClusteringSettings, Section, few_steps
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -102,7 +102,7 @@ class AnalysisSettings(Section):
         """
         steps = list(available) if self.steps is None else sorted(set(self.steps))
         if missing := [step for step in steps if step not in set(available)]:
-            raise ValueError(f"steps names {missing[0]}, which has no checkpoint; allowed: {few(available)}")
+            raise ValueError(f"steps names {missing[0]}, which has no checkpoint; allowed: {few_steps(available)}")
         if len(steps) < 2:
             raise ValueError(f"steps gives {len(steps)} checkpoints; allowed: 2 or more, to measure a change")
         return steps

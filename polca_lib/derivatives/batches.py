@@ -72,6 +72,8 @@ def _converted(data: Any, name: str) -> Batch:
         if isinstance(leaf, np.generic):
             return leaf.item()
         if isinstance(leaf, np.ndarray):
+            # torch computes with signed integers, and embeds no others; text files of tokens are often uint16.
+            leaf = leaf.astype(np.int64) if leaf.dtype.kind == "u" and leaf.dtype.itemsize > 1 else leaf
             # Text stays text. torch has native byte order alone, and no read-only memory.
             leaf = torch.tensor(leaf.astype(leaf.dtype.newbyteorder("="))) if leaf.dtype.kind in "biufc" else leaf
             leaf = leaf.tolist() if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SU" else leaf
@@ -88,7 +90,8 @@ def _converted(data: Any, name: str) -> Batch:
 
     def is_leaf(value: object) -> bool:
         numbers = pytree.tree_leaves(value) if isinstance(value, list) else ()
-        return _is_shared(value) or (bool(numbers) and all(type(n) in (bool, int, float) for n in numbers))
+        kinds = (bool, int, float, np.generic)
+        return _is_shared(value) or (bool(numbers) and all(isinstance(number, kinds) for number in numbers))
 
     return pytree.tree_map(convert, data, is_leaf=is_leaf)
 

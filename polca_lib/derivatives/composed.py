@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 class _Composed(TorchFunctionMode):
     """Compose some functions from elementary operations, so that forward mode has their second derivatives.
 
-    Those of torch's layer norm (pytorch issue 196700) and instance norm are wrong. The others have none, or neither.
+    Those of torch's layer norm (pytorch issue 196700) and instance norm are wrong. The others have no second derivative
+    in forward mode, or no derivative at all there.
     """
 
     def __torch_function__(
@@ -70,7 +72,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _activation(formula: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def function(input: Tensor, inplace: bool = False) -> Tensor:
-        return input.copy_(formula(input)) if inplace else formula(input)
+        return input.copy_(formula(input.clone())) if inplace else formula(input)
 
     return function
 
@@ -179,17 +181,26 @@ def _no_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
     yield
 
 
+_STAND_INS = {"CheckpointFunction": _NoCheckpoint, "_checkpoint_without_reentrant_generator": _no_checkpoint}
+_ORIGINALS = {name: getattr(torch.utils.checkpoint, name) for name in _STAND_INS}
+_LOCK = threading.Lock()
+_inside = 0  # calls that are inside differentiable, over all threads
+
+
 @contextmanager
 def differentiable() -> Iterator[None]:
     """Have models compute with operations that have derivatives in both modes."""
-    checkpoints = torch.utils.checkpoint
-    stand_ins = {"CheckpointFunction": _NoCheckpoint, "_checkpoint_without_reentrant_generator": _no_checkpoint}
-    originals = {name: getattr(checkpoints, name) for name in stand_ins}
+    global _inside
     # Checkpointed activations would be computed again in the backward pass, with the weights of the model, not theta.
-    vars(checkpoints).update(stand_ins)
+    with _LOCK:
+        _inside += 1
+        vars(torch.utils.checkpoint).update(_STAND_INS)
     try:
         # Fused attention kernels have no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH), _Composed():
             yield
     finally:
-        vars(checkpoints).update(originals)
+        with _LOCK:
+            _inside -= 1
+            if not _inside:
+                vars(torch.utils.checkpoint).update(_ORIGINALS)

@@ -17,6 +17,7 @@ from polca_lib.derivatives.token_loss import Batch, TokenLoss, lacks_derivatives
 
 _STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # relative to the norm of the parameters
 _TOLERANCE = 1e-3
+_LITTLE = 2**26  # bytes that are taken in any case
 _NOISE = 8 * torch.finfo(torch.float64).eps  # of a loss or a slope, relative
 
 # Functions whose derivatives of some order are wrong in torch, see pytorch issue 198017.
@@ -66,7 +67,10 @@ class _Float64(TorchFunctionMode):
 def by_backward(
     token_loss: TokenLoss, theta: Float[Tensor, " d"], batch: Batch, vectors: Float[Tensor, "vector d"], order: int
 ) -> Derivatives:
-    """Loss, slopes and curvatures of the sum over all tokens by backward passes, in the form of :func:`by_jvp`."""
+    """Loss, slopes and curvatures of the sum over all tokens by backward passes.
+
+    The form is that of :func:`polca_lib.derivatives.forward.by_jvp`.
+    """
     theta = theta.detach().clone().requires_grad_()
     nothing = 0 * theta.sum()  # makes constants differentiable
     loss = token_loss(theta, batch).sum() + nothing
@@ -85,6 +89,7 @@ def check_derivatives(
     vectors: Float[Tensor, "vector d"],
     order: int,
     derive: Callable[..., Derivatives] = by_jvp,
+    memory: int | None = None,
 ) -> None:
     """Check derivatives against central differences in float64.
 
@@ -101,6 +106,7 @@ def check_derivatives(
         vectors: a few directions in rows; the direction of the differences has a part in each.
         order: of the highest derivative, 1 or 2.
         derive: computes losses and derivatives, by default as forward mode does.
+        memory: bytes for weights in float64; if they need more, a warning says that nothing was checked.
 
     Raises:
         ValueError: torch has no such derivatives, or wrong ones. The message names operations that may be the reason.
@@ -111,19 +117,26 @@ def check_derivatives(
         raise
     except (RuntimeError, NotImplementedError) as failure:
         raise ValueError(lacks_derivatives(failure, order, "forward" if derive is by_jvp else "reverse")) from failure
-    precise, length = token_loss.in_float64(), theta.double().norm().item() or 1.0
+    # Forward mode holds about 6 vectors in float64, backward mode about 12.
+    numbers = (6 if derive is by_jvp else 12) * len(theta) + sum(value.numel() for value in token_loss.fixed.values())
+    if memory is not None and 8 * numbers > max(memory, _LITTLE):
+        warnings.warn(f"derivatives were not checked: {8 * numbers:,} bytes are needed of {memory:,}", stacklevel=2)
+        return
+    point = theta.double()
+    precise, length = token_loss.in_float64(), point.norm().item() or 1.0
     examples = pytree.tree_map(
         lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, batch
     )
     # Add all vectors to one direction; with unlike weights, or two that are opposite would cancel.
-    parts = [vector.double() / (vector.norm().item() or 1.0) / number for number, vector in enumerate(vectors, start=1)]
-    direction = sum(parts)[None] / (sum(parts).norm().item() or 1.0)
-
+    direction = torch.zeros_like(point)
+    for number, vector in enumerate(vectors, start=1):
+        direction.add_(vector, alpha=1 / (number * (vector.norm().item() or 1.0)))
+    direction = direction.div_(direction.norm().item() or 1.0)[None]
     called: set[str] = set()
 
     def shifted(step: float, order: int = 1) -> list[Tensor]:
         with _Float64(called), restored(token_loss.model):
-            loss, derived = derive(precise, theta.double() + step * direction[0], examples, direction, order)
+            loss, derived = derive(precise, torch.add(point, direction[0], alpha=step), examples, direction, order)
         return [loss, *(derivative.flatten() for derivative in derived)]
 
     try:
@@ -139,7 +152,8 @@ def check_derivatives(
         if not error <= _TOLERANCE:
             raise ValueError(_message(index + 1, error, sorted(_SUSPECTS & called)))
     if len(errors) < order:
-        warnings.warn("derivatives were not checked: the loss has kinks at each step, or is rounded", stacklevel=2)
+        what = "the loss has kinks at each step, as with ReLU, or is rounded"
+        warnings.warn(f"derivatives were not checked: {what}", stacklevel=2)
 
 
 def _relative_errors(

@@ -49,7 +49,11 @@ class HessianOperator:
         self._n_stored = self._count_stored(budget)
         if isinstance(token_loss, TokenLoss):
             vector = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0)).to(theta)
-            check_derivatives(token_loss, theta, next(split_examples(batch, 1)), vector[None], 2, derive=by_backward)
+            # Take an example that has a target: without one, there is nothing to differentiate.
+            with torch.no_grad():
+                some = (example for example in split_examples(batch, 1) if len(token_loss(theta, example)))
+                example = next(some, next(split_examples(batch, 1)))
+            check_derivatives(token_loss, theta, example, vector[None], 2, derive=by_backward, memory=budget)
         self.move_to(theta)
 
     def move_to(self, theta: Float[Tensor, " d"]) -> None:

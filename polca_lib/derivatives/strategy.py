@@ -124,7 +124,7 @@ def choose(
     cost = {"pass": pass_operations, "jvp": pass_operations * (1 + 2 * order * len(vectors))}
     plain = Strategy("forward", order, "float32", structure=None, n_vectors=len(vectors), cost=cost)
 
-    check_derivatives(token_loss, theta, pair, few_vectors, order)
+    check_derivatives(token_loss, theta, pair, few_vectors, order, memory=budget)
 
     def usable(strategy: Strategy, name: str, part: Batch = pair) -> bool:
         tolerance = _TOLERANCE[strategy.precision]

@@ -304,7 +304,7 @@ class TokenLoss:
 
     @property
     def names(self) -> dict[str, str]:
-        """Each name of a parameter or buffer, with the first name of its tensor: tied parameters have several."""
+        """Each name of a parameter or buffer, with the first name of its tensor. Tied parameters have several names."""
         return self._tied | {name: name for name in self._fixed}
 
     def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " d"]:

@@ -20,7 +20,7 @@ from polca_lib.derivatives.memory import default_budget, rows_that_fit
 from polca_lib.derivatives.token_loss import Batch, TokenLoss
 from polca_lib.method.eigenpairs import krylov_rows, top_eigenpairs
 from polca_lib.method.interventions import losses_at
-from polca_lib.method.settings import HESSIAN_KINDS, TOLERANCE, BasisSettings, check_n_vectors, few
+from polca_lib.method.settings import HESSIAN_KINDS, TOLERANCE, BasisSettings, check_n_vectors, few_steps
 from polca_lib.method.vectors import gaussian, inner_products, mixing, orthogonalise, read_vectors, without
 from polca_lib.storage.checkpoints import Checkpoints
 from polca_lib.storage.pieces import PieceStore
@@ -39,7 +39,8 @@ _STORED = {
     "parameters": {"axis": (("vector",), "int64")},
 }
 
-_WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in HESSIAN_KINDS)
+WITHOUT_HESSIAN = ", ".join(kind for kind in _STORED if kind not in HESSIAN_KINDS)
+"""Kinds of basis that need no Hessian, for messages."""
 
 _Piece = tuple[int, dict[str, np.ndarray | float]]
 
@@ -54,6 +55,7 @@ def compute_basis(
     seed: int = 0,
     memory: int | None = None,
     hessian_loss: TokenLoss | None = None,
+    ends: tuple[int, int] | None = None,
 ) -> xr.Dataset:
     """Compute the basis at ``path``; finish it if it is partly there, only open it if it is complete.
 
@@ -82,6 +84,7 @@ def compute_basis(
         seed: of start vectors, random vectors and the shuffled order.
         memory: bytes that may be used; half of the free memory of the device if not given.
         hessian_loss: loss whose Hessian is used; that of the checkpoints if not given.
+        ends: first and last step of the run; those of all checkpoints if not given.
 
     Returns:
         Dataset, opened but not read, with what :func:`polca_lib.method.vectors.read_vectors` needs: ``vectors``
@@ -95,16 +98,18 @@ def compute_basis(
             not finite; there are more vectors than parameters; all checkpoints are equal.
     """
     kind, n_parameters = settings.kind, checkpoints.token_loss.n_parameters
-    births = _birth_steps(settings, steps, seed, checkpoints)
+    available = checkpoints.steps or steps  # a random basis reads no checkpoint
+    first, last = ends or (available[0], available[-1])
+    births = _birth_steps(settings, steps, seed, last)
     check_n_vectors(len(births), n_parameters)
     if hessian_batch is None and kind in HESSIAN_KINDS:
-        raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {_WITHOUT_HESSIAN}")
+        raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {WITHOUT_HESSIAN}")
     hessian_batch = None if hessian_batch is None else as_batch(hessian_batch, "hessian_batch")
     memory = default_budget(checkpoints.device) if memory is None else memory
 
     @cache
     def weights() -> Float[np.ndarray, "vector step"]:
-        return _direction_weights(checkpoints, [checkpoints.steps[0], *steps], memory)
+        return _direction_weights(checkpoints, [first, *steps], memory)
 
     if kind == "trajectory":
         stored = load_basis(path)
@@ -130,14 +135,14 @@ def compute_basis(
             rows = mixing(seed, n_vectors, n_parameters)
             pieces = ((row, {"mixing": rows[row]}) for row in missing)
         elif kind == "parameters":
-            axes = checkpoints.theta(checkpoints.steps[-1]).abs().topk(n_vectors).indices.cpu().numpy()
+            axes = checkpoints.theta(last).abs().topk(n_vectors).indices.cpu().numpy()
             pieces = ((row, {"axis": axes[row]}) for row in missing)
         else:
             block = settings.k if kind in HESSIAN_KINDS else 1
 
             def pieces_from(start: int) -> Iterator[_Piece]:
                 if kind == "trajectory":
-                    return _principal_directions(checkpoints, weights(), steps, store, start, memory)
+                    return _principal_directions(checkpoints, weights(), [first, *steps], store, start, memory)
                 loss = hessian_loss or checkpoints.token_loss
                 return _eigenvectors(settings, births, checkpoints, loss, hessian_batch, store, start, seed, memory)
 
@@ -156,12 +161,12 @@ def load_basis(path: Path) -> xr.Dataset | None:
     return None if stored is None else stored.set_coords(_RECORDS)
 
 
-def _birth_steps(settings: BasisSettings, steps: Sequence[int], seed: int, checkpoints: Checkpoints) -> np.ndarray:
+def _birth_steps(settings: BasisSettings, steps: Sequence[int], seed: int, last: int) -> np.ndarray:
     births = np.array(steps)
     if settings.kind == "random":
         births = np.zeros_like(births)
     if settings.kind in ("parameters", "trajectory", "final"):
-        births = np.full_like(births, checkpoints.steps[-1])
+        births = np.full_like(births, last)
     if settings.kind == "shuffled":
         births = np.random.default_rng(seed).permutation(births)
     return np.repeat(births, settings.k)[: settings.n_vectors]
@@ -253,7 +258,7 @@ def _eigenvectors(
         except ArithmeticError as error:
             cause = _cause(error, hessian_loss, checkpoints.theta(step), hessian_batch)
             raise ValueError(f"{name}: {error}; {cause}") from error
-        if not pairs.converged:
+        if not pairs.converged and pairs.products >= settings.max_products:
             missed = f"has relative residual {pairs.residuals.max():.3f}; basis.tolerance = {tolerance} was asked for"
             if pairs.residuals.max() <= tolerance:
                 missed = "may not be the top one: the products do not rule out a larger eigenvalue"
@@ -318,8 +323,8 @@ def _direction_weights(checkpoints: Checkpoints, steps: Sequence[int], memory: i
     rank = int((variances > floor).sum())
     if rank == 0:
         raise ValueError(
-            f"checkpoints at steps {few(steps)} have equal weights but for rounding, so no direction has movement; "
-            "use checkpoints that differ"
+            f"checkpoints at steps {few_steps(steps)} have equal weights but for rounding, so no direction has "
+            "movement; use checkpoints that differ"
         )
     return (vectors / variances.clamp_min(1e-300).sqrt()).T.flip(0)[:rank].numpy()
 
@@ -337,7 +342,7 @@ def _principal_directions(
     At most two checkpoints are in memory beside the directions, or more where the memory allows it.
     """
     vector_bytes = checkpoints.token_loss.n_parameters * checkpoints.token_loss.dtype.itemsize
-    steps, n_vectors = [checkpoints.steps[0], *steps], store.pieces
+    n_vectors = store.pieces
     width = rows_that_fit(n_vectors - start, vector_bytes, memory - 2 * vector_bytes)
     basis = _BasisSoFar(store, start, min(start, width), checkpoints)
     for first in range(start, n_vectors, width):

@@ -31,19 +31,20 @@ def is_decreasing(trajectories: xr.DataArray, by: Literal["final", "trend"] = "f
 def moves(trajectories: xr.DataArray) -> xr.DataArray:
     """Whether a trajectory moves by more than float32 can tell, (token) or (token, vector).
 
-    With eps = 2^-23, the loss L(x) of a token has a rounding error of about eps |L(x)|, and so has each of the terms
+    With eps = 2^-23, the loss L(x) of a token has a rounding error of about eps abs(L(x)), and so has each of the terms
     <grad L(x), b> s whose sum is a projected loss f. So f is known up to
 
-        F = eps (max_t |L(x, t)| + sum_t |f(t + 1) - f(t)|),
+        F = eps (max_t abs(L(x, t)) + sum_t abs(f(t + 1) - f(t))),
 
-    and it moves if max_t |f(t) - f(0)| > F.
+    and it moves if max_t abs(f(t) - f(0)) > F.
 
     Args:
-        trajectories: (step, token) or (step, token, vector). Coordinate ``largest_loss`` (token) is max_t |L(x, t)|, as
-            :func:`polca_lib.method.decomposition.projected_loss` gives it; without it max_t |f(t)| takes its place, as
-            for the exact loss.
+        trajectories: (step, token) or (step, token, vector). Coordinate ``largest_loss`` (token) is max_t abs(L(x, t)),
+            as :func:`polca_lib.method.decomposition.projected_loss` gives it; without it max_t abs(f(t)) takes its
+            place, as for the exact loss.
     """
-    sizes = trajectories.coords.get("largest_loss", abs(trajectories).max("step"))
+    known = "largest_loss" in trajectories.coords
+    sizes = trajectories["largest_loss"] if known else abs(trajectories).max("step")
     floor = _EPS * (sizes + abs(trajectories.diff("step")).sum("step"))
     return abs(trajectories - trajectories.isel(step=0, drop=True)).max("step") > floor
 
@@ -56,7 +57,7 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     - ``zscore``: mean 0 and standard deviation 1 over time.
 
     The paper does not say which it uses. Trajectories are not divided by a change below their rounding in float32,
-    2^-23 max_t |f(t)|.
+    2^-23 max_t abs(f(t)).
     """
     if scaling == "raw":
         return trajectories
@@ -82,7 +83,7 @@ def cluster_tokens(
     """Cluster the trajectories of all tokens along each vector (sections 3.3 and 4.1).
 
     A vector is kept if its mean trajectory falls. A token is kept if its own trajectory falls, and if it moves by more
-    than F = 2^-23 (max_t |L(x, t)| + sum_t |f(t + 1) - f(t)|), which float32 can't tell from no movement (see
+    than F = 2^-23 (max_t abs(L(x, t)) + sum_t abs(f(t + 1) - f(t))), which float32 can't tell from no movement (see
     :func:`moves`). HDBSCAN groups the rest.
 
     Args:

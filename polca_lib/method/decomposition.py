@@ -121,7 +121,7 @@ def accumulate(changes: xr.DataArray, steps: xr.DataArray) -> xr.DataArray:
 def projected_loss(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
     """L_b(x, t) of Eq. 10, in nats: (step, token, vector). See :func:`polca` for ``order``.
 
-    The coordinate ``largest_loss`` (token) is max_t |L(x; theta_t)|, on whose rounding depends what is movement, see
+    The coordinate ``largest_loss`` (token) is max_t abs(L(x; theta_t)), on whose rounding depends what is movement, see
     :func:`polca_lib.method.clustering.moves`.
     """
     curves = accumulate(polca(projections, order), projections["step"]).rename("projected_loss")
@@ -195,7 +195,7 @@ def completeness(projections: xr.Dataset, order: Order) -> xr.Dataset:
 
 
 def movement_share(projections: xr.Dataset) -> xr.DataArray:
-    """``|B Delta_t|^2 / |Delta_t|^2`` per interval, the part of the movement that lies in the basis, (step,)."""
+    """``abs(B Delta_t)^2 / abs(Delta_t)^2`` per interval, the part of the movement that lies in the basis, (step,)."""
     share = (projections["movement"] ** 2).sum("vector") / projections["distance"] ** 2
     return _intervals(share).rename("movement_share")
 

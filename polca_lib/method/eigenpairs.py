@@ -76,7 +76,7 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """Top ``k`` pairs A v = lambda v of a symmetric operator by Lanczos with full re-orthogonalisation.
 
-    After product m, the residual ``||A v - lambda v||`` of every wanted Ritz pair is ``|beta_m s_m|`` (s_m: last entry
+    After product m, the residual ``||A v - lambda v||`` of every wanted Ritz pair is ``abs(beta_m s_m)`` (s_m: last
     of the Ritz vector in the Krylov basis), without another product. The iteration stops once it is at most
     ``tolerance`` times the magnitude of the Ritz value for all ``k``, and no larger eigenvalue may have been missed.
 
@@ -84,13 +84,13 @@ def top_eigenpairs(
     the top vector. The next Krylov vector, q_{m+1} = p_m(A) q_1, has length 1. With p_m(t) =
     prod_j (t - theta_j) / prod_i beta_i and the Ritz values theta_j, each eigenvector v with eigenvalue mu has
 
-        |<v, q_1>| |p_m(mu)| = |<v, q_{m+1}>| <= 1.
+        abs(<v, q_1>) abs(p_m(mu)) = abs(<v, q_{m+1}>) <= 1.
 
-    For a random start in d dimensions |<v, q_1>| < delta has a probability of about delta sqrt(2 d / pi). So at delta =
-    0.001 sqrt(pi / (2 d)), an eigenvalue lies where |p_m| > 1 / delta with a probability of 0.001 (van Dorsselaer,
-    Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000). The iteration goes on until this rules out
-    eigenvalues that would be among the ``k`` and that are further than 10 ``tolerance`` (relative, at most one half)
-    from the Ritz values.
+    For a random start in d dimensions abs(<v, q_1>) < delta has a probability of about delta sqrt(2 d / pi). So at
+    delta = 0.001 sqrt(pi / (2 d)), an eigenvalue lies where abs(p_m) > 1 / delta with a probability of 0.001 (van
+    Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000). The iteration goes on until this
+    rules out eigenvalues that would be among the ``k`` and that are further than 10 ``tolerance`` (relative, at most
+    one half) from the Ritz values.
 
     The recurrence is this library's or CoLA's:
 
@@ -158,7 +158,8 @@ def top_eigenpairs(
         for weight, krylov_vector in zip(weights, krylov, strict=True):
             vector.add_(krylov_vector, alpha=float(weight))
         vector /= _norm(vector)
-    values, residuals = (start.new_tensor(x) for x in (ritz[wanted], estimates / np.abs(ritz[wanted])))
+    sizes = np.maximum(np.abs(ritz[wanted]), 1e-300)
+    values, residuals = (start.new_tensor(x) for x in (ritz[wanted], estimates / sizes))
     if solver == "cola":
         # Measure the pairs: lambda = y^T A y, |A y - lambda y| / |lambda|.
         del krylov, krylov_vector

@@ -86,7 +86,8 @@ class BasisSettings(Section):
         n_vectors = _VECTORS if self.every is None else len(self._multiples(available)) * self.k
         if n_vectors == 0:
             raise ValueError(
-                f"basis.every = {self.every} has no checkpoint; allowed: steps that divide some of {few(available)}"
+                f"basis.every = {self.every} has no checkpoint; allowed: steps that divide some of "
+                f"{few_steps(available)}"
             )
         return self.model_copy(update={"n_vectors": n_vectors})
 
@@ -105,7 +106,9 @@ class BasisSettings(Section):
             return [available[-1]] * needed
         if self.steps is not None:
             if missing := [step for step in self.steps if step not in available]:
-                raise ValueError(f"basis.steps names {missing[0]}, which has no checkpoint; allowed: {few(available)}")
+                raise ValueError(
+                    f"basis.steps names {missing[0]}, which has no checkpoint; allowed: {few_steps(available)}"
+                )
             steps = sorted(self.steps)
         elif self.every is not None:
             steps = self._multiples(available)
@@ -209,7 +212,7 @@ def check_n_vectors(n_vectors: int, n_parameters: int) -> None:
         raise ValueError(f"basis.n_vectors = {n_vectors}; allowed: 1 to {n_parameters}, the number of parameters")
 
 
-def few(steps: Sequence[int]) -> str:
+def few_steps(steps: Sequence[int]) -> str:
     """Steps as text for a message, those in the middle left out."""
     shown = [str(step) for step in steps]
     return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-2:]])

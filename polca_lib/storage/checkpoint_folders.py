@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -22,13 +22,15 @@ from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.artefacts import DamagedFile
 from polca_lib.storage.checkpoints import Checkpoints, file_sizes, flatten
 from polca_lib.storage.huggingface import read_pretrained
-from polca_lib.storage.names import NamesDiffer, align, check_expressions, few, steps_of
+from polca_lib.storage.names import NamesDiffer, align, check_expressions, few, read_step, steps_of, without_number
 
 _NESTED = ("model", "state_dict", "model_state_dict", "module", "net", "network")
 # Hidden files and states of the optimiser; files of models in several files; formats with a file for each process.
 _NO_WEIGHTS = re.compile(
-    r"\.|(optim|optimizer|scheduler|scaler|rng_state|random_states|training_args)s?(?![a-z])", re.IGNORECASE
+    r"\.|(.*[_.-])?(optim|optimi[sz]er|scheduler|scaler|sampler|rng_state|random_states|training_args)s?(?![a-z])",
+    re.IGNORECASE,
 )
+_ANY_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _BY_PROCESS = re.compile(r"mp_rank_\d|zero_pp_rank_\d|\.distcp$")
 
@@ -75,9 +77,27 @@ class _Folder(Checkpoints):
             if not self._holds_weights(path):
                 self._refuse(path)
             self._paths[step] = path
+        self._look_for_others([path for path in entries if path.name not in found], found)
         self._aside += ["a model in several files"] * any(_SHARD.search(path.name) for path in entries)
         if self._aside and self.pattern is None:
-            warnings.warn(f"left aside in {self.path}, without a step: {few(self._aside)}", stacklevel=3)
+            warnings.warn(f"left aside in {self.path}: {few(self._aside)}", stacklevel=3)
+
+    def _look_for_others(self, entries: Sequence[Path], found: Mapping[str, Path]) -> None:
+        """Refuse checkpoints of another format, named as those found are; leave aside those without weights."""
+        alike = {without_number(name) for name in found}
+        for path in entries:
+            step = read_step(path.name)[0]
+            if step is None or step in self._paths or without_number(path.name) not in alike:
+                continue
+            if self.pattern is not None and not re.search(self.pattern, path.name):
+                continue
+            files = path.iterdir() if path.is_dir() else [path]
+            if any(file.suffix in _ANY_WEIGHTS and not _NO_WEIGHTS.match(file.name) for file in files):
+                raise ValueError(
+                    f"{path} has its weights in another format than {few(found, 1)}; allowed in one folder: "
+                    f"{self._allowed}. Convert it, or leave it out with a pattern"
+                )
+            self._aside += [f"{path.name}, without weights"] * path.is_dir()
 
     def _is_checkpoint(self, path: Path) -> bool:
         """Whether a file or folder is a checkpoint, or would be if it could be read."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-TEXT = (".txt", ".text", ".md")
+_NO_TEXT = (".csv", ".tsv", ".zst", ".zip", ".bz2", ".tar", ".arrow", ".feather", ".npy", ".bin", ".pt", ".xlsx")
 LINES = (".jsonl", ".ndjson", ".json")
 KINDS = (*LINES, *(f"{kind}{end}" for kind in LINES for end in (".gz", ".xz")), ".parquet")
 """Endings of files with fields; the case does not matter."""
@@ -28,8 +28,8 @@ def read_records(path: Path, fields: Sequence[str], optional: Sequence[str] = ()
     """Records of a file, one by one, as dictionaries with text under each of ``fields``.
 
     Lines of JSON, a list of objects in ``.json``, rows of Parquet, and lines of plain text (as field ``text``) are
-    records. A byte order mark and blank lines of JSON files are skipped. A record that can't be read, or lacks a field,
-    is a description of the damage instead. Positions count from 1.
+    records; a file with any other ending is plain text. A byte order mark and blank lines of JSON files are skipped. A
+    record that can't be read, or lacks a field, is a description of the damage instead. Positions count from 1.
 
     Args:
         optional: fields that Parquet files are also read for.
@@ -38,14 +38,14 @@ def read_records(path: Path, fields: Sequence[str], optional: Sequence[str] = ()
         ValueError: the ending of the file is unknown.
         ImportError: Parquet needs pyarrow.
     """
-    if ends_with(path, TEXT):
-        yield from _text_lines(path)
-    elif ends_with(path, [".parquet"]):
+    if ends_with(path, _NO_TEXT):
+        raise ValueError(f"{path} can't be read; allowed: {', '.join(KINDS)}, or plain text such as .txt")
+    if ends_with(path, [".parquet"]):
         yield from _rows(path, fields, optional)
     elif ends_with(path, KINDS):
         yield from _json_lines(path, fields)
     else:
-        raise ValueError(f"{path} has an unknown ending; allowed: {', '.join((*TEXT, *KINDS))}")
+        yield from _text_lines(path)
 
 
 def checked(load: Callable[[], Any], fields: Sequence[str]) -> dict[str, Any] | str:
@@ -91,9 +91,10 @@ def _json_lines(path: Path, fields: Sequence[str]) -> Records:
     with _open(path) as file:
         try:
             for number, line in enumerate(file, 1):
-                if number == 1 and may_be_a_list and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                if may_be_a_list and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                     yield from _json_list(line + file.read(), fields)
                     return
+                may_be_a_list = may_be_a_list and not line.strip()  # only the first line that is not blank tells
                 if line.strip():
                     yield f"line {number}", checked(lambda line=line: json.loads(line.decode("utf-8-sig")), fields)
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from polca_lib.derivatives.token_loss import Subject, TokenLoss, describe_names
 from polca_lib.storage.artefacts import DamagedFile, write_atomically
 from polca_lib.storage.checkpoints import Checkpoints, file_sizes, flatten
-from polca_lib.storage.documents import TEXT, ends_with, read_records
+from polca_lib.storage.documents import KINDS, ends_with, read_records
 from polca_lib.storage.names import check_expressions, few, is_spare_buffer, steps_of
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def _windows(path: Path, tokenizer: PreTrainedTokenizerBase, n: int, width: int)
     if not path.is_file():
         raise FileNotFoundError(f"texts = {str(path)!r} is not a file")
     tokens: list[int] = []
-    needed, documents = n * width, not ends_with(path, TEXT)
+    needed, documents = n * width, ends_with(path, KINDS)
     end = [tokenizer.eos_token_id] if documents and tokenizer.eos_token_id is not None else []
     for position, record in read_records(path, ["text"]):
         if len(tokens) >= needed:

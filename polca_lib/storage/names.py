@@ -1,5 +1,6 @@
 """Names that others chose: the step in the name of a checkpoint, and the parameters of the model in its content."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
@@ -92,7 +93,7 @@ def steps_of(
             steps[name] = step
         elif numbers and (labelled or not _FINAL.search(name)):
             unclear.append(name)
-    if not any_labelled and len({_ANY.sub("", _SUFFIX.sub("", name)) for name in steps}) > 1:
+    if not any_labelled and len({without_number(name) for name in steps}) > 1:
         steps, unclear = {}, unclear + list(steps)
     if (unclear and not (lenient and steps)) or (names and not steps):
         told = [f"{name} ({' or '.join(readings[name][2]) or 'no number'})" for name in unclear or names]
@@ -107,7 +108,27 @@ def steps_of(
             + f". Set pattern, a regular expression whose only group is the step, such as {example!r}; names "
             "that it does not match are left aside"
         )
+    _refuse_steps_of_epochs(steps, where)
     return steps, [name for name in names if name not in steps]
+
+
+def without_number(name: str) -> str:
+    """A name without its numbers and its ending, to tell which names are alike."""
+    return _ANY.sub("", _SUFFIX.sub("", name))
+
+
+def _refuse_steps_of_epochs(steps: Mapping[str, int], where: str) -> None:
+    """Refuse steps that are counted anew in each epoch."""
+    epochs = {name: match[1] for name in steps if (match := re.search(r"epochs?[=_-]?([0-9]+)", name, re.I))}
+    if len(epochs) < len(steps):
+        return
+    ordered = sorted(steps, key=lambda name: steps[name])
+    for before, after in itertools.pairwise(ordered):
+        if int(epochs[before]) > int(epochs[after]):
+            raise ValueError(
+                f"{before} and {after} in {where} have a smaller step in a later epoch, so steps are counted in each "
+                "epoch; rename them to the steps of the whole training, or set a pattern"
+            )
 
 
 def few(names: Iterable[str], most: int = 8) -> str:

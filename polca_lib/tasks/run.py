@@ -92,6 +92,12 @@ class Run(Analysis):
         return self.settings.chosen(self.settings.training.checkpoint_steps)
 
     @property
+    def _ends(self) -> tuple[int, int]:
+        """First and last step of the training, because the basis does not depend on the projected steps."""
+        steps = self.settings.training.checkpoint_steps
+        return steps[0], steps[-1]
+
+    @property
     def keys(self) -> dict[str, str]:
         """Name of the folder of each stage."""
         return {stage: getattr(self, f"_{stage}").path.name for stage in ("training", "basis", "projection")}

@@ -319,3 +319,14 @@ def test_checkpoints_of_somebody_s_own_class_have_no_notes(tmp_path, checkpoints
     run = analyse(tmp_path / "run", Own())
     _ = run.projections
     assert "notes on checkpoints" not in run.provenance().index
+
+
+@pytest.mark.parametrize("kind", ["final", "trajectory", "parameters"])
+def test_basis_of_chosen_steps_reads_no_other_checkpoint(tmp_path, kind):
+    checkpoints = tiny_checkpoints(tmp_path / "checkpoints", range(0, 81, 10))
+    broken = {name: torch.full_like(value, float("nan")) for name, value in checkpoints.token_loss.parameters.items()}
+    for step in (0, 80):
+        checkpoints.save(step, broken)
+    run = analyse(tmp_path / "run", checkpoints, steps=range(10, 71, 10), basis={"kind": kind, "n_vectors": 2})
+    assert set(run.basis["birth_step"].values) == {70}
+    assert run.labels.shape == (2, 40)

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import polca
 
-from polca_lib.analysis.check import check_file, check_folder
+from polca_lib.analysis.check import check_checkpoints, check_file, check_folder
+from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.storage.checkpoint_folders import SafetensorsFolder
 
 
 def told(findings, state="problem"):
@@ -113,6 +115,51 @@ def test_folder_of_checkpoints_is_checked_without_a_model(run, make):
     make(run / "checkpoints")
     assert AWKWARD[make] in told(check_folder(run / "checkpoints"))
     assert AWKWARD[make] in told(check_file(run / "polca.toml", code=False))
+
+
+def test_checkpoints_that_the_settings_leave_out_are_not_checked(run):
+    not_finite(run / "checkpoints")
+    assert "not finite at 80" in told(check_file(run / "polca.toml"))
+    settings = (run / "polca.toml").read_text()
+    (run / "polca.toml").write_text("steps = [0, 20, 40, 60, 100, 120]\n" + settings)
+    assert told(check_file(run / "polca.toml")) == told(check_file(run / "polca.toml", code=False)) == ""
+
+
+def test_basis_and_controls_that_need_a_sample_are_problems(run):
+    text = (run / "my_run.py").read_text()
+    (run / "my_run.py").write_text(text.replace("hessian=batch(2, 30), ", ""))
+    assert "hessian: basis.kind = 'hessian' needs a sample" in told(check_file(run / "polca.toml"))
+    settings = (run / "polca.toml").read_text().replace("[basis]", '[basis]\nkind = "random"')
+    (run / "polca.toml").write_text('beside = ["final"]\n' + settings)
+    assert told(check_file(run / "polca.toml")) == "beside final: basis final needs Subject.hessian"
+    done = polca("run", cwd=run)
+    assert done.exit_code == 2
+    assert "needs a batch for the Hessian" in done.stderr
+    assert not list((run / "results").glob("basis-*/basis.zarr"))  # no basis was computed
+
+
+def test_target_outside_the_vocabulary_is_a_problem_and_not_a_traceback(run):
+    text = (run / "my_run.py").read_text()
+    (run / "my_run.py").write_text(text.replace("torch.randint(4, (n, 2)", "3 + torch.randint(4, (n, 2)"))
+    assert "IndexError: Target" in told(check_file(run / "polca.toml"))
+
+
+def test_tied_weight_that_some_checkpoints_lack_is_a_note(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embedding.weight
+
+    for step in range(3):
+        weights = {"embedding.weight": torch.randn(5, 3)}
+        save_file(
+            weights | ({"head.weight": weights["embedding.weight"].clone()} if step else {}),
+            tmp_path / f"step-{step}.safetensors",
+        )
+    findings = check_checkpoints(SafetensorsFolder(tmp_path, TokenLoss(Tied(), lambda model, batch: batch)))
+    assert told(findings) == ""
+    assert "step 0 lacks head.weight" in told(findings, "note")
 
 
 def test_notes_are_no_problems(run):

@@ -297,9 +297,10 @@ def test_two_models_in_a_checkpoint_are_named_and_so_is_an_empty_file(tmp_path):
         ValueError, match=r"step-1 has weights in model\.safetensors, model_1\.safetensors, and no model"
     ):
         SafetensorsFolder(tmp_path, LOSS).theta(1)
-    (tmp_path / "step-2.pt").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "step-2.pt").write_bytes(b"")
     with pytest.raises(DamagedFile, match=r"step-2\.pt is damaged, or can't be read \(EOFError\)"):
-        StateDictFolder(tmp_path, LOSS).theta(2)
+        StateDictFolder(tmp_path / "empty", LOSS).theta(2)
 
 
 @pytest.mark.parametrize(("source", "write"), [(SafetensorsFolder, safetensors), (StateDictFolder, plain)])
@@ -340,3 +341,35 @@ def test_half_precision_is_read_as_the_dtype_of_the_loss(tmp_path):
     theta = SafetensorsFolder(tmp_path, LOSS).theta(1)
     assert theta.dtype == torch.float32
     np.testing.assert_array_equal(theta, vector(0).half().float())
+
+
+def test_checkpoints_of_two_formats_in_one_folder_are_refused_and_those_without_weights_left_aside(tmp_path):
+    for step in (0, 10):
+        plain(tmp_path, f"step-{step}", step)
+    for step in (20, 30):
+        safetensors(tmp_path, f"step-{step}", step)
+    for kind in (SafetensorsFolder, StateDictFolder):
+        with pytest.raises(ValueError, match=r"has its weights in another format than step-\d+\..*Convert it"):
+            kind(tmp_path, LOSS)
+    assert SafetensorsFolder(tmp_path, LOSS, pattern="step-([23]0)").steps == [20, 30]
+    # Both formats of one step, a folder that a crash left, and other files are no other checkpoints.
+    for step in (20, 30):
+        plain(tmp_path, f"step-{step}", step)
+    (tmp_path / "step-0.pt").unlink()
+    (tmp_path / "step-10.pt").unlink()
+    (tmp_path / "step-40").mkdir()
+    (tmp_path / "step-40" / "optimizer.pt").write_bytes(b"")
+    (tmp_path / "vocabulary-50257.bin").write_bytes(b"")
+    with pytest.warns(UserWarning, match="left aside .*step-40, without weights"):
+        assert SafetensorsFolder(tmp_path, LOSS).steps == [20, 30]
+
+
+@pytest.mark.parametrize(
+    "name", ["sampler.bin", "optimiser.bin", "1_optimizer.bin", "scheduler.bin", "random_states_0.bin"]
+)
+def test_states_of_accelerate_beside_weights_are_no_weights(tmp_path, name):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint_{step}").mkdir()
+        torch.save(state(step), tmp_path / f"checkpoint_{step}" / "pytorch_model.bin")
+        (tmp_path / f"checkpoint_{step}" / name).write_bytes(b"")
+    assert torch.equal(StateDictFolder(tmp_path, LOSS).theta(2), vector(2))

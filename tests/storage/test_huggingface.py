@@ -129,8 +129,8 @@ def test_text_that_does_not_do_is_refused(tmp_path, text, arguments, told):
         ("a.jsonl", b'{"text": null}', "line 1: its text is not text, but of type NoneType"),
         ("a.jsonl", '{"text": "café"}'.encode("latin-1"), "line 1: it is not UTF-8 .*convert"),
         ("a.txt", "the cat\ncafé".encode("latin-1"), "line 2: it is not UTF-8"),
-        ("a.csv", b"text\nthe cat", r"a\.csv has an unknown ending; allowed: .txt"),
-        ("a.jsonl.zst", b"", r"a\.jsonl\.zst has an unknown ending"),
+        ("a.csv", b"text\nthe cat", r"a\.csv can't be read; allowed: .jsonl"),
+        ("a.jsonl.zst", b"", r"a\.jsonl\.zst can't be read"),
     ],
 )
 def test_a_text_that_can_not_be_read_is_refused_by_line_and_reason(tmp_path, name, content, told):

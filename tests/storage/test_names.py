@@ -223,3 +223,12 @@ def test_adapters_alone_are_enough_if_they_are_what_is_trained():
     model.requires_grad_(True)
     with pytest.raises(NamesDiffer, match=r"the checkpoint lacks 'base_model\.model\.out\.base_layer\.weight'"):
         align(saved, TokenLoss(model, mlp_loss))
+
+
+def test_steps_that_are_counted_in_each_epoch_are_refused():
+    with pytest.raises(ValueError, match=r"epoch_2_step_100 and epoch_1_step_300 .* smaller step in a later epoch"):
+        steps_of(["epoch_0_step_900", "epoch_1_step_300", "epoch_2_step_100"], "runs")
+    assert steps_of(["epoch=0-step=900", "epoch=1-step=1800"], "runs")[0] == {
+        "epoch=0-step=900": 900,
+        "epoch=1-step=1800": 1800,
+    }
