@@ -134,7 +134,7 @@ def test_results_open_without_checkpoints_and_say_that_nothing_was_compared(tmp_
         checkpoints.file(step).unlink()
     again = analyse(tmp_path, checkpoints, tokens=pd.DataFrame({"n": range(40)}))
     assert again.projections.equals(expected)
-    assert again.provenance()["value"]["projection: loss"] == "not compared: no checkpoint is at hand"
+    assert again.provenance()["value"]["projection: loss"] == "not compared: no model and checkpoint can be run here"
     # If it would have to be fetched, it is not asked for.
     checkpoints.at_hand, checkpoints.theta = lambda step: False, lambda step: pytest.fail("a checkpoint was fetched")
     assert analyse(tmp_path, checkpoints, tokens=pd.DataFrame({"n": range(40)})).projections.equals(expected)
