@@ -299,6 +299,11 @@ def on_paper(token_loss: TokenLoss, batch: Batch) -> tuple[float, int]:
     def count(loss: TokenLoss, theta: Tensor, batch: Batch) -> tuple[int, int]:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             losses = loss(theta, batch)
+        if losses.ndim != 1:
+            raise ValueError(
+                f"the loss of one example has shape {tuple(losses.shape)}; allowed: one number for each target token: "
+                'reduction="none", then flatten()'
+            )
         return losses.numel(), counter.get_total_flops()
 
     one = next(split_examples(batch, 1))

@@ -134,3 +134,11 @@ def test_numbers_out_of_range_are_refused(settings, told):
     token_loss, _, _ = problem("mlp", dtype=torch.float32)
     with pytest.raises(ValueError, match=told):
         planned(token_loss, **settings)
+
+
+def test_loss_that_is_one_mean_is_refused_as_a_run_would():
+    loss = problem("mlp", dtype=torch.float32).token_loss
+    with pytest.raises(
+        ValueError, match=r"the loss of one example has shape \(\); allowed: one number for each target"
+    ):
+        planned(TokenLoss(loss.model, lambda model, batch: loss.loss(model, batch).mean()))
