@@ -19,7 +19,7 @@ from polca_lib.storage.artefacts import Artefact, DamagedFile, delete_partials, 
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["polca_lib.storage.artefacts"])
 
-STARTS = 25
+STARTS = 70  # of three processes: over 200 in all
 
 
 def start_again_and_again(folder, barrier):
