@@ -149,6 +149,28 @@ class Quadratic(nn.Module):
         return torch.einsum("i,tij,j->t", self.w, curvature, self.w) / 2 + slope @ self.w
 
 
+class Cube(torch.autograd.Function):
+    """x^3; what is wrong about its derivatives shows in the second alone, in either mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(context, inputs, output):
+        context.x = inputs[0].detach()
+
+    @staticmethod
+    def backward(context, signal):
+        return 3 * context.x**2 * signal
+
+    @staticmethod
+    def jvp(context, tangent):
+        return 3 * context.x**2 * tangent
+
+
 def mlp_loss(model, batch):
     inputs, targets = batch
     return nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")

@@ -132,10 +132,15 @@ class Analysis:
         return analysis
 
     def _check(self) -> None:
-        """Refuse what settings and steps tell: a missing loss, steps without a checkpoint, too many vectors."""
+        """Refuse what settings and steps tell: missing losses or samples, steps without a checkpoint, many vectors."""
         if self.settings.basis.targets == "all" and self.hessian_loss is None:
             raise ValueError(
                 "basis.targets = 'all' needs hessian_loss, the loss of all tokens; allowed without: 'answer'"
+            )
+        if self.hessian is None and (kind := self.settings.basis.kind) in HESSIAN_KINDS:
+            raise ValueError(
+                f"basis.kind = {kind!r} needs a batch for the Hessian, Subject.hessian; allowed without: "
+                f"{WITHOUT_HESSIAN}"
             )
         checked_device(str(self.checkpoints.device))
         _ = self._births
@@ -210,8 +215,7 @@ class Analysis:
             return load_basis(path)
         self.check_before()
         with self._basis.at_work():
-            if self.hessian is not None:  # else the basis is refused
-                self._compare_loss("basis", at_work=True)
+            self._compare_loss("basis", at_work=True)
             return compute_basis(
                 path,
                 self._basis_settings,
@@ -230,15 +234,12 @@ class Analysis:
         Raises:
             ValueError: see :attr:`tokens`; second derivatives are missing or wrong; settings do not fit the tokens.
         """
-        kind, projection = self.settings.basis.kind, self.settings.projection
-        if self.hessian is None and kind in HESSIAN_KINDS:
-            raise ValueError(f"basis.kind = {kind!r} needs a batch for the Hessian; allowed without: {WITHOUT_HESSIAN}")
         self.settings.clustering.check(self.steps, len(self.tokens))
         theta = self.checkpoints.theta(self.steps[0])
-        if projection.curvature:
+        if self.settings.projection.curvature:
             pair = to_device(next(split_examples(self.validation, 2)), theta.device)
             check_derivatives(self.checkpoints.token_loss, theta, pair, direction(theta)[None], order=2)
-        if kind in HESSIAN_KINDS:
+        if self.settings.basis.kind in HESSIAN_KINDS:
             self.hessian_token_loss.check_data(theta, to_device(self.hessian, theta.device), "hessian")
         # Look at three checkpoints, and at all if these are equal.
         middle = self.steps[len(self.steps) // 2]
@@ -563,7 +564,5 @@ def project_together(analyses: Sequence[Analysis]) -> list[xr.Dataset]:
             batch, memory = to_device(first.validation, first.checkpoints.device), first.settings.memory
             project_runs(paths, first.checkpoints, first.steps, batch, tokens, bases, settings, memory, first._code)
     if equal := getattr(first.checkpoints, "duplicates", list)():
-        if any(set(first.steps) <= set(steps) for steps in equal):
-            raise ValueError("all checkpoints hold the same weights: no change to explain; check how they were saved")
         warnings.warn(f"checkpoints hold the same weights: steps {' and steps '.join(map(str, equal))}", stacklevel=2)
     return [analysis.stored("projection") for analysis in analyses]

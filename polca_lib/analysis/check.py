@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from polca_lib.analysis.analysis import Analysis
@@ -19,13 +20,13 @@ from polca_lib.analysis.settings import RunFile
 from polca_lib.derivatives.batches import losses_by_example, map_examples, n_examples, token_name
 from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.strategy import choose
-from polca_lib.derivatives.token_loss import split_examples, to_device
+from polca_lib.derivatives.token_loss import Batch, split_examples, to_device
 from polca_lib.method.settings import HESSIAN_KINDS, few_steps
 from polca_lib.method.vectors import gaussian
 from polca_lib.storage.checkpoint_folders import SafetensorsFolder, StateDictFolder
 from polca_lib.storage.checkpoints import Checkpoints
 from polca_lib.storage.hashing import hash_tensors
-from polca_lib.storage.names import few as few_names
+from polca_lib.storage.names import few
 
 READ_BYTES = 2 * 2**30
 """Weights of more bytes are only read if that is asked for."""
@@ -83,9 +84,7 @@ def check_file(path: Path, *, code: bool = True, read: bool = False) -> list[Fin
     if analysis is not None:
         findings += check_analysis(analysis, read=read)
         for kind in run_file.beside:
-            control = _attempt(findings, f"beside {kind}", lambda kind=kind: analysis.on_basis(kind))
-            if control is not None and kind in HESSIAN_KINDS and analysis.hessian is None:
-                findings.append(Finding("problem", f"beside {kind}", f"basis {kind} needs Subject.hessian"))
+            _attempt(findings, f"beside {kind}", lambda kind=kind: analysis.on_basis(kind))
         return findings
     checkpoints = _attempt(findings, "checkpoints", lambda: open_checkpoints(run_file, None))
     if checkpoints is None:
@@ -150,21 +149,13 @@ def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
     for step in (first, last):
         point = theta if step == first else _attempt(findings, "weights", lambda: checkpoints.theta(last))
         if point is not None:
-            findings.append(_check_losses(lambda part, point=point: loss(point, part), batch, step))
-    wants_hessian = analysis.settings.basis.kind in HESSIAN_KINDS
-    if analysis.hessian is None and wants_hessian:
-        text = f"basis.kind = {analysis.settings.basis.kind!r} needs a sample of the training data, Subject.hessian"
-        findings.append(Finding("problem", "hessian", text))
-    if analysis.hessian is not None:
-        hessian = to_device(analysis.hessian, theta.device)
-        if (
-            _attempt(findings, "hessian", lambda: analysis.hessian_token_loss.check_data(theta, hessian, "hessian"))
-            is not None
-        ):
+            findings.append(_check_losses(lambda part, point=point: loss(point, part), batch, counts, step))
+    if analysis.settings.basis.kind in HESSIAN_KINDS:
+        hessian, hessian_loss = to_device(analysis.hessian, theta.device), analysis.hessian_token_loss
+        if _attempt(findings, "hessian", lambda: hessian_loss.check_data(theta, hessian, "hessian")) is not None:
             findings.append(Finding("ok", "hessian", f"{n_examples(hessian):,} examples"))
-            if wants_hessian:
-                make = lambda: HessianOperator(analysis.hessian_token_loss, theta, next(split_examples(hessian, 4)))  # noqa: E731
-                _attempt(findings, "hessian", make)
+            part = next(split_examples(hessian, 4))
+            _attempt(findings, "hessian", lambda: HessianOperator(hessian_loss, theta, part))
     # Differentiate two examples along two directions, as the run will do.
     order = 2 if analysis.settings.projection.curvature else 1
     most_first = torch.from_numpy(np.argsort(-counts, kind="stable")[:2].copy())
@@ -182,7 +173,7 @@ def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
 
 
 def _attempt(findings: list[Finding], about: str, function: Callable[[], Any]) -> Any:
-    """Result of ``function``; its warnings become notes, and an expected error becomes a problem and gives None."""
+    """Result of ``function``; its warnings become notes, and an error becomes a problem and gives None."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -204,14 +195,11 @@ def _headers(
     """Names and shapes of the tensors of each checkpoint that can be read without its values."""
     headers = {}
     for step in steps:
-        tensors = _attempt(findings, "weights", lambda step=step: getattr(checkpoints, "header", _none)(step))
+        header = getattr(checkpoints, "header", lambda step: None)  # a class of somebody's own may have none
+        tensors = _attempt(findings, "weights", lambda step=step, header=header: header(step))
         if tensors is not None:
             headers[step] = tensors
     return headers
-
-
-def _none(_: int) -> None:
-    """Header of a checkpoint of a class that has none."""
 
 
 def _compare_layouts(
@@ -229,12 +217,12 @@ def _compare_layouts(
     same = [step for step, layout in layouts.items() if layout == usual]
     yield Finding("ok", "weights", f"{len(usual)} tensors, {numbers:,} numbers, alike in {len(same)} of {len(layouts)}")
     for step, layout in layouts.items():
-        told = [f"lacks {few_names(sorted(usual.keys() - layout.keys()))}"] * bool(usual.keys() - layout.keys())
-        told += [f"has also {few_names(sorted(layout.keys() - usual.keys()))}"] * bool(layout.keys() - usual.keys())
+        told = [f"lacks {few(sorted(usual.keys() - layout.keys()))}"] * bool(usual.keys() - layout.keys())
+        told += [f"has also {few(sorted(layout.keys() - usual.keys()))}"] * bool(layout.keys() - usual.keys())
         shapes = [
             f"{n} {layout[n]} instead of {usual[n]}" for n in layout.keys() & usual.keys() if layout[n] != usual[n]
         ]
-        told += [f"has {few_names(sorted(shapes))}"] * bool(shapes)
+        told += [f"has {few(sorted(shapes))}"] * bool(shapes)
         if told:
             advice = "; is it of another model? leave it out with steps or a pattern" * (state == "problem")
             yield Finding(state, "weights", f"step {step} {', '.join(told)}{advice}")
@@ -278,9 +266,11 @@ def _check_values(checkpoints: Checkpoints, steps: list[int]) -> list[Finding]:
 
 
 @torch.no_grad()
-def _check_losses(loss: Callable[[Any], Tensor], batch: Any, step: int) -> Finding:
+def _check_losses(
+    loss: Callable[[Batch], Tensor], batch: Batch, counts: Int[np.ndarray, " example"], step: int
+) -> Finding:
     """Mean and range of the losses at a checkpoint, or the first token whose loss is not finite."""
-    losses, counts = losses_by_example(loss, batch)
+    losses, _ = losses_by_example(loss, batch, counts)
     if len(odd := (~losses.isfinite()).nonzero()[:, 0].tolist()):
         where = token_name(odd[0], counts)
         text = (

@@ -207,14 +207,18 @@ def count_losses(loss: Callable[[Batch], Tensor], batch: Batch) -> tuple[Int[np.
 
 @torch.no_grad()
 def losses_by_example(
-    loss: Callable[[Batch], Tensor], batch: Batch
+    loss: Callable[[Batch], Tensor], batch: Batch, counts: Int[np.ndarray, " example"] | None = None
 ) -> tuple[Float[Tensor, " token"], Int[np.ndarray, " example"]]:
     """Losses of all tokens, and how many each example has.
+
+    Args:
+        counts: how many each example has; counted if not given.
 
     Raises:
         ValueError: examples have another number of losses together than alone.
     """
-    (counts, _), size, losses = count_losses(loss, batch), _pass_size(batch), []
+    counts = count_losses(loss, batch)[0] if counts is None else counts
+    size, losses = _pass_size(batch), []
     for start, part in zip(range(0, len(counts), size), split_examples(batch, size), strict=True):
         losses.append(loss(part))
         alone = counts[start : start + size]

@@ -58,7 +58,8 @@ def project(
             if not given.
 
     Raises:
-        ValueError: shapes do not fit, a setting is not allowed, or memory is too small.
+        ValueError: shapes do not fit, a setting is not allowed, memory is too small, or torch has no such derivatives
+            or wrong ones.
     """
     batch = as_batch(batch)
     if vectors.ndim != 2 or vectors.shape[1] != token_loss.n_parameters:

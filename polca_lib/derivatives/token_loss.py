@@ -12,13 +12,11 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from polca_lib.derivatives.batches import (
     Batch,
@@ -32,6 +30,7 @@ from polca_lib.derivatives.batches import (
     unshared,
 )
 from polca_lib.derivatives.composed import differentiable
+from polca_lib.derivatives.travel import PicklerWithoutWeights
 
 __all__ = ["Batch", "Loss", "MaskedLoss", "Shared", "Subject", "TokenLoss", "n_examples", "split_examples", "to_device"]
 
@@ -100,8 +99,7 @@ class MaskedLoss:
 
     Args:
         loss: as of :class:`TokenLoss`, of all targets.
-        mask: ``batch -> bool``, True for each target that counts, as many in all as ``loss`` has losses. Workers need
-            a function that can be pickled.
+        mask: ``batch -> bool``, True for each target that counts, as many in all as ``loss`` has losses.
     """
 
     loss: Loss
@@ -180,7 +178,7 @@ class TokenLoss:
         Model and loss are pickled in one pass, so that closures, hooks and the loss reach the model that travels.
         """
         content = io.BytesIO()
-        _WithoutWeights(content, self._trainable).dump((self.model, self.loss))
+        PicklerWithoutWeights(content, self._trainable).dump((self.model, self.loss))
         return _from_pickle, (content.getvalue(),)
 
     def __call__(self, theta: Float[Tensor, " d"], batch: Batch) -> Float[Tensor, " tokens"]:
@@ -225,7 +223,7 @@ class TokenLoss:
         example, tangent = next(split_examples(few, 1)), torch.ones_like(theta)
         try:
             torch.func.jvp(lambda point: self(point, example), (theta,), (tangent,))
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise ValueError(lacks_derivatives(error)) from error
         return counts
 
@@ -370,35 +368,6 @@ class TokenLoss:
             name: piece.reshape((*piece.shape[:-1], *p.shape))
             for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
-
-
-class _WithoutWeights(cloudpickle.Pickler):
-    """Pickles the trainable parameters of a model as shapes alone, from wherever they are reached."""
-
-    def __init__(self, file: io.BytesIO, trainable: Sequence[nn.Parameter]):
-        super().__init__(file)
-        self._trainable = {id(p) for p in trainable}
-
-    def reducer_override(self, value: Any) -> Any:
-        if id(value) in self._trainable:
-            return _empty_parameter, (tuple(value.shape), value.dtype)
-        if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
-            return type(None), ()  # an activation that a module noted in a pass that is over
-        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):  # torch refuses to pickle its class
-            return _parametrized, (type(value).__base__, list(value.parametrizations)), value.__dict__
-        return super().reducer_override(value)
-
-
-def _empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-
-
-def _parametrized(base: type[nn.Module], names: Sequence[str]) -> nn.Module:
-    module = base.__new__(base)
-    parametrize._inject_new_class(module)
-    for name in names:
-        parametrize._inject_property(module, name)
-    return module
 
 
 def _from_pickle(content: bytes) -> TokenLoss:

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 import torch
-from cases import mlp_batch, mlp_loss, orthonormal, problem, token_gradients
+from cases import Cube, mlp_batch, mlp_loss, orthonormal, problem, token_gradients
 from torch import nn
 
 from polca_lib.derivatives.finite_differences import by_backward, check_derivatives
@@ -28,28 +28,6 @@ def layers(function, dtype=torch.float64, scale=1.0):
     token_loss = TokenLoss(Layers(function).to(dtype), mlp_loss)
     theta = scale * torch.randn(token_loss.n_parameters, generator=torch.Generator().manual_seed(0)).to(dtype)
     return token_loss, theta, mlp_batch(2, dtype), orthonormal(2, len(theta)).to(dtype)
-
-
-class Cube(torch.autograd.Function):
-    """x^3; what is wrong about its derivatives shows in the second alone, in either mode."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(context, inputs, output):
-        context.x = inputs[0].detach()
-
-    @staticmethod
-    def backward(context, signal):
-        return 3 * context.x**2 * signal
-
-    @staticmethod
-    def jvp(context, tangent):
-        return 3 * context.x**2 * tangent
 
 
 def test_a_function_that_takes_its_slope_for_a_constant_is_refused_with_curvature_alone():
