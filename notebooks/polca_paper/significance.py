@@ -22,13 +22,11 @@ from sklearn.metrics import adjusted_rand_score
 from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, candidates, cluster_tokens, fit_hdbscan
 from polca_lib.method.decomposition import available_orders, coarsen, projected_loss
 from polca_lib.method.settings import ClusteringSettings, Scaling
+from polca_paper.fit import SUMMED
 from polca_paper.homogeneity import CARRY_PLACES, base_rate, homogeneity_table, most_homogeneous
 
 OVER = 0.9
 """Homogeneity that a cluster must pass to be called a carry cluster; the paper's three best do."""
-
-SUMMED = "second, summed"
-"""Second order with a mean Hessian against summed gradients, as one reading of the paper's Eq. 6 has it."""
 
 CLUSTERING: dict[str, Sequence[Any]] = {
     "scaling": get_args(Scaling),

@@ -1,0 +1,279 @@
+"""Cluster a run by every combination of the choices that the paper leaves open.
+
+The projections are read once, a vector at a time. What the clusters are made of is kept. Every number that the paper
+prints is arithmetic on that: see :mod:`polca_paper.fit`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import joblib
+import numpy as np
+import pandas as pd
+import xarray as xr
+from hdbscan import hdbscan_
+from hdbscan._hdbscan_linkage import label as single_linkage
+from hdbscan._hdbscan_linkage import mst_linkage_core
+from jaxtyping import Bool, Float, Int
+from sklearn.metrics.pairwise import euclidean_distances
+
+from polca_lib.method import clustering, decomposition
+from polca_lib.method.breakthroughs import breakthrough_step
+from polca_lib.method.settings import ClusteringSettings
+from polca_paper.fit import CHOICES, CLUSTERED, FEWER, VECTORLESS
+from polca_paper.homogeneity import CARRY_PLACES
+from polca_paper.significance import available_readings, trajectories
+from polca_paper.study import Study
+
+_COUNTED = ("tokens", "carries", "inside", "thousands", "start", "end")
+
+
+class Curves(NamedTuple):
+    """Curves of one vector as they are clustered."""
+
+    values: Float[np.ndarray, "token step"]
+    keep: Bool[np.ndarray, " token"]
+    starts: Float[np.ndarray, " token"]  # step at which the sharpest drop starts
+    ends: Float[np.ndarray, " token"]
+
+
+def rescale(values: Float[np.ndarray, "token step"], scaling: str) -> Float[np.ndarray, "token step"]:
+    """Curves by a scaling of ``CHOICES``.
+
+    ``raw``, ``unit`` and ``zscore`` are those of :func:`polca_lib.method.clustering.scale`. ``maximum`` divides a curve
+    by max_t abs(f(t)), ``length`` by the square root of sum_t f(t)^2; ``each step`` gives the curves mean 0 and
+    standard deviation 1 over tokens at each step.
+    """
+    if scaling == "maximum":
+        return values / _nonzero(abs(values).max(axis=1, keepdims=True))
+    if scaling == "length":
+        return values / _nonzero(np.linalg.norm(values, axis=1, keepdims=True))
+    if scaling == "each step":
+        return (values - values.mean(axis=0)) / _nonzero(values.std(axis=0))
+    return clustering.scale(values, scaling)
+
+
+def _nonzero(size: np.ndarray) -> np.ndarray:
+    return np.where(size > 0, size, 1.0)
+
+
+def hdbscan_labels(
+    values: Float[np.ndarray, "token step"], min_cluster_size: int, min_samples: Iterable[int]
+) -> dict[tuple[int, str], Int[np.ndarray, " token"]]:
+    """Labels of HDBSCAN for each ``min_samples`` and each selection of ``CHOICES``; -1 is an outlier.
+
+    The steps are HDBSCAN's own, mostly with its own functions. Taken apart, they compute the distances once, and a
+    spanning tree once for both selections; so hundreds of readings take as long as a few.
+    """
+    # Distances don't depend on the mean; without it they have smaller rounding errors.
+    distances = euclidean_distances(values - values.mean(axis=0))
+    distances = np.maximum(distances, distances.T)
+    np.fill_diagonal(distances, 0)
+    sizes = sorted({min(size, len(values) - 1) for size in min_samples})
+    # Distance to the k-th neighbour, for every k.
+    cores = np.partition(distances, sizes, axis=1)[:, sizes].T
+    found = {}
+    for size in set(min_samples):
+        core = cores[sizes.index(min(size, len(values) - 1))]
+        # Mutual reachability: max(core_i, core_j, d_ij).
+        reach = np.maximum(distances, np.maximum(core[:, None], core[None, :]))
+        tree = mst_linkage_core(reach)
+        # Prim's algorithm adds a point at a time. The edge starts where HDBSCAN starts it on vectors: at the first of
+        # the points added before that are as near. This decides between edges of equal length.
+        added = np.concatenate([tree[:1, 0], tree[:, 1]]).astype(int)
+        near = reach[np.ix_(added, added[1:])] == tree[:, 2]
+        tree[:, 0] = added[near.argmax(axis=0)]
+        linkage = single_linkage(tree[np.argsort(tree.T[2]), :])
+        for selection in CHOICES["selection"]:
+            found[size, selection] = hdbscan_._tree_to_labels(values, linkage, min_cluster_size, selection)[0]
+    return found
+
+
+class Source(NamedTuple):
+    """What curves are made of: projections on a basis, and which quantity along it."""
+
+    name: str  # as in data/paper/printed.csv
+    projections: xr.Dataset
+    orders: tuple[str, ...]  # of POLCA; one empty name for what has none
+
+    def vectors(self) -> list[int]:
+        """Numbers of the vectors; 0 for a quantity without a direction."""
+        return [0] if self.name in VECTORLESS else self.projections["vector"].values.tolist()
+
+
+def sources(projections: Mapping[str, xr.Dataset]) -> list[Source]:
+    """Every kind of trajectory that the paper prints numbers about, as far as there are projections for it."""
+    hessian = projections["hessian"]
+    found = [Source("POLCA", hessian, _orders(hessian))]
+    found += [Source(name, hessian, ("",)) for name in (*VECTORLESS, "Fisher")]
+    for name, kind in (("random", "random"), ("shuffled", "shuffled"), ("LCA", "parameters")):
+        if kind in projections:
+            orders = ("first",) if name == "LCA" else _orders(projections[kind])
+            found.append(Source(name, projections[kind], orders))
+    return found
+
+
+def _orders(projections: xr.Dataset) -> tuple[str, ...]:
+    return tuple(order for order in CHOICES["order"] if order in available_readings(projections))
+
+
+def cluster_every_way(
+    projections: Mapping[str, xr.Dataset], settings: ClusteringSettings, folder: Path, n_jobs: int = -1
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Cluster every kind of trajectory by every combination of the choices.
+
+    Args:
+        projections: by basis; ``hessian`` at least. Other bases may have fewer checkpoints.
+        settings: of the clustering, for what the choices leave alone.
+        folder: for the results of each vector; those that lie there are not computed again.
+        n_jobs: processes.
+
+    Returns:
+        One row per cluster: ``CLUSTERED``, ``vector``, ``cluster``, and of its tokens ``tokens``, ``carries``,
+        ``inside`` (carries in ``CARRY_PLACES``), ``thousands`` (carries in the 1000s), ``start`` and ``end`` (mean
+        steps at which the sharpest drop starts and ends). And one row per source, order, variant and vector: tokens
+        ``kept``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cadence = int(projections["hessian"]["step"][1])
+    jobs = [(source, vector) for source in sources(projections) for vector in source.vectors()]
+    files = [folder / f"{source.name.replace(' ', '-')}-{vector}" for source, vector in jobs]
+    joblib.Parallel(n_jobs=n_jobs)(
+        joblib.delayed(_cluster_vector)(_at(source, vector), vector, cadence, settings, file)
+        for (source, vector), file in zip(jobs, files, strict=True)
+        if not file.with_suffix(".kept.csv").exists()
+    )
+    parts = {
+        suffix: [pd.read_csv(file.with_suffix(suffix), keep_default_na=False) for file in files]
+        for suffix in (".clusters.csv", ".kept.csv")
+    }
+    clusters, kept = (pd.concat(tables, ignore_index=True) for tables in parts.values())
+    return clusters, kept
+
+
+def _at(source: Source, vector: int) -> Source:
+    """The source along one vector alone, in memory."""
+    chosen = source.projections.isel(vector=[0]) if vector == 0 else source.projections.sel(vector=[vector])
+    return source._replace(projections=chosen.load())
+
+
+def _cluster_vector(source: Source, vector: int, cadence: int, settings: ClusteringSettings, file: Path) -> None:
+    """Cluster the curves of one vector by every combination, and write what the clusters are made of."""
+    settings = settings.resolved(source.projections.sizes["token"], source.projections["step"].values)
+    clusters, kept = [], []
+    for order, variant in itertools.product(source.orders, CHOICES["variant"]):
+        level, keep, starts, ends = _curves(source, order, variant, cadence, settings)
+        kept.append({"source": source.name, "order": order, "variant": variant, "vector": vector, "kept": keep.sum()})
+        if keep.sum() < settings.min_cluster_size:
+            continue
+        sizes = _min_samples(variant, source, len(keep), int(keep.sum()), settings)
+        values = np.diff(level, axis=1) if variant == "per interval" else level
+        carry, place = (source.projections[name].values[keep] for name in ("carry", "place"))
+        inside, thousands = carry & np.isin(place, CARRY_PLACES), carry & (place == "1000s")
+        about = dict(zip(_COUNTED, (np.ones(len(carry)), carry, inside, thousands, starts, ends), strict=True))
+        for scaling in CHOICES["scaling"]:
+            if variant == "per interval" and scaling == "unit":
+                continue
+            labels = hdbscan_labels(rescale(values, scaling), settings.min_cluster_size, sizes.values())
+            for (name, size), selection in itertools.product(sizes.items(), CHOICES["selection"]):
+                inside = labels[size, selection] + 1  # the first bin is that of outliers
+                sums = {column: np.bincount(inside, values)[1:] for column, values in about.items()}
+                key = (source.name, order, scaling, name, selection, variant, vector)
+                clusters += [(*key, number, *row) for number, row in enumerate(zip(*sums.values(), strict=True), 1)]
+    table = pd.DataFrame(clusters, columns=[*CLUSTERED, "vector", "cluster", *_COUNTED])
+    table[["start", "end"]] = table[["start", "end"]].div(table["tokens"], axis=0)
+    table.to_csv(file.with_suffix(".clusters.csv"), index=False, float_format="%.6g")
+    pd.DataFrame(kept).to_csv(file.with_suffix(".kept.csv"), index=False)
+
+
+def _curves(source: Source, order: str, variant: str, cadence: int, settings: ClusteringSettings) -> Curves:
+    """Cumulated curves of a source along one vector, and which of its tokens are clustered."""
+    projections, window = source.projections, settings.breakthrough_window
+    steps = projections["step"].values
+    if variant == "every fifth":
+        factor = max(1, 5 * cadence // int(steps[1] - steps[0]))
+        projections = decomposition.coarsen(projections, factor)
+        window = -(-window // (5 * cadence)) * 5 * cadence  # the next multiple of the cadence
+    elif variant == "early":
+        projections = projections.isel(step=steps <= steps[-1] * 2 / 5)
+    loss = projections["loss"]
+    if source.name == "exact loss":
+        level = loss
+    elif source.name == "change in loss":
+        level = loss - loss.isel(step=0, drop=True)
+    elif source.name == "Fisher":
+        rates = decomposition.fisher(projections).isel(step=slice(0, -1))
+        level = decomposition.accumulate(rates, projections["step"])
+    else:
+        level = trajectories(projections, order)
+    settings = settings.model_copy(update={"falls_by": "trend" if variant == "trend" else "final"})
+    if "vector" in level.dims:
+        level = level.isel(vector=0)
+    settings = settings.model_copy(update={"scaling": "raw"})
+    keep, values, _ = clustering.candidates(level, settings, source.name != "Fisher")
+    starts, ends = (breakthrough_step(sign * level, window).values[keep] for sign in (1, -1))
+    return Curves(values, keep, starts, ends)
+
+
+def _min_samples(variant: str, source: Source, tokens: int, kept: int, settings: ClusteringSettings) -> dict[str, int]:
+    """``min_samples`` of HDBSCAN by its name in ``CHOICES``."""
+    sizes = {}
+    for name in CHOICES["min_samples"] if variant == "plain" or source.orders == ("",) else FEWER:
+        base, _, divisor = name.partition("/")
+        of = {"kept": kept, "all": tokens, "size": settings.min_cluster_size}[base]
+        sizes[name] = max(1, of // int(divisor or 1))
+    return sizes
+
+
+def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int, hidden_after: int) -> pd.DataFrame:
+    """What the paper prints about a kind of trajectory, for every clustering and both rules.
+
+    Args:
+        clusters, kept: from :func:`cluster_every_way`.
+        tokens: how many are decomposed.
+        hidden_after: tau, in steps.
+
+    Returns:
+        By ``CLUSTERED`` and ``rule``: ``homogeneity``, ``recall`` and ``f1`` of the three purest clusters, at most one
+        for a vector; ``clusters``; ``hidden``, the share of them whose mean breakthrough is after tau; ``dropped``, the
+        share of tokens that rise along the vectors that are clustered; ``vector 2``, its largest homogeneity; ``vector
+        3``, its largest share of carries in the 1000s. A clustering without clusters has no row.
+    """
+    key = list(CLUSTERED)
+    clustered = clusters.groupby([*key, "vector"])["carries"].transform("sum")
+    share = clusters["carries"] / clusters["tokens"]
+    table = clusters.assign(
+        homogeneity=share,
+        recall=clusters["carries"] / clustered.clip(lower=1),
+        f1=2 * clusters["carries"] / (clusters["tokens"] + clustered),
+        hidden=clusters["start"] > hidden_after,
+        in_1000s=clusters["thousands"] / clusters["tokens"],
+    )
+    every = table.groupby(key).agg(clusters=("tokens", "size"), hidden=("hidden", "mean"))
+    third = table[table["vector"] == 3].groupby(key)["in_1000s"].max().rename("vector 3")
+    dropped = kept[kept["kept"] > 0].groupby(["source", "order", "variant"])["kept"].mean()
+    parts = {}
+    for rule in CHOICES["rule"]:
+        counted = table if rule == "v1" else table[table["inside"] > 0.85 * table["carries"]]
+        counted = counted.sort_values(["homogeneity", "tokens"], ascending=False, kind="stable")
+        best = counted.drop_duplicates([*key, "vector"])
+        best = best.assign(rank=best.groupby(key).cumcount() + 1)
+        second = best[best["vector"] == 2].set_index(key)["homogeneity"].rename("vector 2")
+        wide = best[best["rank"] <= 3].pivot(index=key, columns="rank", values=["homogeneity", "recall", "f1"])
+        wide.columns = [f"{measure} {rank}" for measure, rank in wide.columns]
+        wide = wide.reindex(columns=[f"{m} {rank}" for m in ("homogeneity", "recall", "f1") for rank in (1, 2, 3)])
+        parts[rule] = every.join([wide, second, third])
+    measured = pd.concat(parts, names=["rule"]).reset_index()
+    return measured.merge((1 - dropped / tokens).rename("dropped").reset_index(), how="left")
+
+
+def clusterings(study: Study) -> pd.DataFrame:
+    """:func:`measure_clusterings` of a study, by all its bases."""
+    settings = study.run.settings.clustering
+    folder = study.run.folder / f"clusterings-{study.run.keys['projection'].removeprefix('projection-')}"
+    clusters, kept = cluster_every_way(study.projections, settings, folder)
+    return measure_clusterings(clusters, kept, study.main.sizes["token"], study.hidden_after)
