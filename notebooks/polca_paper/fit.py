@@ -69,14 +69,14 @@ def printed_numbers() -> pd.DataFrame:
     return pd.read_csv(PAPER / "printed.csv")
 
 
-def all_readings(orders: Iterable[str] = CHOICES["order"]) -> pd.DataFrame:
-    """Every reading with one of ``orders``, a row each, with the names of ``CHOICES`` as columns."""
+def all_readings() -> pd.DataFrame:
+    """Every reading, a row each, with the names of ``CHOICES`` as columns."""
     table = pd.DataFrame(itertools.product(*CHOICES.values()), columns=list(CHOICES))
     plain = table["variant"] == "plain"
     allowed = plain | table["min_samples"].isin(FEWER)
     # A change per interval has no final value to be scaled by.
     allowed &= (table["variant"] != "per interval") | (table["scaling"] != "unit")
-    return table[allowed & table["order"].isin(list(orders))].reset_index(drop=True)
+    return table[allowed].reset_index(drop=True)
 
 
 def numbers(readings: pd.DataFrame, studies: Iterable[SavedStudy]) -> pd.DataFrame:
@@ -86,7 +86,8 @@ def numbers(readings: pd.DataFrame, studies: Iterable[SavedStudy]) -> pd.DataFra
 
     Args:
         readings: from :func:`all_readings`.
-        studies: of one training run, with table ``clusterings``; a kind of curve is taken from the first that has it.
+        studies: of one training run, with table ``clusterings``; a kind of curve is taken from the first that has it,
+            what compares orders from the first.
     """
     studies = list(studies)
     measured = pd.concat([study.table("clusterings") for study in studies], ignore_index=True)
@@ -97,14 +98,14 @@ def numbers(readings: pd.DataFrame, studies: Iterable[SavedStudy]) -> pd.DataFra
     columns = {}
     for row in printed_numbers().itertuples():
         if row.group == "second order":
-            columns[row.number] = _second_order(readings, studies, row.measure)
+            columns[row.number] = _second_order(readings, studies[0], row.measure)
             continue
         name = row.measure if np.isnan(row.rank) else f"{row.measure} {row.rank:.0f}"
         keys = _clustering_of(readings, row.source)
         values = measured[name].reindex(pd.MultiIndex.from_frame(keys)).to_numpy()
         run = np.array([pair in has for pair in zip(keys["source"], keys["order"], strict=True)])
-        missed = np.where(np.isnan(values), 0 if name == "clusters" else np.inf, values)
-        columns[row.number] = np.where(run, missed, np.nan)
+        measured_or_missed = np.where(np.isnan(values), 0 if name == "clusters" else np.inf, values)
+        columns[row.number] = np.where(run, measured_or_missed, np.nan)
     return pd.DataFrame(columns, index=readings.index)
 
 
@@ -126,17 +127,16 @@ def _clustering_of(readings: pd.DataFrame, source: str) -> pd.DataFrame:
     return keys
 
 
-def _second_order(readings: pd.DataFrame, studies: list[SavedStudy], measure: str) -> np.ndarray:
+def _second_order(readings: pd.DataFrame, study: SavedStudy, measure: str) -> np.ndarray:
     """Table 5, or the error of the second-order term. First order has neither."""
-    found = {}
-    for study in studies[:1]:
-        if measure == "RMSE" and study.has("second_order_term"):
-            found = study.table("second_order_term").set_index("term")["rmse"].to_dict()
-        elif measure != "RMSE" and study.has("agreement"):
-            table = study.table("agreement")
-            table = table[table["cadence"] == table["cadence"].min()].set_index("order")
-            found = (1 - table["cosine"] if measure == "1 - cosine" else table["l2"]).to_dict()
-    return readings["order"].map({**found, "first": np.inf}).to_numpy(float)
+    by_order: dict[str, float] = {}
+    if measure == "RMSE" and study.has("second_order_term"):
+        by_order = study.table("second_order_term").set_index("term")["rmse"].to_dict()
+    elif measure != "RMSE" and study.has("agreement"):
+        table = study.table("agreement")
+        table = table[table["cadence"] == table["cadence"].min()].set_index("order")
+        by_order = (1 - table["cosine"] if measure == "1 - cosine" else table["l2"]).to_dict()
+    return readings["order"].map({**by_order, "first": np.inf}).to_numpy(float)
 
 
 def errors(ours: pd.DataFrame, printed: pd.DataFrame) -> Float[np.ndarray, "reading number"]:
@@ -156,8 +156,8 @@ def errors(ours: pd.DataFrame, printed: pd.DataFrame) -> Float[np.ndarray, "read
 
 
 def distance(
-    errors: Float[np.ndarray, "*draw reading number"], printed: pd.DataFrame, half: str = "AB"
-) -> Float[np.ndarray, "*draw reading"]:
+    errors: Float[np.ndarray, "reading number"], printed: pd.DataFrame, half: str = "AB"
+) -> Float[np.ndarray, " reading"]:
     """Mean error over the groups of printed numbers, of the mean error over the numbers of a group that were run.
 
     A group is a row of the paper's tables, or the hidden fractions, the counts of clusters, ...: each counts the same.
@@ -166,7 +166,7 @@ def distance(
     groups = [np.flatnonzero(chosen & (printed["group"] == group).to_numpy()) for group in printed["group"].unique()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a group of which nothing was run
-        return np.nanmean([np.nanmean(errors[..., group], axis=-1) for group in groups if len(group)], axis=0)
+        return np.nanmean([np.nanmean(errors[:, group], axis=1) for group in groups if len(group)], axis=0)
 
 
 def score(readings: pd.DataFrame, ours: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFrame:

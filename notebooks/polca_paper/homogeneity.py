@@ -10,8 +10,8 @@ from polca_lib.method.breakthroughs import mark_hidden
 from polca_lib.method.clustering import DROPPED, by_vector, cluster_tokens
 from polca_lib.method.settings import ClusteringSettings
 
-CARRY_PLACES = ("10s", "100s")
-"""v3 counts a cluster only if over 85% of its carries lie in these places; v1 counts every cluster."""
+CARRY_PLACES, IN_PLACES = ("10s", "100s"), 0.85
+"""v3 counts a cluster only if over this share of its carries lies in these places; v1 counts every cluster."""
 
 
 def homogeneity_table(labels: xr.DataArray) -> pd.DataFrame:
@@ -45,7 +45,7 @@ def homogeneity_table(labels: xr.DataArray) -> pd.DataFrame:
         }
         parts.append(pd.DataFrame(table, numbers))
     table = pd.concat(parts, ignore_index=True)
-    return table.assign(counts_v3=table["in_places"] > 0.85)
+    return table.assign(counts_v3=table["in_places"] > IN_PLACES)
 
 
 def base_rate(labels: xr.DataArray) -> float:

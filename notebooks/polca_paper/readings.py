@@ -24,12 +24,12 @@ from sklearn.metrics.pairwise import euclidean_distances
 from polca_lib.method import clustering, decomposition
 from polca_lib.method.breakthroughs import breakthrough_step
 from polca_lib.method.settings import ClusteringSettings
+from polca_lib.storage.artefacts import write_atomically
 from polca_paper.fit import CHOICES, CLUSTERED, FEWER, VECTORLESS
-from polca_paper.homogeneity import CARRY_PLACES
-from polca_paper.significance import available_readings, trajectories
-from polca_paper.study import Study
+from polca_paper.homogeneity import CARRY_PLACES, IN_PLACES
+from polca_paper.significance import available_readings, cadence, trajectories
 
-_COUNTED = ("tokens", "carries", "inside", "thousands", "start", "end")
+_COUNTED = ("tokens", "carries", "inside", "thousands", "start")
 
 
 class Curves(NamedTuple):
@@ -38,7 +38,6 @@ class Curves(NamedTuple):
     values: Float[np.ndarray, "token step"]
     keep: Bool[np.ndarray, " token"]
     starts: Float[np.ndarray, " token"]  # step at which the sharpest drop starts
-    ends: Float[np.ndarray, " token"]
 
 
 def rescale(values: Float[np.ndarray, "token step"], scaling: str) -> Float[np.ndarray, "token step"]:
@@ -129,7 +128,7 @@ def cluster_every_way(
     Args:
         projections: by basis; ``hessian`` at least. Other bases may have fewer checkpoints.
         settings: of the clustering, for what the choices leave alone.
-        folder: for the results of each vector; those that lie there are not computed again.
+        folder: of these projections and settings alone: results of vectors that lie there are not computed again.
         n_jobs: processes.
 
     Returns:
@@ -139,11 +138,11 @@ def cluster_every_way(
         ``kept``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    cadence = int(projections["hessian"]["step"][1])
+    finest = cadence(projections["hessian"])
     jobs = [(source, vector) for source in sources(projections) for vector in source.vectors()]
     files = [folder / f"{source.name.replace(' ', '-')}-{vector}" for source, vector in jobs]
     joblib.Parallel(n_jobs=n_jobs)(
-        joblib.delayed(_cluster_vector)(_at(source, vector), vector, cadence, settings, file)
+        joblib.delayed(_cluster_vector)(_at(source, vector), vector, finest, settings, file)
         for (source, vector), file in zip(jobs, files, strict=True)
         if not file.with_suffix(".kept.csv").exists()
     )
@@ -161,43 +160,44 @@ def _at(source: Source, vector: int) -> Source:
     return source._replace(projections=chosen.load())
 
 
-def _cluster_vector(source: Source, vector: int, cadence: int, settings: ClusteringSettings, file: Path) -> None:
+def _cluster_vector(source: Source, vector: int, finest: int, settings: ClusteringSettings, file: Path) -> None:
     """Cluster the curves of one vector by every combination, and write what the clusters are made of."""
     settings = settings.resolved(source.projections.sizes["token"], source.projections["step"].values)
     clusters, kept = [], []
     for order, variant in itertools.product(source.orders, CHOICES["variant"]):
-        level, keep, starts, ends = _curves(source, order, variant, cadence, settings)
+        level, keep, starts = _curves(source, order, variant, finest, settings)
         kept.append({"source": source.name, "order": order, "variant": variant, "vector": vector, "kept": keep.sum()})
         if keep.sum() < settings.min_cluster_size:
             continue
         sizes = _min_samples(variant, source, len(keep), int(keep.sum()), settings)
-        values = np.diff(level, axis=1) if variant == "per interval" else level
+        curves = np.diff(level, axis=1) if variant == "per interval" else level
         carry, place = (source.projections[name].values[keep] for name in ("carry", "place"))
         inside, thousands = carry & np.isin(place, CARRY_PLACES), carry & (place == "1000s")
-        about = dict(zip(_COUNTED, (np.ones(len(carry)), carry, inside, thousands, starts, ends), strict=True))
+        counted = dict(zip(_COUNTED, (np.ones(len(carry)), carry, inside, thousands, starts), strict=True))
         for scaling in CHOICES["scaling"]:
             if variant == "per interval" and scaling == "unit":
                 continue
-            labels = hdbscan_labels(rescale(values, scaling), settings.min_cluster_size, sizes.values())
+            labels = hdbscan_labels(rescale(curves, scaling), settings.min_cluster_size, sizes.values())
             for (name, size), selection in itertools.product(sizes.items(), CHOICES["selection"]):
-                inside = labels[size, selection] + 1  # the first bin is that of outliers
-                sums = {column: np.bincount(inside, values)[1:] for column, values in about.items()}
+                bins = labels[size, selection] + 1  # the first is that of outliers
+                sums = {column: np.bincount(bins, values)[1:] for column, values in counted.items()}
                 key = (source.name, order, scaling, name, selection, variant, vector)
                 clusters += [(*key, number, *row) for number, row in enumerate(zip(*sums.values(), strict=True), 1)]
     table = pd.DataFrame(clusters, columns=[*CLUSTERED, "vector", "cluster", *_COUNTED])
-    table[["start", "end"]] = table[["start", "end"]].div(table["tokens"], axis=0)
-    table.to_csv(file.with_suffix(".clusters.csv"), index=False, float_format="%.6g")
-    pd.DataFrame(kept).to_csv(file.with_suffix(".kept.csv"), index=False)
+    table["start"] /= table["tokens"]
+    # The second file says that both are whole.
+    for suffix, rows in ((".clusters.csv", table), (".kept.csv", pd.DataFrame(kept))):
+        write_atomically(file.with_suffix(suffix), rows.to_csv(index=False, float_format="%.6g").encode())
 
 
-def _curves(source: Source, order: str, variant: str, cadence: int, settings: ClusteringSettings) -> Curves:
+def _curves(source: Source, order: str, variant: str, finest: int, settings: ClusteringSettings) -> Curves:
     """Cumulated curves of a source along one vector, and which of its tokens are clustered."""
     projections, window = source.projections, settings.breakthrough_window
     steps = projections["step"].values
     if variant == "every fifth":
-        factor = max(1, 5 * cadence // int(steps[1] - steps[0]))
-        projections = decomposition.coarsen(projections, factor)
-        window = -(-window // (5 * cadence)) * 5 * cadence  # the next multiple of the cadence
+        coarse = 5 * finest
+        projections = decomposition.coarsen(projections, max(1, coarse // cadence(projections)))
+        window = -(-window // coarse) * coarse  # the next multiple of the cadence
     elif variant == "early":
         projections = projections.isel(step=steps <= steps[-1] * 2 / 5)
     loss = projections["loss"]
@@ -210,13 +210,11 @@ def _curves(source: Source, order: str, variant: str, cadence: int, settings: Cl
         level = decomposition.accumulate(rates, projections["step"])
     else:
         level = trajectories(projections, order)
-    settings = settings.model_copy(update={"falls_by": "trend" if variant == "trend" else "final"})
     if "vector" in level.dims:
         level = level.isel(vector=0)
-    settings = settings.model_copy(update={"scaling": "raw"})
-    keep, values, _ = clustering.candidates(level, settings, source.name != "Fisher")
-    starts, ends = (breakthrough_step(sign * level, window).values[keep] for sign in (1, -1))
-    return Curves(values, keep, starts, ends)
+    update = {"falls_by": "trend" if variant == "trend" else "final", "scaling": "raw"}
+    keep, values, _ = clustering.candidates(level, settings.model_copy(update=update), source.name != "Fisher")
+    return Curves(values, keep, breakthrough_step(level, window).values[keep])
 
 
 def _min_samples(variant: str, source: Source, tokens: int, kept: int, settings: ClusteringSettings) -> dict[str, int]:
@@ -258,7 +256,7 @@ def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int,
     dropped = kept[kept["kept"] > 0].groupby(["source", "order", "variant"])["kept"].mean()
     parts = {}
     for rule in CHOICES["rule"]:
-        counted = table if rule == "v1" else table[table["inside"] > 0.85 * table["carries"]]
+        counted = table if rule == "v1" else table[table["inside"] > IN_PLACES * table["carries"]]
         counted = counted.sort_values(["homogeneity", "tokens"], ascending=False, kind="stable")
         best = counted.drop_duplicates([*key, "vector"])
         best = best.assign(rank=best.groupby(key).cumcount() + 1)
@@ -269,11 +267,3 @@ def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int,
         parts[rule] = every.join([wide, second, third])
     measured = pd.concat(parts, names=["rule"]).reset_index()
     return measured.merge((1 - dropped / tokens).rename("dropped").reset_index(), how="left")
-
-
-def clusterings(study: Study) -> pd.DataFrame:
-    """:func:`measure_clusterings` of a study, by all its bases."""
-    settings = study.run.settings.clustering
-    folder = study.run.folder / f"clusterings-{study.run.keys['projection'].removeprefix('projection-')}"
-    clusters, kept = cluster_every_way(study.projections, settings, folder)
-    return measure_clusterings(clusters, kept, study.main.sizes["token"], study.hidden_after)

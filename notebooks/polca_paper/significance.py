@@ -23,7 +23,7 @@ from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, candidates,
 from polca_lib.method.decomposition import available_orders, coarsen, projected_loss
 from polca_lib.method.settings import ClusteringSettings, Scaling
 from polca_paper.fit import SUMMED
-from polca_paper.homogeneity import CARRY_PLACES, base_rate, homogeneity_table, most_homogeneous
+from polca_paper.homogeneity import CARRY_PLACES, IN_PLACES, base_rate, homogeneity_table, most_homogeneous
 
 OVER = 0.9
 """Homogeneity that a cluster must pass to be called a carry cluster; the paper's three best do."""
@@ -73,7 +73,7 @@ def permutation_null(
     for tokens in groups.groupby(groups).indices.values():
         carries[1:, tokens] = rng.permuted(np.tile(carry[tokens], (draws, 1)), axis=1)
     hits = carries @ members
-    counts_v3 = (carries * np.isin(each["place"].values, CARRY_PLACES)) @ members > 0.85 * hits
+    counts_v3 = (carries * np.isin(each["place"].values, CARRY_PLACES)) @ members > IN_PLACES * hits
     share = hits / np.maximum(members.sum(axis=0), 1)
     rules = {}
     for rule, counted in (("v1", share), ("v3", np.where(counts_v3, share, 0))):

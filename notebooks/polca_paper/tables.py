@@ -17,8 +17,9 @@ from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, composition
 from polca_lib.method.settings import ClusteringSettings, Scaling
 from polca_lib.tasks.arithmetic import SKILLS
 from polca_lib.tasks.settings import RunSettings
+from polca_paper.fit import printed_numbers
 from polca_paper.homogeneity import base_rate, cluster_breakthroughs, most_homogeneous
-from polca_paper.saved_study import PAPER, ROOT
+from polca_paper.saved_study import ROOT
 
 
 def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
@@ -150,8 +151,12 @@ def settings_table(settings: RunSettings) -> pd.DataFrame:
 
 
 def paper_strategies() -> pd.DataFrame:
-    """What the paper prints for each strategy (its Table 3 in v1 and v3), by name."""
-    return pd.read_csv(PAPER / "strategies.csv", index_col="strategy")
+    """What the paper prints for each strategy and basis (its Tables 3 and 4 in v1 and v3), by name."""
+    printed = printed_numbers().replace({"source": {"POLCA": "POLCA second"}})
+    measures = printed[printed["measure"].isin(["homogeneity", "recall", "f1", "hidden"])]
+    columns = measures["measure"] + measures["rank"].map("_{:.0f}".format, na_action="ignore").fillna("")
+    table = measures.assign(column=columns).pivot(index="source", columns="column", values="printed")
+    return table.loc[measures["source"].unique(), columns.unique()]
 
 
 def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:

@@ -37,7 +37,6 @@ def test_readings_leave_out_what_means_nothing():
     assert not table.duplicated().any()
     assert not ((table["variant"] == "per interval") & (table["scaling"] == "unit")).any()
     assert (table == pd.Series(fit.PLAIN_TEXT)).all(axis=1).sum() == 1
-    assert set(fit.all_readings(["first"])["order"]) == {"first"}
 
 
 def test_errors_are_squares_of_tolerances_up_to_three():
