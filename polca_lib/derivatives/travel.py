@@ -20,6 +20,7 @@ class PicklerWithoutWeights(cloudpickle.Pickler):
         self._trainable = {id(p) for p in trainable}
 
     def reducer_override(self, value: Any) -> Any:
+        """How ``value`` is pickled: parameters as shapes, parametrized modules by the class that torch began with."""
         if id(value) in self._trainable:
             return _empty_parameter, (tuple(value.shape), value.dtype)
         if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
