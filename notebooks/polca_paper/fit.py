@@ -41,7 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """
 
 FEWER = ("kept/15", "kept/60", "size")
-"""Values of ``min_samples`` in readings that are not plain."""
+"""Values of ``min_samples`` in readings that are not plain. Their order is the first."""
 
 CLUSTERED = ("source", "order", "scaling", "min_samples", "selection", "variant")
 """What identifies a clustering. Readings that differ in other choices alone share it."""
@@ -73,7 +73,7 @@ def all_readings() -> pd.DataFrame:
     """Every reading, a row each, with the names of ``CHOICES`` as columns."""
     table = pd.DataFrame(itertools.product(*CHOICES.values()), columns=list(CHOICES))
     plain = table["variant"] == "plain"
-    allowed = plain | table["min_samples"].isin(FEWER)
+    allowed = plain | (table["min_samples"].isin(FEWER) & (table["order"] == "first"))
     # A change per interval has no final value to be scaled by.
     allowed &= (table["variant"] != "per interval") | (table["scaling"] != "unit")
     return table[allowed].reset_index(drop=True)
