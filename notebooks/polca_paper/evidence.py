@@ -173,7 +173,7 @@ def clusterings(study: Study) -> pd.DataFrame:
     name = hash_json(settings.model_dump(mode="json"))[:8]
     runs = {kind: study.on_basis(kind) for kind in kinds}
     folders = {kind: run.folder / f"clusterings-{run.keys['projection']}-{name}" for kind, run in runs.items()}
-    clusters, kept = cluster_every_way({kind: study.projections[kind] for kind in kinds}, settings, folders)
+    clusters, kept = cluster_every_way({kind: study.projections[kind].load() for kind in kinds}, settings, folders)
     return measure_clusterings(clusters, kept, study.main.sizes["token"], study.hidden_after)
 
 
