@@ -21,12 +21,13 @@ from polca_lib.method import clustering, decomposition
 from polca_lib.method.breakthroughs import breakthrough_step
 from polca_lib.method.settings import ClusteringSettings
 from polca_lib.storage.artefacts import write_atomically
+from polca_lib.tasks.arithmetic import PLACES
 from polca_paper.fit import CHOICES, CLUSTERED, FEWER, VECTORLESS
 from polca_paper.homogeneity import CARRY_PLACES, IN_PLACES
 from polca_paper.significance import available_readings, cadence, trajectories
 
 _FEWEST = 5  # checkpoints of a curve that is clustered
-_COUNTED = ("tokens", "carries", "inside", "thousands", "start")
+_COUNTED = ("tokens", "carries", "inside", "thousands", "start", *PLACES)
 
 
 class Curves(NamedTuple):
@@ -100,9 +101,9 @@ def cluster_every_way(
 
     Returns:
         One row per cluster: ``CLUSTERED``, ``vector``, ``cluster``, and of its tokens ``tokens``, ``carries``,
-        ``inside`` (carries in ``CARRY_PLACES``), ``thousands`` (carries in the 1000s), ``start`` and ``end`` (mean
-        steps at which the sharpest drop starts and ends). And one row per source, order, variant and vector: tokens
-        ``kept``.
+        ``inside`` (carries in ``CARRY_PLACES``), ``thousands`` (carries in the 1000s), ``start`` (mean step at which
+        the sharpest drop starts), and how many are of each place. And one row per source, order, variant and vector:
+        tokens ``kept``.
     """
     finest = cadence(projections["hessian"])
     jobs = [(source, vector) for source in sources(projections) for vector in source.vectors()]
@@ -145,7 +146,9 @@ def _cluster_vector(source: Source, vector: int, finest: int, settings: Clusteri
         level = np.diff(level, axis=1) if variant == "per interval" else level
         carry, place = (source.projections[name].values[keep] for name in ("carry", "place"))
         inside, thousands = carry & np.isin(place, CARRY_PLACES), carry & (place == "1000s")
-        counted = dict(zip(_COUNTED, (np.ones(len(carry)), carry, inside, thousands, starts), strict=True))
+        at_places = [place == name for name in PLACES]
+        values = (np.ones(len(carry)), carry, inside, thousands, starts, *at_places)
+        counted = dict(zip(_COUNTED, values, strict=True))
         for scaling in CHOICES["scaling"]:
             if variant == "per interval" and scaling == "unit":
                 continue
@@ -215,8 +218,10 @@ def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int,
     Returns:
         By ``CLUSTERED`` and ``rule``: ``homogeneity``, ``recall`` and ``f1`` of the three purest clusters, at most one
         for a vector; ``clusters``; ``hidden``, the share of them whose mean breakthrough is after tau; ``dropped``, the
-        share of tokens that rise along the vectors that are clustered; ``vector 2``, its largest homogeneity; ``vector
-        3``, its largest share of carries in the 1000s. A clustering without clusters has no row.
+        share of tokens that rise along the vectors that are clustered; ``digits``, the share of the clustered tokens of
+        vector 1, or of curves without a vector, that are of the most frequent place of their cluster, if it is not the
+        same place in all; ``vector 2``, its largest homogeneity; ``vector 3``, its largest share of carries in the
+        1000s. A clustering without clusters has no row.
     """
     key = list(CLUSTERED)
     clustered = clusters.groupby([*key, "vector"])["carries"].transform("sum")
@@ -230,6 +235,11 @@ def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int,
     )
     every = table.groupby(key).agg(clusters=("tokens", "size"), hidden=("hidden", "mean"))
     third = table[table["vector"] == 3].groupby(key)["in_1000s"].max().rename("vector 3")
+    first = table[table["vector"] <= 1].assign(
+        top=table[list(PLACES)].max(axis=1), place=table[list(PLACES)].idxmax(axis=1)
+    )
+    sums = first.groupby(key).agg(top=("top", "sum"), tokens=("tokens", "sum"), places=("place", "nunique"))
+    digits = (sums["top"] / sums["tokens"]).where(sums["places"] > 1, 0).rename("digits")
     dropped = kept[kept["kept"] > 0].groupby(["source", "order", "variant"])["kept"].mean()
     parts = {}
     for rule in CHOICES["rule"]:
@@ -241,6 +251,6 @@ def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int,
         wide = best[best["rank"] <= 3].pivot(index=key, columns="rank", values=["homogeneity", "recall", "f1"])
         wide.columns = [f"{measure} {rank}" for measure, rank in wide.columns]
         wide = wide.reindex(columns=[f"{m} {rank}" for m in ("homogeneity", "recall", "f1") for rank in (1, 2, 3)])
-        parts[rule] = every.join([wide, second, third])
+        parts[rule] = every.join([wide, digits, second, third])
     measured = pd.concat(parts, names=["rule"]).reset_index()
     return measured.merge((1 - dropped / tokens).rename("dropped").reset_index(), how="left")
