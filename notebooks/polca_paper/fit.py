@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -90,15 +90,12 @@ def numbers(readings: pd.DataFrame, studies: Iterable[SavedStudy]) -> pd.DataFra
             what compares orders from the first.
     """
     studies = list(studies)
-    measured = pd.concat([study.table("clusterings") for study in studies], ignore_index=True)
-    owner = measured.groupby("source")["study"].transform("first")
-    measured = measured[measured["study"] == owner].fillna({"order": ""})
-    has = set(zip(measured["source"], measured["order"], strict=True))
-    measured = measured.set_index([*CLUSTERED, "rule"])
+    measured = _measured(studies)
+    has = {key[:2] for key in measured.index}
     columns = {}
     for row in printed_numbers().itertuples():
         if row.group == "second order":
-            columns[row.number] = _second_order(readings, studies[0], row.measure)
+            columns[row.number] = _second_order(readings, studies, row.measure)
             continue
         name = row.measure if np.isnan(row.rank) else f"{row.measure} {row.rank:.0f}"
         keys = _clustering_of(readings, row.source)
@@ -107,6 +104,23 @@ def numbers(readings: pd.DataFrame, studies: Iterable[SavedStudy]) -> pd.DataFra
         measured_or_missed = np.where(np.isnan(values), 0 if name == "clusters" else np.inf, values)
         columns[row.number] = np.where(run, measured_or_missed, np.nan)
     return pd.DataFrame(columns, index=readings.index)
+
+
+def clustering_of(reading: Mapping[str, str], studies: Iterable[SavedStudy], source: str) -> pd.Series | None:
+    """The row of table ``clusterings`` that a reading means for a kind of curve; none if it was not run."""
+    measured = _measured(studies)
+    key = tuple(_clustering_of(pd.DataFrame([reading]), source).iloc[0])
+    if key[:2] not in {row[:2] for row in measured.index}:
+        return None
+    return measured.loc[key] if key in measured.index else pd.Series({"clusters": 0}).reindex(measured.columns)
+
+
+def _measured(studies: Iterable[SavedStudy]) -> pd.DataFrame:
+    """Tables ``clusterings`` of several studies as one. An order of a kind of curve is from the first that has it."""
+    tables = [study.table("clusterings") for study in studies if study.has("clusterings")]
+    measured = pd.concat(tables, ignore_index=True).fillna({"order": ""})
+    owner = measured.groupby(["source", "order"])["study"].transform("first")
+    return measured[measured["study"] == owner].set_index([*CLUSTERED, "rule"])
 
 
 def _clustering_of(readings: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -127,13 +141,15 @@ def _clustering_of(readings: pd.DataFrame, source: str) -> pd.DataFrame:
     return keys
 
 
-def _second_order(readings: pd.DataFrame, study: SavedStudy, measure: str) -> np.ndarray:
+def _second_order(readings: pd.DataFrame, studies: Iterable[SavedStudy], measure: str) -> np.ndarray:
     """Table 5, or the error of the second-order term. First order has neither."""
     by_order: dict[str, float] = {}
-    if measure == "RMSE" and study.has("second_order_term"):
-        by_order = study.table("second_order_term").set_index("term")["rmse"].to_dict()
-    elif measure != "RMSE" and study.has("agreement"):
-        table = study.table("agreement")
+    name = "second_order_term" if measure == "RMSE" else "agreement"
+    study = next((study for study in studies if study.has(name)), None)
+    if study is not None and measure == "RMSE":
+        by_order = study.table(name).set_index("term")["rmse"].to_dict()
+    elif study is not None:
+        table = study.table(name)
         table = table[table["cadence"] == table["cadence"].min()].set_index("order")
         by_order = (1 - table["cosine"] if measure == "1 - cosine" else table["l2"]).to_dict()
     return readings["order"].map({**by_order, "first": np.inf}).to_numpy(float)
