@@ -1,7 +1,7 @@
 """One page of the book: figures, tables, and prose with computed numbers.
 
-All of it is output of cells, as HTML or Markdown. So a notebook reads the same in the book, in Jupyter and on Colab, and
-what a page says is what its cells computed.
+All of it is output of cells, as HTML or Markdown. So a notebook reads the same in the book, in Jupyter and on Colab,
+and what a page says is what its cells computed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import html
 import io
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,10 +20,10 @@ from matplotlib.figure import Figure
 
 from polca_paper import figures, tables
 
-NOTHING = "–"
+NOTHING = "\N{EN DASH}"
 """What stands where there is no number."""
 
-LONG = 16  # rows; a longer table is folded
+LONG = 12  # rows; a longer table is folded
 WIDE = 4  # columns; a wider table becomes a list of cards on a phone
 
 _VERDICTS = {
@@ -55,10 +54,15 @@ class Page:
         figures.use_style()
 
     def text(self, template: str, **numbers: object) -> None:
-        """Show Markdown; each ``{name:format}`` is replaced by a number, and "none" stands for one that is missing."""
+        """Show Markdown with numbers, and keep them, see :meth:`save`.
+
+        Args:
+            template: as for ``str.format``, of ``numbers`` and all that the page has kept; "none" stands for missing
+                ones. Braces of formulas are doubled.
+        """
         self.save(**numbers)
-        values = {name: _Missing() if _is_missing(value) else value for name, value in numbers.items()}
-        display(Markdown(template.format(**values) if numbers else template))
+        values = {name: _Missing() if _is_missing(value) else value for name, value in self.numbers.items()}
+        display(Markdown(template.format(**values)))
 
     def in_short(self, template: str, **numbers: object) -> None:
         """Show the box that a page begins with: its result in two to four sentences. See :meth:`text`."""
@@ -71,8 +75,9 @@ class Page:
             ValueError: a name has another value already.
         """
         for name, value in numbers.items():
+            value = value.item() if isinstance(value, np.generic) else value
             if name in self.numbers and repr(self.numbers[name]) != repr(value):
-                raise ValueError(f"{name} = {self.numbers[name]!r} is on this page already; give {value!r} another name")
+                raise ValueError(f"{name} = {self.numbers[name]!r} was there before; give {value!r} another name")
             self.numbers[name] = value
 
     def figure(self, figure: Figure, name: str, caption: str, alt: str) -> None:
@@ -87,9 +92,11 @@ class Page:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
         plt.close(figure)
-        # Hundredths of a point are enough, and make files a third smaller.
-        svg = re.sub(r"(\.\d\d)\d+", r"\1", buffer.getvalue().partition("<svg")[2])
-        data = base64.b64encode(("<svg" + svg).encode()).decode()
+        # Hundredths of a point are enough for a path, and make files a third smaller.
+        start = buffer.getvalue().index("<svg")
+        paths = re.compile(r' d="[^"]+"')
+        svg = paths.sub(lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), buffer.getvalue()[start:])
+        data = base64.b64encode(svg.encode()).decode()
         image = f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
         self._show("Figure", name, f'<div class="polca-scroll">{image}</div>', caption)
 
@@ -128,10 +135,13 @@ class Page:
         data = base64.b64encode(rows.to_csv(index=False).encode()).decode()
         link = f' <a class="csv" download="{name}.csv" href="data:text/csv;base64,{data}">CSV</a>'
         fold = len(rows) >= LONG if fold is None else fold
-        self._show("Table", name, f'<div class="polca-scroll">{table}</div>', caption, link, len(rows) if fold else None)
+        content = f'<div class="polca-scroll">{table}</div>'
+        if rows.empty:
+            content, link, fold = "<p>There is no row.</p>", "", False
+        self._show("Table", name, content, caption, link, len(rows) if fold else None)
 
     def _show(self, kind: str, name: str, content: str, caption: str, more: str = "", rows: int | None = None) -> None:
-        """Show a figure or a table with its number and caption, the caption of a table first; fold one with ``rows``."""
+        """Show a figure or a table with its number and caption; fold one whose number of ``rows`` is given."""
         self._counts[kind] += 1
         text = f"<strong>{kind} {self._counts[kind]}.</strong> {_inline(caption)}{more}"
         if rows is not None:
@@ -143,8 +153,8 @@ class Page:
             content = f"<figcaption>{text}</figcaption>{content}"
         display(HTML(f'<figure class="polca" id="{name}">{content}</figure>'))
 
-    def provenance(self, made_by: pd.DataFrame, studies: Iterable[object] = ()) -> Path:
-        """End the page: what made it, folded, and its numbers in ``results/<preset>/<name>.json``.
+    def provenance(self, made_by: pd.DataFrame, studies: Iterable[object] = ()) -> None:
+        """End the page with what made it, folded; write its numbers to ``results/<preset>/<name>.json``.
 
         Args:
             made_by: from :meth:`polca_lib.analysis.analysis.Analysis.provenance`.
@@ -157,12 +167,13 @@ class Page:
             for title, part in parts.items()
         )
         check = (
-            f"To check the page: <code>pytest --nbval notebooks/{self.name}.ipynb</code>, after <code>make runs</code>. "
-            "On one machine all numbers agree. Elsewhere last digits and small clusters may differ."
+            "To check the page, run <code>make runs</code>, then "
+            f"<code>pytest --nbval notebooks/{self.name}.ipynb</code>. "
+            "On one machine all numbers agree. On another, last digits and small clusters may differ."
         )
         summary = "<summary>What made this page, and how to check it</summary>"
         display(HTML(f'<details class="polca provenance">{summary}<p>{check}</p>{body}</details>'))
-        return tables.save_results(self.preset, self.name, self.numbers, made_by)
+        tables.save_results(self.preset, self.name, self.numbers, made_by)
 
 
 class _Missing:
@@ -195,7 +206,7 @@ def _cell(value: object, spec: str | None) -> str:
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, int | float | np.number):
-        return number(value) if spec is None else format(value, spec).replace("-", "−", 1)
+        return number(value) if spec is None else format(value, spec).replace("-", "\N{MINUS SIGN}", 1)
     text = _inline(str(value))
     colour = _VERDICTS.get(str(value))
     return f'<span class="verdict" style="border-left:0.35em solid {colour}">{text}</span>' if colour else text
@@ -204,9 +215,9 @@ def _cell(value: object, spec: str | None) -> str:
 def number(value: float) -> str:
     """Three significant digits without an exponent where that is short, with one where it is not."""
     if value and not 1e-4 <= abs(value) < 1e7:
-        return f"{value:.1e}".replace("-", "−")
+        return f"{value:.1e}".replace("-", "\N{MINUS SIGN}")
     digits = 3 if value == 0 else max(0, 2 - int(np.floor(np.log10(abs(value)))))
-    return f"{value:,.{digits}f}".replace("-", "−")
+    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _inline(text: str) -> str:

@@ -21,6 +21,22 @@ from polca_paper.fit import printed_numbers
 from polca_paper.homogeneity import base_rate, cluster_breakthroughs, most_homogeneous
 from polca_paper.saved_study import ROOT
 
+CLUSTER_HEADERS = {
+    "vector": "direction",
+    "cluster": "cluster",
+    "tokens": "tokens",
+    "homogeneity": "carry share",
+    "recall": "recall",
+    "f1": "F1",
+    "in_places": "carries in 10s, 100s",
+    "counts_v3": "counts (v3)",
+    "breakthrough": "drop starts (step)",
+    "hidden": "hidden",
+}
+"""Columns of :func:`polca_paper.homogeneity.cluster_breakthroughs`, in a reader's words."""
+
+CLUSTER_FORMATS = dict.fromkeys(("homogeneity", "recall", "f1", "in_places"), ".2f") | {"breakthrough": ",.0f"}
+
 
 def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
     """Quartiles and mean of the loss over the tokens of each skill and of each place (Figures 7 and 8).
