@@ -160,7 +160,10 @@ OVERFLOW = """() => {
     !element.closest(hidden) && !element.closest('.polca-scroll') && element.getBoundingClientRect().right > width + 1);
   const scrolled = [...document.querySelectorAll('.bd-article .polca-scroll:has(table)')].filter(element =>
     !element.closest(hidden) && element.scrollWidth > element.clientWidth + 1);
-  const name = element => (element.closest('figure') || {}).id || `${element.tagName} ${element.textContent.slice(0, 40)}`;
+  const name = element => {
+    const figure = element.closest('figure');
+    return figure ? figure.id : `${element.tagName} ${element.textContent.slice(0, 40)}`;
+  };
   const names = [...wide, ...scrolled].map(name);
   return document.documentElement.scrollWidth > width + 1 ? ['the page itself', ...names] : names;
 }"""
