@@ -21,6 +21,22 @@ from polca_paper.fit import printed_numbers
 from polca_paper.homogeneity import base_rate, cluster_breakthroughs, most_homogeneous
 from polca_paper.saved_study import ROOT
 
+CLUSTER_HEADERS = {
+    "vector": "direction",
+    "cluster": "cluster",
+    "tokens": "tokens",
+    "homogeneity": "carry share",
+    "recall": "recall",
+    "f1": "F1",
+    "in_places": "carries in 10s, 100s",
+    "counts_v3": "counts (v3)",
+    "breakthrough": "drop starts (step)",
+    "hidden": "hidden",
+}
+"""Columns of :func:`polca_paper.homogeneity.cluster_breakthroughs`, in a reader's words."""
+
+CLUSTER_FORMATS = dict.fromkeys(("homogeneity", "recall", "f1", "in_places"), ".2f") | {"breakthrough": ",.0f"}
+
 
 def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
     """Quartiles and mean of the loss over the tokens of each skill and of each place (Figures 7 and 8).
@@ -129,7 +145,7 @@ def spread(rows: pd.DataFrame, index: str, columns: str, values: str) -> pd.Data
 
 
 def spread_text(values: pd.Series) -> str:
-    """Median and range of the values of several studies, and how many have one if not all do. Empty if none does."""
+    """Median and range of the values of several studies, and how many have one if not all do. Empty if none has one."""
     numbers = values.dropna()
     if numbers.empty:
         return ""
@@ -137,17 +153,43 @@ def spread_text(values: pd.Series) -> str:
     return f"{numbers.median():.3f} [{numbers.min():.3f}, {numbers.max():.3f}]{some}"
 
 
+# Settings that the paper prints, and those that it prints for one task only. All others are our choices.
+_PRINTED = {
+    "data": ["validation_examples", "hessian_examples"],
+    "model": ["n_layers", "d_model", "n_heads", "d_mlp"],
+    "training": ["steps", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "betas", "checkpoint_every"],
+    "basis": ["kind", "k"],
+    "clustering": ["order", "min_cluster_size", "min_samples_divisor"],
+}
+_PRINTED_FOR = {
+    "addition": ["basis.every", "clustering.breakthrough_window", "clustering.hidden_after"],
+    "wikipedia": ["model.n_ctx", "model.d_vocab", "basis.n_vectors"],
+}
+
+
 def settings_table(settings: RunSettings) -> pd.DataFrame:
-    """Every setting of a run beside that of its task's preset ``paper``, a row each."""
+    """Every setting of a run, a row each.
+
+    Returns:
+        ``this run``; ``paper``, what the paper prints (None where it is silent); ``preset paper``, what this project
+        takes at the paper's scale.
+    """
     paper = RunSettings.from_preset("paper", task=settings.task)
     sections = ["data", "model", "training", "basis", "projection", "clustering"]
     sections += ["corpus"] if settings.task == "wikipedia" else []
-    rows = {
-        f"{section}.{name}": {"this run": str(value), "paper": str(getattr(getattr(paper, section), name))}
-        for section in sections
-        for name, value in getattr(settings, section)
-    }
-    return pd.DataFrame(rows).T
+    printed = {f"{section}.{field}" for section, fields in _PRINTED.items() for field in fields}
+    printed |= {*_PRINTED_FOR.get(settings.task, ())}
+    rows = {}
+    for section in sections:
+        for field, value in getattr(settings, section):
+            name, ours, of_preset = f"{section}.{field}", value, getattr(getattr(paper, section), field)
+            shown = [None if v is None else str(v) for v in (ours, of_preset)]
+            rows[name] = {
+                "this run": shown[0],
+                "paper": shown[1] if name in printed else None,
+                "preset paper": shown[1],
+            }
+    return pd.DataFrame(rows).T.rename_axis("setting")
 
 
 def paper_strategies() -> pd.DataFrame:
@@ -160,12 +202,14 @@ def paper_strategies() -> pd.DataFrame:
 
 
 def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
-    """Our numbers and the paper's in turn, both by v3's rule; rows as in ``ours``, NaN where the paper has none."""
+    """Our numbers and the paper's by turns, both by v3's rule: ``homogeneity``, ``homogeneity, paper`` and so on."""
     paper = paper_strategies().reindex(ours.index)
     pairs = {}
-    for measure in ("homogeneity", "recall", "f1"):
-        pairs[measure, "ours"], pairs[measure, "paper"] = ours[f"{measure}_v3_1"], paper[f"{measure}_1"]
-    pairs["hidden", "ours"], pairs["hidden", "paper"] = ours["hidden"], paper["hidden"]
+    for measure, mine, theirs in (
+        *((name, f"{name}_v3_1", f"{name}_1") for name in ("homogeneity", "recall", "f1")),
+        ("hidden", "hidden", "hidden"),
+    ):
+        pairs |= {measure: ours[mine], f"{measure}, paper": paper[theirs]}
     return pd.DataFrame(pairs)
 
 

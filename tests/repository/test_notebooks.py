@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_prose import NOT_YET, overflows
 
 ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
@@ -50,10 +52,32 @@ def test_every_page_is_built_and_shows_its_numbers(book):
     assert "smoke, 0, cpu" in (book / "html" / "book" / "index.html").read_text()
 
 
-def test_figures_stand_in_the_pages_with_captions(book):
+def test_figures_and_tables_stand_in_the_pages_with_captions_and_in_files(book):
     html = (book / "html" / "notebooks" / "05_polca.html").read_text()
-    assert html.count("<figcaption>") == 2
+    assert html.count("<strong>Figure ") == 2
     assert 'id="fig-polca-clusters"' in html
+    files = re.findall(r'="(\.\./_images/\w+\.(?:svg|csv))"', html)
+    assert len(files) > 4
+    assert all((book / "html" / "notebooks" / file).exists() for file in files)
+
+
+def test_pages_are_light_and_load_nothing_that_they_do_not_use(book):
+    for page in (book / "html").rglob("*.html"):
+        html = page.read_text()
+        assert len(html) < 1.5e6, page.name
+        assert "fontawesome" not in html.lower(), page.name
+        assert "thebe" not in html.lower(), page.name
+        assert "data:image/svg" not in html, page.name
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_no_page_is_wider_than_the_window(book, browser, width):
+    pages = [
+        path for path in (book / "html").glob("*/*.html") if path.stem not in {name.split(".")[0] for name in NOT_YET}
+    ]
+    wide = {page.stem: found for page in pages if (found := overflows(browser, page, width))}
+    assert len(pages) > 2
+    assert not wide
 
 
 @pytest.mark.parametrize("name", NAMES)
