@@ -26,7 +26,7 @@ NOTHING = "\N{EN DASH}"
 LONG = 12  # rows; a longer table is folded
 WIDE = 4  # columns; a wider table becomes a list of cards on a phone
 
-_VERDICTS = {
+VERDICTS = {
     "reproduced": "#009E73",
     "stronger here": "#0072B2",
     "partly": "#E69F00",
@@ -208,7 +208,7 @@ def _cell(value: object, spec: str | None) -> str:
     if isinstance(value, int | float | np.number):
         return number(value) if spec is None else format(value, spec).replace("-", "\N{MINUS SIGN}", 1)
     text = _inline(str(value))
-    colour = _VERDICTS.get(str(value))
+    colour = VERDICTS.get(str(value))
     return f'<span class="verdict" style="border-left:0.35em solid {colour}">{text}</span>' if colour else text
 
 
