@@ -24,7 +24,7 @@ NOTHING = "\N{EN DASH}"
 """What stands where there is no number."""
 
 LONG = 12  # rows; a longer table is folded
-WIDE = 4  # columns; a wider table becomes a list of cards on a phone
+WIDE = 3  # columns; a wider table becomes a list of cards on a phone
 
 _VERDICTS = {
     "reproduced": "#009E73",
