@@ -90,7 +90,7 @@ class Page:
             alt: what is seen, for those who cannot see it.
         """
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", bbox_inches="tight", facecolor="white", dpi=150, metadata={"Date": None})
         plt.close(figure)
         # Hundredths of a point are enough for a path, and make files a third smaller.
         start = buffer.getvalue().index("<svg")

@@ -65,7 +65,7 @@ def sentences(text):
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     lines = [line.lstrip("> ").rstrip() for line in text.splitlines()]
     # A heading, a row of a table, or a line of a directive ends a paragraph, and so does the start of an item.
-    lines = ["" if re.match(r"[#|]|:{3,}|`{3,}|\(.*\)=$", line) else line for line in lines]
+    lines = ["" if re.match(r"[#|<]|:{3,}|`{3,}|\(.*\)=$", line) else line for line in lines]
     lines = ["\n\n" + line if re.match(r"[-*+] |\d+\. |\*\*", line) else line for line in lines]
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         plain = ABBREVIATIONS.sub(lambda match: match[0].replace(".", ""), " ".join(paragraph.split()))
