@@ -61,9 +61,9 @@ def failures(records: pd.DataFrame) -> pd.DataFrame:
 def times(records: pd.DataFrame, label: str, scale: float = 1.0) -> Figure:
     """Median times of all contenders with the range of all repeats, one panel a setting, on a log scale."""
     settings = list(records["setting"].unique())
-    heights = [(records["setting"] == setting).sum() + 2.5 for setting in settings]
+    heights = [(records["setting"] == setting).sum() + 3 for setting in settings]
     ratios = {"height_ratios": heights, "sharex": True}
-    figure, panels = plt.subplots(len(settings), 1, figsize=(8, 0.28 * sum(heights)), squeeze=False, **ratios)
+    figure, panels = plt.subplots(len(settings), 1, figsize=(8, 0.3 * sum(heights)), squeeze=False, **ratios)
     for setting, axes in zip(settings, panels[:, 0], strict=True):
         rows = records[records["setting"] == setting]
         for position, row in enumerate(rows.itertuples()):

@@ -206,8 +206,11 @@ def _cell(value: object, spec: str | None) -> str:
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, int | float | np.number):
-        return number(value) if spec is None else format(value, spec).replace("-", "\N{MINUS SIGN}", 1)
+        text = number(value) if spec is None else format(value, spec)
+        text = text.lstrip("-") if not re.search("[1-9]", text) else text  # no minus before a zero
+        return text.replace("-", "\N{MINUS SIGN}")
     text = _inline(str(value))
+    text = f'<span class="short">{text}</span>' if len(str(value)) < 13 else text
     colour = _VERDICTS.get(str(value))
     return f'<span class="verdict" style="border-left:0.35em solid {colour}">{text}</span>' if colour else text
 
@@ -215,9 +218,9 @@ def _cell(value: object, spec: str | None) -> str:
 def number(value: float) -> str:
     """Three significant digits without an exponent where that is short, with one where it is not."""
     if value and not 1e-4 <= abs(value) < 1e7:
-        return f"{value:.1e}".replace("-", "\N{MINUS SIGN}")
+        return f"{value:.1e}"
     digits = 3 if value == 0 else max(0, 2 - int(np.floor(np.log10(abs(value)))))
-    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:,.{digits}f}"
 
 
 def _inline(text: str) -> str:
