@@ -120,7 +120,7 @@ class Page:
             fold: show the table on a click only; whether it is long, if not given.
         """
         rows = frame.reset_index() if frame.index.names != [None] else frame
-        headers = headers or {str(column): str(column) for column in rows}
+        headers = headers or {column: str(column) for column in rows}
         rows = rows[list(headers)]
         cells = {column: _cells(rows[column], (formats or {}).get(column)) for column in headers}
         sides = {column: ' class="number"' if _is_number(rows[column]) else "" for column in headers}
