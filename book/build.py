@@ -112,7 +112,9 @@ def build_pages(preset: str, source: Path, target: Path) -> None:
     subprocess.run(command, check=True, env={**os.environ, "POLCA_BOOK_RESULTS": str(results.resolve())})
     shutil.rmtree(target, ignore_errors=True)
     shutil.move(source.parent / "_build" / "html", target)
-    for page in target.rglob("*.html"):
+    for report in results.glob("*.html"):  # that a notebook made, and its page links
+        shutil.copy(report, target / "_static")
+    for page in (page for page in target.rglob("*.html") if "_static" not in page.parts):
         page.write_text(lighten(page.read_text(encoding="utf-8"), page.parent, target), encoding="utf-8")
     print(f"\nThe book is at {target / 'index.html'}")
 

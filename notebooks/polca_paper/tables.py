@@ -213,21 +213,26 @@ def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(pairs)
 
 
+def results_folder(preset: str) -> Path:
+    """Where results of a preset go: below ``POLCA_RESULTS`` if set, else below ``results`` of the checkout."""
+    folder = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def save_results(preset: str, notebook: str, numbers: Mapping[str, object], provenance: pd.DataFrame) -> Path:
     """Write every number a notebook shows to ``results/<preset>/<notebook>.json``, which the book's prose reads.
 
     Args:
-        preset, notebook: names; the folder is ``POLCA_RESULTS`` if set, else ``results`` of the checkout.
+        preset, notebook: names, see :func:`results_folder`.
         numbers: numbers, texts, series, tables and dictionaries of them by name; tables become records.
         provenance: of the run, from :meth:`polca_lib.tasks.run.Run.provenance`.
 
     Returns:
         Path of the file.
     """
-    folder = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
-    folder.mkdir(parents=True, exist_ok=True)
     plain = {**_plain(dict(numbers)), "provenance": provenance["value"].to_dict()}
-    file = folder / f"{notebook}.json"
+    file = results_folder(preset) / f"{notebook}.json"
     file.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return file
 
