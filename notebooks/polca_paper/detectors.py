@@ -7,8 +7,9 @@ can be measured against it. A rule sees one window of tokens, also those after t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,9 @@ from polca_paper.tagging import SPACE
 
 PHRASE = 8
 """Words of a phrase at most; what stands further from its comma is no longer counted."""
+
+FEWEST = 20
+"""Tokens of a set at least, for a verdict about it."""
 
 _FIRST = 5  # words of a sentence-initial phrase at most
 _NOUNS = ("NOUN", "PROPN")
@@ -305,3 +309,23 @@ def detect(texts: np.ndarray, tags: np.ndarray, tokens: pd.DataFrame) -> pd.Data
     return pd.DataFrame(
         {name: np.stack([rule(window) for window in windows])[places] for name, (_, rule) in DETECTORS.items()}
     )
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Whether a cluster of the paper is found; the rule was fixed before any table was looked at.
+
+    - ``found``: half of the best cluster is of this kind (precision), at least twice its share of the kept tokens
+      (lift), more than chance gives to as many clusters (p at most 0.01), and more than the text of the tokens gives
+      (p_text at most 0.01), unless the text decides (free is 0).
+    - ``partly``: a quarter of the cluster, twice its share, more than chance.
+    - ``not``: anything else; ``too few``: the sample has fewer than 20 tokens of this kind.
+
+    Args:
+        row: of :func:`polca_paper.english.paper_clusters`.
+    """
+    if row["known"] < FEWEST:
+        return "too few"
+    if not (row["precision"] >= 0.25 and row["lift"] >= 2 and row["p"] <= 0.01):
+        return "not"
+    beyond_text = row["free"] == 0 or row["p_text"] <= 0.01
+    return "found" if row["precision"] >= 0.5 and beyond_text else "partly"

@@ -7,7 +7,7 @@ rule must find, and only that.
 import numpy as np
 import pandas as pd
 import pytest
-from polca_paper.detectors import DETECTORS, Window, detect
+from polca_paper.detectors import DETECTORS, Window, detect, verdict
 
 from polca_lib.tasks.tokenization import PAD
 
@@ -137,3 +137,24 @@ def test_tags_of_another_shape_and_tokens_without_places_are_refused():
         detect(texts[None], tags[None, :1], pd.DataFrame())
     with pytest.raises(ValueError, match="tokens have no column example, position; allowed: a table of the run's"):
         detect(texts[None], tags[None], pd.DataFrame())
+
+
+FOUND = {"known": 50, "precision": 0.5, "lift": 2.0, "p": 0.01, "p_text": 0.01, "free": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "found"),
+        ({"free": 0, "p_text": 1.0}, "found"),
+        ({"p_text": 0.02}, "partly"),
+        ({"precision": 0.49}, "partly"),
+        ({"precision": 0.24}, "not"),
+        ({"precision": float("nan"), "lift": float("nan")}, "not"),
+        ({"lift": 1.9}, "not"),
+        ({"p": 0.02}, "not"),
+        ({"known": 19}, "too few"),
+    ],
+)
+def test_the_verdict_follows_its_rule(change, expected):
+    assert verdict({**FOUND, **change}) == expected
