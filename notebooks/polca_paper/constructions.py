@@ -216,7 +216,7 @@ def best_found(
     group: Sequence[object] | None = None,
     *,
     clusters: pd.DataFrame | None = None,
-    draws: int = 300,
+    draws: int = 199,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The cluster that finds each known set of tokens best, by F1 over all tokens, and what chance gives.
@@ -260,12 +260,13 @@ def best_found(
     def pick(scores: np.ndarray) -> np.ndarray:
         if clusters is None:
             return scores.max(axis=1, initial=0)
-        return np.where(judged >= 0, scores[np.arange(len(scores)), judged], 0) if len(found) else judged * 0.0
+        return np.where(judged >= 0, scores[np.arange(len(scores)), judged], 0) if found else judged * 0.0
 
     scores = f1(sets)
-    best = np.where(scores.max(axis=1, initial=0) > 0, scores.argmax(axis=1) if len(found) else -1, -1)
+    best = np.where(scores.max(axis=1, initial=0) > 0, scores.argmax(axis=1) if found else -1, -1)
     best, observed = (best if clusters is None else judged), pick(scores)
-    null = np.array([pick(f1(sets[order])) for order in _permutations(group, draws, seed)])
+    orders = _permutations(group, draws, seed)
+    null = np.array([pick(f1(sets[order])) for order in orders]) if found else np.zeros((draws, len(total)))
     share = pd.DataFrame(sets).groupby(group).transform("mean").to_numpy()
     rows = []
     for i, (name, chosen) in enumerate(zip(known.columns, best, strict=True)):
@@ -338,7 +339,7 @@ def cluster_readings(
 
 
 def judge_reading(
-    labels: xr.DataArray, known: pd.DataFrame, group: Sequence[object], first: Bool[np.ndarray, " token"], draws: int = 300
+    labels: xr.DataArray, known: pd.DataFrame, group: Sequence[object], first: Bool[np.ndarray, " token"], draws: int = 199
 ) -> dict[str, object]:
     """How many known sets the clusters find beyond ``group``, on one half of the tokens and on the other.
 

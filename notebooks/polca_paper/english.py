@@ -24,6 +24,7 @@ from polca_lib.report.contexts import NEAREST, nearest
 from polca_lib.report.explorer import Explorer
 from polca_lib.tasks.language import Wikipedia
 from polca_lib.tasks.run import Run
+from polca_lib.tasks.tokenization import PAD
 from polca_paper import labeling, tables
 from polca_paper.constructions import (
     adjusted_rand,
@@ -44,7 +45,7 @@ from polca_paper.tagging import load_pipeline, preceding_tags, tag_windows
 if TYPE_CHECKING:
     import spacy
 
-SHOWN = ("POLCA second, raw", "POLCA first, unit", "POLCA first, zscore", "exact loss, raw", "change in loss, zscore")
+SHOWN = ("POLCA second, raw", "POLCA first, unit", "POLCA first, zscore", "exact loss, raw")
 """Kinds of trajectory whose clusters are kept with curves and contexts."""
 
 COMPARED = (
@@ -171,9 +172,14 @@ class LanguageStudy(Study):
 
     @cached_property
     def before(self) -> np.ndarray:
-        """Text of each token and of the one before it."""
-        tokens, texts = self.run.tokens, self.run.task.texts
-        return texts[tokens["example"], tokens["position"] - 1] + "|" + tokens["text"].to_numpy()
+        """Text of the token before each token."""
+        tokens = self.run.tokens
+        return self.run.task.texts[tokens["example"], tokens["position"] - 1]
+
+    @property
+    def pair(self) -> np.ndarray:
+        """Text of each token with the one before it."""
+        return self.before + "|" + self.run.tokens["text"].to_numpy()
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
@@ -192,8 +198,13 @@ class LanguageStudy(Study):
         """One row per cluster of every kind of trajectory, with its label, how much that says, and its breakthrough."""
         window, texts = self.run.settings.clustering.breakthrough_window, self.run.tokens["text"].tolist()
 
+        construction = {"construction": self.what.astype(object)} if self.by == "construction" else {}
+        columns = labeling.phrases(texts, self.before, self.tags, **construction)
+        sets = {name: self.paper_sets[name].to_numpy() for name in self.paper_sets}
+
         def table(kind: Kind) -> pd.DataFrame:
             clusters = labeling.label_clusters(kind.labels, self.tags, texts)
+            clusters = clusters.join(labeling.written_labels(kind.labels, columns, sets))
             return breakthroughs.mark_hidden(clusters, kind.labels, kind.curves, window, self.hidden_after)
 
         return _of_each_kind(self.kinds, table)
@@ -307,13 +318,13 @@ def choices(study: LanguageStudy) -> pd.DataFrame:
     order = np.random.default_rng(settings.seed).permutation(windows.max() + 1)
     first = np.isin(windows, order[: len(order) // 2])
 
-    before, clustering = study.before, settings.clustering
+    pair, clustering = study.pair, settings.clustering
 
     def judged(basis: str, trajectory: str, scaling: Scaling, curves: xr.DataArray, falling: bool) -> list[dict]:
         labels = cluster_readings(curves, clustering, scaling, only_falling=falling)
         key = {"basis": basis, "trajectory": trajectory, "scaling": scaling}
         return [
-            {**key, "way": way, "min_samples_divisor": divisor, **judge_reading(each, known, before, first)}
+            {**key, "way": way, "min_samples_divisor": divisor, **judge_reading(each, known, pair, first)}
             for (way, divisor), each in labels.items()
         ]
 
@@ -371,7 +382,7 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
     asked = ambiguous(text, what, group)
     told = {
         name: (majority_recall(key, what, group), majority_recall(key[asked], what[asked], group[asked]))
-        for name, key in (("token", text), ("token and the one before", study.before))
+        for name, key in (("token", text), ("token and the one before", study.pair))
     }
     for name, kind in study.kinds.items():
         if kind.scaling == "raw":
@@ -433,9 +444,14 @@ def explorer_of(
     if kind not in SHOWN:
         raise ValueError(f"kind = {kind!r} has no curves kept; allowed: {', '.join(SHOWN)}")
     clusters, contexts, pairs = (table[table["kind"] == kind] for table in (clusters, contexts, pairs))
+    # What the search reads, too: tags, and the most frequent tokens.
+    named = {"about": "tags " + clusters["label"] + "; tokens " + clusters["top_tokens"]}
+    named["padding"] = clusters["top_tokens"].str.startswith(f"'{PAD}'") & (clusters["top_token_share"] > 0.5)
+    if "name" in clusters:  # older studies have no written labels
+        named |= {"label": clusters["name"], "simple": clusters["named"]}
     return Explorer(
         summary.sel(kind=kind, vector=sorted(clusters["vector"].unique())),
-        clusters.assign(mirrors=breakthroughs.named_mirrors(clusters, pairs)),
+        clusters.assign(**named, mirrors=breakthroughs.named_mirrors(clusters, pairs)),
         contexts,
         hidden_after=summary.attrs.get("hidden_after"),
         **texts,
