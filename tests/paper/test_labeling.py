@@ -611,3 +611,23 @@ def test_agreement_is_over_clustered_tokens_and_empty_where_there_is_one_cluster
 def test_constructions_that_are_not_one_per_token_are_refused(function):
     with pytest.raises(ValueError, match="construction has 2 rows; allowed: 11"):
         function(labelled(CLUSTER), ["a", "b"])
+
+
+def test_a_label_is_written_from_texts_and_tags_of_two_tokens_and_from_sets():
+    n = 60
+    texts, before = np.full(n, " x", object), np.full(n, " y", object)
+    texts[:30], before[:20] = ",", ")"
+    tags = tag_table(["PUNCT"] * 30 + ["NOUN"] * 30, ["PUNCT"] * 20 + ["VERB"] * 40)
+    labels = labelled([1] * 20 + [OUTLIER] * 40)
+    columns = labeling.phrases(texts, before, tags, construction=np.full(n, "list", object))
+    (row,) = labeling.written_labels(labels, columns, {}).to_dict("records")
+    assert row == {"name": "“,” after “)”, 100% of the cluster, nowhere else", "named": True}
+    sets = {"comma after a bracket": np.arange(n) < 20}
+    assert labeling.written_labels(labels, columns, sets)["name"][0].startswith("comma after a bracket, 100%")
+    # A noun after a verb is told by tags, where texts are all different.
+    texts = np.array([f" w{i}" for i in range(n)], object)
+    tags = tag_table(["NOUN"] * 20 + ["NOUN"] * 20 + ["VERB"] * 20, ["VERB"] * 20 + ["DET"] * 40)
+    (row,) = labeling.written_labels(labels, labeling.phrases(texts, texts, tags), {}).to_dict("records")
+    assert row["name"] == "noun after verb, 100% of the cluster, nowhere else"
+    (row,) = labeling.written_labels(labelled([1] * n), columns, {}).to_dict("records")
+    assert (row["named"], row["name"]) == (False, "mixed: list 100%")
