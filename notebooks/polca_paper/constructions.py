@@ -324,7 +324,9 @@ def cluster_readings(
         falling = each[is_decreasing(each.mean("token"), settings.falls_by).values]
         if len(falling):
             keep = clustering.candidates(falling.sum("vector"), settings, only_falling)[0]
-            parts = [clustering.scale(v.transpose("token", "step").values[keep].astype(float), scaling) for v in falling]
+            parts = [
+                clustering.scale(v.transpose("token", "step").values[keep].astype(float), scaling) for v in falling
+            ]
             jobs.append(("joint", 0, keep, np.concatenate(parts, axis=1)))
     labels = {key: ways[key[0]].copy() for key in itertools.product(ways, DIVISORS)}
     for way, row, keep, values in jobs:
@@ -339,7 +341,11 @@ def cluster_readings(
 
 
 def judge_reading(
-    labels: xr.DataArray, known: pd.DataFrame, group: Sequence[object], first: Bool[np.ndarray, " token"], draws: int = 199
+    labels: xr.DataArray,
+    known: pd.DataFrame,
+    group: Sequence[object],
+    first: Bool[np.ndarray, " token"],
+    draws: int = 199,
 ) -> dict[str, object]:
     """How many known sets the clusters find beyond ``group``, on one half of the tokens and on the other.
 

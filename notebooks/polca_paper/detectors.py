@@ -26,7 +26,9 @@ FEWEST = 20
 
 _FIRST = 5  # words of a sentence-initial phrase at most
 _NOUNS = ("NOUN", "PROPN")
-_IN_NAME = frozenset("de la le les du des del della di da do dos el los las al bin ibn van von der den zu und y e".split())
+_IN_NAME = frozenset(
+    "de la le les du des del della di da do dos el los las al bin ibn van von der den zu und y e".split()
+)
 _ABBREVIATIONS = frozenset("mr mrs ms dr prof st no vs etc jr sr gen col sgt capt lt rev hon ca fig vol ed eds".split())
 _END = re.compile(r"[.!?][\"'”’)\]]*$")
 
@@ -182,7 +184,7 @@ def _after_commas(window: Window) -> tuple[Mask, Mask]:
         closed = phrase.stop < len(window) and not window.pad[phrase.stop]
         following = tags[phrase.stop + 1] if phrase.stop + 1 < len(window) else ""
         listed = following == "CCONJ" or (comma and earlier)
-        named = tags[i - 1] in _NOUNS or window.shown[i - 1][-1:] in tuple(")\"”")
+        named = tags[i - 1] in _NOUNS or window.shown[i - 1][-1:] in tuple(')"”')
         # An item of a list is followed by further items: a comma, and a phrase with a conjunction.
         if closed and phrase.stop in window.commas:
             rest = window.phrase(phrase.stop + 1)
@@ -215,7 +217,9 @@ def foreign_proper_noun(window: Window) -> Mask:
     foreign if a letter of it is not in ASCII, or if it has such a particle or a word tagged as foreign.
     """
     found, i = np.zeros(len(window), bool), 0
-    named = np.array([tag == "PROPN" or (tag == "X" and w[:1].isupper()) for tag, w in zip(window.tags, window.words, strict=True)])
+    named = np.array(
+        [tag == "PROPN" or (tag == "X" and w[:1].isupper()) for tag, w in zip(window.tags, window.words, strict=True)]
+    )
     particle = np.array([word in _IN_NAME for word in window.words])
     while i < len(window):
         if not named[i]:
