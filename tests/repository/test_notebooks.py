@@ -44,7 +44,14 @@ def book(place, env):
 
 
 def test_every_page_is_built_and_shows_its_numbers(book):
-    pages = [*(f"notebooks/{name}" for name in NAMES), "book/api", "book/glossary", "book/errata", "book/rerun", "book/references"]
+    pages = [
+        *(f"notebooks/{name}" for name in NAMES),
+        "book/api",
+        "book/glossary",
+        "book/errata",
+        "book/rerun",
+        "book/references",
+    ]
     for page in pages:
         html = (book / "html" / f"{page}.html").read_text()
         assert "{result}" not in html
