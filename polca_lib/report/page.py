@@ -61,7 +61,9 @@ def explorer(findings: Findings, *, title: str = "", note: str = "", by: str | N
     labels = labels.assign_coords(_kind=("token", kind))
     curves = summarise_clusters(findings.curves, loss, labels, scaling, "_kind")
     mirrors = named_mirrors(findings.clusters, mirrored(curves["median"]))
-    clusters = findings.clusters.assign(about=findings.clusters["made_of"], simple=findings.clusters["labelled"], mirrors=mirrors)
+    clusters = findings.clusters.assign(
+        about=findings.clusters["made_of"], simple=findings.clusters["labelled"], mirrors=mirrors
+    )
     texts = contexts(nearest(findings.curves, findings.labels, scaling), findings.projections)
     options = {"title": shown(title), "note": shown(note), "hidden_after": findings.hidden_after}
     return Explorer(curves, clusters, texts, **options)
