@@ -26,11 +26,9 @@ FEWEST = 20
 
 _FIRST = 5  # words of a sentence-initial phrase at most
 _NOUNS = ("NOUN", "PROPN")
-_IN_NAME = frozenset(
-    "de la le les du des del della di da do dos el los las al bin ibn van von der den zu und y e".split()
-)
-_ABBREVIATIONS = frozenset("mr mrs ms dr prof st no vs etc jr sr gen col sgt capt lt rev hon ca fig vol ed eds".split())
-_END = re.compile(r"[.!?][\"'”’)\]]*$")
+_IN_NAME = re.compile("al|bin|d[aeiou]|de[lnr]|della|des|dos|du|e|el|ibn|l[ae]s?|los|und|van|von|y|zu")
+_ABBREVIATION = re.compile("Capt|Col|Dr|Gen|Hon|Jr|Lt|Mrs?|Ms|Prof|Rev|Sgt|S[rt]|ca|eds?|etc|fig|no|vol|vs|[A-Z]")
+_END = re.compile("[.!?][\"'\u201d\u2019)\\]]*$")  # quotation marks may close after it
 
 
 class Window:
@@ -84,7 +82,7 @@ class Window:
             text, before = self.shown[i], self.shown[i - 1]
             if not text or self.pad[i] or self.newline[i] or self.continues[i]:
                 continue
-            opens = text[0].isupper() or text[0].isdigit() or text[0] in "\"'“‘(["
+            opens = text[0].isupper() or text[0].isdigit() or text[0] in "\"'\u201c\u2018(["
             starts[i] = self.newline[i - 1] or (opens and self.texts[i][0].isspace() and self._ends(i - 1, before))
         return starts
 
@@ -93,8 +91,7 @@ class Window:
         if not _END.search(text):
             return False
         word = self.words[i - 1] if i and not text[0].isalnum() else text.rstrip(".")
-        initial = len(word) == 1 and word.isupper()
-        return not (text == "." and (initial or word.lower() in _ABBREVIATIONS))
+        return not (text == "." and _ABBREVIATION.fullmatch(word))
 
     @cached_property
     def sentence(self) -> Int[np.ndarray, " token"]:
@@ -104,7 +101,7 @@ class Window:
     @cached_property
     def stops(self) -> Bool[np.ndarray, " token"]:
         """Tokens that end a phrase: punctuation but hyphens and quotation marks, newlines, PAD."""
-        marks = [bool(re.search(r"[,.;:!?()\[\]–—]", text)) and not text[:1].isalnum() for text in self.shown]
+        marks = [bool(re.search(r"[,.;:!?()\[\]\u2013\u2014]", text)) and not text[:1].isalnum() for text in self.shown]
         return np.array(marks) | self.newline | self.pad
 
     def phrase(self, start: int) -> range:
@@ -145,7 +142,7 @@ def comma_after_a_bracket(window: Window) -> Mask:
     found = np.zeros(len(window), bool)
     for i in window.commas:
         text = (window.shown[i - 1][-1:] if i else "") + window.shown[i]
-        found[i] = bool(re.search(r"[)\]][\"”’]?,", text))
+        found[i] = bool(re.search(r"[)\]][\"\u201d\u2019]?,", text))
     return found
 
 
@@ -172,7 +169,7 @@ def _after_commas(window: Window) -> tuple[Mask, Mask]:
     tags, earlier = window.tags, False  # whether the phrase before was opened by a comma, and no appositive
     for i in range(1, len(window) - 1):
         text, comma = window.shown[i], i in window.commas
-        if not (comma or text[-1:] in tuple(":—–(")) or not text:
+        if not (comma or text[-1:] in tuple(":\u2014\u2013(")) or not text:
             earlier = earlier and not window.stops[i]
             continue
         phrase = window.phrase(i + 1)
@@ -184,7 +181,7 @@ def _after_commas(window: Window) -> tuple[Mask, Mask]:
         closed = phrase.stop < len(window) and not window.pad[phrase.stop]
         following = tags[phrase.stop + 1] if phrase.stop + 1 < len(window) else ""
         listed = following == "CCONJ" or (comma and earlier)
-        named = tags[i - 1] in _NOUNS or window.shown[i - 1][-1:] in tuple(')"”')
+        named = tags[i - 1] in _NOUNS or window.shown[i - 1][-1:] in tuple(')"\u201d')
         # An item of a list is followed by further items: a comma, and a phrase with a conjunction.
         if closed and phrase.stop in window.commas:
             rest = window.phrase(phrase.stop + 1)
@@ -217,10 +214,9 @@ def foreign_proper_noun(window: Window) -> Mask:
     foreign if a letter of it is not in ASCII, or if it has such a particle or a word tagged as foreign.
     """
     found, i = np.zeros(len(window), bool), 0
-    named = np.array(
-        [tag == "PROPN" or (tag == "X" and w[:1].isupper()) for tag, w in zip(window.tags, window.words, strict=True)]
-    )
-    particle = np.array([word in _IN_NAME for word in window.words])
+    capital = np.array([word[:1].isupper() for word in window.words])
+    named = (window.tags == "PROPN") | ((window.tags == "X") & capital)
+    particle = np.array([bool(_IN_NAME.fullmatch(word)) for word in window.words])
     while i < len(window):
         if not named[i]:
             i += 1

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import joblib
 import numpy as np
@@ -27,18 +27,16 @@ from polca_lib.tasks.run import Run
 from polca_lib.tasks.tokenization import PAD
 from polca_paper import labeling, tables
 from polca_paper.constructions import (
-    adjusted_rand,
     ambiguous,
-    best_clusters,
     best_found,
     cluster_readings,
-    construction_table,
     judge_reading,
     knn_recall,
     majority_recall,
 )
 from polca_paper.detectors import DETECTORS, FEWEST, detect, verdict
-from polca_paper.evidence import agreement, completeness, completeness_curves, join_kinds, kept_summary
+from polca_paper.evidence import completeness, completeness_curves, join_kinds, kept_summary
+from polca_paper.fit import TABLED
 from polca_paper.study import Study
 from polca_paper.tagging import load_pipeline, preceding_tags, tag_windows
 
@@ -154,8 +152,8 @@ class LanguageStudy(Study):
         for basis, projections in self.projections.items():
             for order in decomposition.available_orders(projections):
                 curves = decomposition.projected_loss(projections.load(), order).assign_coords(loss.coords)
-                sources += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in get_args(Scaling)]
-        sources += [("", "exact loss", scaling, loss, True) for scaling in get_args(Scaling)]
+                sources += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in TABLED]
+        sources += [("", "exact loss", scaling, loss, True) for scaling in TABLED]
         # A rate that ends at zero has no unit scaling.
         return sources + [("", "change in loss", scaling, change, False) for scaling in ("raw", "zscore")]
 
@@ -291,12 +289,8 @@ def mirrored(study: LanguageStudy) -> pd.DataFrame:
 
 def constructions(study: LanguageStudy) -> pd.DataFrame:
     """The best cluster for each known construction (or part of speech), by kind of trajectory."""
-    return _of_each_kind(study.kinds, lambda kind: best_clusters(construction_table(kind.labels, study.what)))
-
-
-def rand(study: LanguageStudy) -> pd.DataFrame:
-    """Agreement of the clusters of each vector with known constructions (or parts of speech)."""
-    return _of_each_kind(study.kinds, lambda kind: adjusted_rand(kind.labels, study.what))
+    sets = pd.get_dummies(pd.Series(study.what))
+    return _of_each_kind(study.kinds, lambda kind: best_found(kind.labels, sets).drop(columns="free"))
 
 
 def choices(study: LanguageStudy) -> pd.DataFrame:
@@ -393,22 +387,6 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
     return table[["construction", "recall", "recall_like", "kind"]]
 
 
-def vectors(study: LanguageStudy) -> pd.DataFrame:
-    """One row per vector of the run's own basis and kind of trajectory: birth, eigenvalue, fall, clusters, labels."""
-
-    def table(kind: Kind) -> pd.DataFrame:
-        rows = study.main[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
-        rows["projected_loss"] = kind.curves.mean("token").isel(step=-1).values
-        rows["falls"] = study.falls(kind)
-        rows["dropped"] = (kind.labels == DROPPED).sum("token").values
-        clusters = study.labelled[study.labelled["kind"] == kind.name].groupby("vector")["simple"]
-        counted = clusters.agg(clusters="size", simple="sum").reindex(rows.index, fill_value=0)
-        return rows.join(counted).reset_index()
-
-    own = study.run.settings.basis.kind
-    return _of_each_kind({name: kind for name, kind in study.kinds.items() if kind.basis == own}, table)
-
-
 def cluster_summary(study: LanguageStudy) -> xr.Dataset:
     """Medoids, quartiles and composition of the clusters of the kinds in ``SHOWN``, and curves nearest the medoids."""
     summaries = {}
@@ -462,15 +440,12 @@ TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
     "losses": lambda study: tables.loss_quantiles(study.main["loss"], list(dict.fromkeys(["tag", study.by]))),
     "labels": lambda study: study.labelled,
     "counts": counts,
-    "vectors": vectors,
     "contexts": contexts,
     "mirrored": mirrored,
     "constructions": constructions,
-    "rand": rand,
     "neighbours": neighbours,
     "completeness": completeness,
     "completeness_curves": completeness_curves,
-    "agreement": agreement,
     "choices": choices,
     "paper_clusters": paper_clusters,
     "paper_contexts": paper_contexts,

@@ -201,6 +201,15 @@ def contexts(near: pd.DataFrame, texts: np.ndarray, tokens: pd.DataFrame) -> pd.
     )
 
 
+def marked(contexts: pd.DataFrame) -> pd.Series:
+    """Contexts as one text for a table, the target between backticks, newlines as ⏎."""
+    before, target, after = (
+        contexts[part].astype(str).str.replace("`", "'").str.replace(r"\r?\n", "⏎", regex=True)
+        for part in ("before", "target", "after")
+    )
+    return before + "`" + target + "`" + after
+
+
 def check_length(labels: xr.DataArray, values: Sequence[object] | pd.DataFrame, name: str) -> None:
     """Refuse values that are not one per token of labels."""
     n = labels.sizes["token"]

@@ -59,7 +59,7 @@ class Findings:
         """One row per cluster, hidden breakthroughs first, then by size.
 
         Columns ``vector``, ``cluster``, ``tokens`` (how many), ``fall`` (mean projected loss at the end, nats),
-        ``label`` (see :func:`polca_lib.report.labels.write_label`) and ``labelled`` (whether it says anything),
+        ``label`` (see :func:`polca_lib.report.labels.write_label`), ``labelled`` (whether the label tells it apart),
         ``told_by_loss`` (the largest F1, 2 n_both / (n_one + n_other), with a cluster of ``loss_clusters``: 1 if the
         change in loss gives the same cluster without any basis), ``made_of`` (most frequent texts, and values of the
         most distinctive column), ``breakthrough`` (mean step at which the sharpest drop starts; NaN with too few

@@ -10,7 +10,6 @@ from polca_paper.constructions import (
     best_found,
     best_readings,
     cluster_readings,
-    construction_table,
     judge_reading,
     knn_recall,
     majority_recall,
@@ -93,14 +92,6 @@ def test_without_other_groups_nothing_is_told():
     assert not ambiguous(kinds, kinds, np.arange(8)).any()
     assert np.isnan(majority_recall([], [], [])["mean"])
     assert np.isnan(knn_recall(flat, kinds, np.arange(8), among=kinds)["mean"])
-
-
-def test_f1_of_all_tokens_counts_those_that_were_dropped():
-    labels = xr.DataArray([1, 1, -1, -2, 1], dims="token")
-    row = construction_table(labels, ["x", "x", "x", "x", "y"]).set_index("construction").loc["x"]
-    assert row["recall"] == 1
-    assert row["recall_all"] == 0.5
-    assert row["f1_all"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
 
 
 def two_vectors():
@@ -196,3 +187,11 @@ def test_readings_are_ordered_by_the_half_that_chooses_alone():
     assert best["held_out_least"].tolist() == [5, 0]
     worse = table.assign(chosen_beyond=[9, 9, 0, 0])
     assert best_readings(worse, ["scaling"])["scaling"].tolist() == ["raw", "unit"]
+
+
+def test_sets_and_groups_that_are_not_one_per_token_are_refused():
+    known = pd.DataFrame({"set": np.arange(80) < 20})
+    with pytest.raises(ValueError, match="known has 79 rows; allowed: 80, one for each token of labels"):
+        best_found(two_vectors(), known[1:])
+    with pytest.raises(ValueError, match="group has 3 rows; allowed: 80"):
+        best_found(two_vectors(), known, [1, 2, 3])
