@@ -1,15 +1,15 @@
 """The paper's claims about addition, each with the rule by which it is judged.
 
-A claim has a number of the paper, a sentence that the number is cited for, or both. The rules are part of each claim;
-they do not look at which study they judge. See :mod:`polca_paper.verdicts` for what becomes of them.
+A claim has printed numbers of the paper, a sentence that they are cited for, or both. Numbers of one row of a table are
+one claim. The rules are part of each claim; they do not look at which study they judge, nor at how it is read. See
+:mod:`polca_paper.verdicts` for what becomes of them.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,327 +17,294 @@ import pandas as pd
 
 from polca_lib.tasks.models import build_model
 from polca_lib.tasks.settings import RunSettings
-from polca_paper.homogeneity import CARRY_PLACES, IN_PLACES
+from polca_paper import fit
 from polca_paper.saved_study import SavedStudy
-from polca_paper.tables import paper_strategies
 
-TOLERANCE = 0.05
-"""Of homogeneity, recall, F1 and shares."""
+SHARE = 0.05
+"""Tolerance of shares, where a claim has a number that is not in ``data/paper/printed.csv``."""
 
 CARRY = 0.8
 """Homogeneity over which a cluster is called a carry cluster, wherever a claim in words needs one."""
 
-Measure = Callable[[SavedStudy], float]
-
 
 class NotRun(LookupError):
-    """A study has no row for what a claim is about."""
+    """No study has what a claim is about."""
 
 
-class DoesNotApply(NotRun):
-    """No study can have such a row: a claim about raw curves does not apply to scaled ones."""
+class Evidence:
+    """Studies of one training run, read in one way.
+
+    Args:
+        studies: a table, and a kind of curve, is taken from the first that has it.
+        reading: a value for each of :data:`polca_paper.fit.CHOICES`.
+    """
+
+    def __init__(self, studies: Iterable[SavedStudy], reading: Mapping[str, str]):
+        self.studies, self.reading = list(studies), dict(reading)
+
+    @cached_property
+    def numbers(self) -> pd.Series:
+        """Ours for each printed number: NaN if not run, infinite if there is no cluster to measure."""
+        if not self._clustered:
+            return pd.Series(dtype=float)
+        return fit.numbers(pd.DataFrame([self.reading]), self.studies).iloc[0]
+
+    def number(self, name: str) -> float:
+        """Ours for a printed number, or NaN if there is no cluster to measure.
+
+        Raises:
+            NotRun: no study has the projections.
+        """
+        value = self.numbers.get(name, np.nan)
+        if np.isnan(value):
+            raise NotRun(f"no study of {', '.join(study.name for study in self.studies)} has {name!r}")
+        return float(value) if np.isfinite(value) else np.nan
+
+    def clustering(self, source: str, column: str) -> float:
+        """A column of table ``clusterings`` for the reading; NaN if there is no cluster to measure.
+
+        Raises:
+            NotRun: no study has the projections.
+        """
+        row = fit.clustering_of(self.reading, self._clustered, source) if self._clustered else None
+        if row is None:
+            raise NotRun(f"no study of {', '.join(study.name for study in self.studies)} has {source!r}")
+        return float(row[column])
+
+    @property
+    def _clustered(self) -> list[SavedStudy]:
+        return [study for study in self.studies if study.has("clusterings")]
+
+    def table(self, name: str, **where: object) -> pd.DataFrame:
+        """Rows of a table of the first study that has some.
+
+        Raises:
+            NotRun: none has.
+        """
+        for study in self.studies:
+            if study.has(name):
+                rows = study.table(name)
+                for column, value in where.items():
+                    rows = rows[rows[column] == value]
+                if len(rows):
+                    return rows
+        raise NotRun(f"no study of {', '.join(study.name for study in self.studies)} has {where} in table {name}")
+
+
+Measure = Callable[[Evidence], float]
 
 
 class Sentence(NamedTuple):
-    """What a number is cited for."""
+    """What numbers are cited for."""
 
-    holds: Callable[[SavedStudy], bool] | None  # None if the number is cited for nothing beyond itself
+    holds: Callable[[Evidence], bool] | None  # None if they are cited for nothing beyond themselves
     means: str  # the test in words
+
+
+class Judged(NamedTuple):
+    """A claim, judged."""
+
+    paper: float  # the first number of the claim, as printed; NaN if it has none
+    ours: float
+    within: int  # how many of its numbers are within their tolerance
+    of: int
+    holds: bool | None  # the sentence; None if there is none, or it was not run
+    verdict: str
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper."""
+    """One claim of the paper. Its numbers are named as in ``data/paper/printed.csv``, the most telling one first."""
 
     name: str
     section: str
     text: str
-    paper: float | None  # its number, if it has one
-    measure: Measure  # ours; NaN if there is nothing to measure
     sentence: Sentence
     page: str = "08_scale"  # where the evidence stands
-    tolerance: float = TOLERANCE
+    printed: tuple[str, ...] = ()
+    measure: Measure | None = None  # ours, where no number is printed; NaN if there is nothing to measure
+    paper: float | None = None  # beside ``measure``
+    tolerance: float = SHARE
     larger_is_stronger: bool | None = None  # None: neither direction is
 
-    def judge(self, study: SavedStudy) -> str:
-        """The verdict on one study."""
+    def judge(self, evidence: Evidence) -> Judged:
+        """The verdict on the evidence."""
         try:
-            ours = self.measure(study)
-            holds = self.sentence.holds and self.sentence.holds(study)
-        except DoesNotApply:
-            return "does not apply"
+            paper, ours, within, of = self._numbers(evidence)
+            holds = None if self.sentence.holds is None else bool(self.sentence.holds(evidence))
         except NotRun:
-            return "not run"
-        return verdict(self.paper, ours, holds, self.tolerance, self.larger_is_stronger)
+            return Judged(np.nan, np.nan, 0, 0, None, "not run")
+        matches = None if not of else within > of / 2
+        stronger = bool(holds) and {True: ours > paper, False: ours < paper, None: False}[self.larger_is_stronger]
+        return Judged(paper, ours, within, of, holds, verdict(matches, holds, stronger))
+
+    def _numbers(self, evidence: Evidence) -> tuple[float, float, int, int]:
+        if not self.printed:
+            ours = self.measure(evidence) if self.measure else np.nan
+            if self.paper is None:
+                return np.nan, ours, 0, 0
+            return self.paper, ours, int(abs(ours - self.paper) <= self.tolerance), 1
+        table = _printed().loc[list(self.printed)]
+        ours = np.array([evidence.number(name) for name in self.printed])
+        missed = fit.errors(pd.DataFrame([dict(zip(self.printed, ours, strict=True))]), table.reset_index(drop=True))[0]
+        within = int((missed <= 1 / fit.WORST**2).sum())
+        first = table.iloc[0]
+        paper = first["printed"] if np.isfinite(first["printed"]) else (first["low"] + first["high"]) / 2
+        return float(paper), float(ours[0]), within, len(ours)
 
 
-def verdict(
-    paper: float | None,
-    ours: float,
-    holds: bool | None,
-    tolerance: float = TOLERANCE,
-    larger_is_stronger: bool | None = None,
-) -> str:
-    """The verdict on a number, and on what it is cited for: see :class:`Claim`."""
-    holds = None if holds is None else bool(holds)  # numpy's False is not False
-    if paper is None:
-        return "reproduced" if holds else "not reproduced"
-    beyond = ours - paper  # not finite, and so no match, where there is nothing to measure
-    matches = abs(beyond) <= tolerance
-    if matches and holds is not False:
+def verdict(matches: bool | None, holds: bool | None, stronger: bool = False) -> str:
+    """The verdict on the numbers of a claim (whether they match; None if it has none) and on its sentence."""
+    if holds is False and matches is None:
+        return "not reproduced"
+    if matches is not False and holds is not False:
         return "reproduced"
-    stronger = {True: beyond > 0, False: beyond < 0, None: False}[larger_is_stronger]
-    if holds and stronger and not matches:
+    if holds and stronger:
         return "stronger here"
     return "partly" if holds or matches else "not reproduced"
 
 
-def _table(study: SavedStudy, name: str, **where: object) -> pd.DataFrame:
-    """Rows of a table, of the scaling that the study is judged at if there are several.
-
-    Raises:
-        NotRun: there are none.
-    """
-    if not study.has(name):
-        raise NotRun(f"study {study.name} has no table {name}")
-    rows = study.table(name)
-    if "scaling" in rows:
-        rows = rows[rows["scaling"] == study.scaling]
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
-    if rows.empty:
-        raise NotRun(f"study {study.name} has no {where} in table {name}")
-    return rows
+@cache
+def _printed() -> pd.DataFrame:
+    return fit.printed_numbers().set_index("number", drop=False)
 
 
-def _strategy(name: str, column: str = "homogeneity_v3_1") -> Measure:
-    def measure(study: SavedStudy) -> float:
-        if study.scaling == "unit" and name in ("Fisher", "change in loss"):
-            raise DoesNotApply(f"{name} is a rate, and has no final value to be scaled by")
-        return float(_table(study, "strategies", trajectory=name)[column].iloc[0])
-
-    return measure
+def _row(source: str, *measures: str) -> tuple[str, ...]:
+    """Printed numbers of a kind of curves; F1 follows from homogeneity and recall."""
+    rows = _printed()
+    rows = rows[(rows["source"] == source) & rows["measure"].isin(measures) & (rows["half"] != "follows")]
+    return tuple(rows["number"])
 
 
-def _basis(kind: str, column: str, beside: str = "hessian") -> Measure:
-    """A column of table ``bases``, at second order or else at first order: an order that ``beside`` has, too."""
-
-    def measure(study: SavedStudy) -> float:
-        ours, theirs = (_table(study, "bases", basis=name).set_index("order")[column] for name in (kind, beside))
-        for order in ("second", "first"):
-            if order in ours and order in theirs:
-                return float(ours[order])
-        raise NotRun(f"study {study.name} has no order on both {kind} and {beside}")
-
-    return measure
+def _hidden(source: str) -> str:
+    return f"{source}: hidden"
 
 
-def _finest(name: str, column: str, **where: object) -> Measure:
-    """A value of a table at the finest cadence."""
-    return lambda study: float(_table(study, name, **where).sort_values("cadence")[column].iloc[0])
+def _homogeneity(source: str) -> str:
+    return f"{source}: homogeneity 1"
 
 
-def _term(column: str) -> Measure:
-    return lambda study: float(_table(study, "second_order_term", term="second")[column].iloc[0])
+def _more(ours: str, theirs: str, means: str) -> Sentence:
+    """One number is over another. What is not there, such as a cluster that a rule counts, stands as zero."""
+    return Sentence(lambda e: bool(np.nan_to_num(e.number(ours)) > np.nan_to_num(e.number(theirs))), means)
 
 
-def _dropped(study: SavedStudy) -> float:
-    return float(_strategy("POLCA second", "dropped")(study) / study.settings.data.validation_examples / 4)
+def _over(number: str, least: float, means: str) -> Sentence:
+    return Sentence(lambda e: e.number(number) > least, means)
 
 
-def _parameters(study: SavedStudy) -> float:
-    model = study.settings.model
-    if model != RunSettings.from_preset("paper").model:
-        raise NotRun(f"study {study.name} has another model than the paper's")
+def _measured_over(measure: Measure, least: float, means: str) -> Sentence:
+    return Sentence(lambda e: bool(measure(e) > least), means)
+
+
+def _digits(source: str) -> Measure:
+    return lambda e: e.clustering(source, "digits")
+
+
+def _beyond_chance(source: str) -> Sentence:
+    def holds(evidence: Evidence) -> bool:
+        order = "first" if source == "POLCA first" else evidence.reading["order"]
+        where = {"order": order, "scaling": evidence.reading["scaling"], "rule": evidence.reading["rule"]}
+        pure = np.nan_to_num(evidence.number(_homogeneity(source))) > CARRY
+        # The larger p of shuffling carries within places, and within places and digits.
+        return bool(pure and evidence.table("null", **where)["p"].max() <= 0.05)
+
+    return Sentence(holds, f"over {CARRY:.0%} of its tokens take a carry, beyond chance in place and digit (p ≤ 0.05)")
+
+
+def _no_carry_in_loss(evidence: Evidence) -> bool:
+    clusters = evidence.clustering("exact loss", "clusters")
+    return bool(clusters > 0 and not evidence.number(_homogeneity("exact loss")) > CARRY)
+
+
+def _parameters(evidence: Evidence) -> float:
+    paper = RunSettings.from_preset("paper").model
+    model = next((s.settings.model for s in evidence.studies if s.settings.model == paper), None)
+    if model is None:
+        raise NotRun("no study has the paper's model")
     return float(sum(p.numel() for p in build_model(model, 0).parameters()))
 
 
-def _tokens(study: SavedStudy, vector: int | None) -> pd.DataFrame:
-    """Number of tokens by cluster and skill, of a vector by second order or, with None, of the exact loss."""
-    if vector is None and study.scaling != "raw":
-        raise DoesNotApply(f"clusters of the exact loss are kept of raw curves, not with scaling {study.scaling}")
-    if not study.has_clusters:
-        raise NotRun(f"study {study.name} keeps no clusters")
-    if vector is None:
-        return study.clusters["exact_tokens"].to_pandas()
-    counts, kind = study.clusters["tokens"], f"second, {study.scaling}"
-    if kind not in counts["kind"] or vector not in counts["vector"]:
-        raise NotRun(f"study {study.name} has no clusters of vector {vector} by order and scaling {kind}")
-    tokens = counts.sel(kind=kind, vector=vector).to_pandas()
-    return tokens[tokens.sum(axis=1) > 0]
+def _movement(evidence: Evidence) -> float:
+    rows = evidence.table("completeness", basis="hessian", order="first")
+    return float(rows.sort_values("cadence")["movement_share"].iloc[0])
 
 
-def _places(study: SavedStudy, vector: int | None) -> pd.DataFrame:
-    """Number of tokens by cluster and place."""
-    return _tokens(study, vector).T.groupby(lambda skill: skill.split(",")[0]).sum().T
+def _small_error(evidence: Evidence) -> bool:
+    row = evidence.table("second_order_term", term="second").iloc[0]
+    return bool(row["rms_true"] > row["rmse"])
 
 
-def _purity_of_place(study: SavedStudy, vector: int | None) -> float:
-    """Share of clustered tokens that are of the most frequent place of their cluster; NaN if none is clustered."""
-    places = _places(study, vector)
-    return float(places.max(axis=1).sum() / places.to_numpy().sum()) if len(places) else float("nan")
-
-
-def _carry_share(study: SavedStudy, vector: int, place: str | None = None) -> float:
-    """Largest share of carry tokens in a cluster that counts by v3's rule; or of those of a place, in any cluster."""
-    tokens = _tokens(study, vector)
-    carries = tokens[[skill for skill in tokens if skill.endswith(", carry")]]
-    wanted = carries if place is None else carries[[f"{place}, carry"]]
-    shares = wanted.sum(axis=1) / tokens.sum(axis=1)
-    if place is None:
-        inside = carries[[skill for skill in carries if skill.split(",")[0] in CARRY_PLACES]]
-        shares = shares[inside.sum(axis=1) > IN_PLACES * carries.sum(axis=1)]
-    return float(shares.max()) if len(shares) else float("nan")
-
-
-_NUMBER_ALONE = Sentence(None, "nothing beyond the number")
-
-
-def _more(measure: Measure, than: Measure, means: str) -> Sentence:
-    """One measure is over another. What is not there, such as a cluster that v3's rule counts, stands as zero."""
-    return Sentence(lambda study: bool(np.nan_to_num(measure(study)) > np.nan_to_num(than(study))), means)
-
-
-def _over(measure: Measure, least: float, means: str) -> Sentence:
-    return Sentence(lambda study: measure(study) > least, means)
-
-
-def _finds_digits(vector: int | None) -> Sentence:
-    means = "over 60% of clustered tokens are of the most frequent place of their cluster, of two places at least"
-
-    def holds(study: SavedStudy) -> bool:
-        return bool(_purity_of_place(study, vector) > 0.6 and _places(study, vector).idxmax(axis=1).nunique() >= 2)
-
-    return Sentence(holds, means)
-
-
-def _no_carry_in_loss() -> Sentence:
-    def holds(study: SavedStudy) -> bool:
-        row = _table(study, "strategies", trajectory="exact loss").iloc[0]
-        return bool(row["clusters"] > 0 and not row["homogeneity_v3_1"] > CARRY)
-
-    return Sentence(holds, "there are clusters, but none, by v3's rule, of which over 80% take a carry")
-
-
-def _carry_cluster(order: str, rule: str = "v3") -> Sentence:
-    """There is a cluster, by a rule, purer than the base rate, and than 95% of shuffles, in place and in digit."""
-
-    def holds(study: SavedStudy) -> bool:
-        row = _table(study, "strategies", trajectory=f"POLCA {order}").iloc[0]
-        tests = _table(study, "null", order=order, rule=rule)
-        return bool(row[f"homogeneity_{rule}_1"] > row["base_rate"] and tests["p"].max() <= 0.05)
-
-    return Sentence(holds, "over the base rate, and beyond chance (p <= 0.05)")
-
-
-_HIDDEN = "share of clusters with a hidden breakthrough"
-
-
-def _table_3() -> list[Claim]:
-    """Homogeneity, recall, F1 and hidden breakthroughs of each kind of trajectory."""
-    claims = []
-    ours, exact_hidden = _strategy("POLCA second"), _strategy("exact loss", "hidden")
-    for name, printed in paper_strategies().drop(index=["random", "shuffled"]).iterrows():
-        polca, hidden = name.startswith("POLCA"), _strategy(name, "hidden")
-        purer = _more(ours, _strategy(name), "POLCA of second order finds a purer carry cluster")
-        pure = _carry_cluster(name.split()[1]) if polca else purer
-        # Name, text, column of the paper's table, column of ours, sentence, whether larger is stronger.
-        text = f"largest homogeneity of {name} clusters"
-        rows = [("homogeneity", text, "homogeneity_1", "homogeneity_v3_1", pure, True if polca else None)]
-        rows += [(m, f"{m} of it", f"{m}_1", f"{m}_v3_1", _NUMBER_ALONE, None) for m in ("recall", "f1")]
-        if name == "POLCA second":
-            for rank, which in ((2, "second"), (3, "third")):
-                column = f"homogeneity_v3_{rank}"
-                carry = _over(_strategy(name, column), CARRY, f"over {CARRY:.0%} of its tokens take a carry")
-                text = f"homogeneity of the {which} best cluster"
-                rows.append((f"{which} best", text, f"homogeneity_{rank}", column, carry, True))
-        if polca or name == "Fisher":
-            share = _more(hidden, exact_hidden, "a larger share than that of exact loss clusters")
-        else:
-            share = _more(_strategy("POLCA second", "hidden"), hidden, "a smaller share than that of POLCA clusters")
-        rows.append(("hidden", _HIDDEN, "hidden", "hidden", share, None))
-        for what, text, paper, column, sentence, larger in rows:
-            claim = Claim(
-                f"{name}: {what}", "D, Table 3 (v3)", text, printed[paper], _strategy(name, column), sentence,
-                larger_is_stronger=larger,
-            )  # fmt: skip
-            claims.append(claim)
-    return claims
-
-
-def _table_3_v1() -> list[Claim]:
-    """The first version of the table, where any cluster counts."""
-    rows, printed = [], paper_strategies()
-    polca = _strategy("POLCA second", "homogeneity_v1_1")
-    for name in ("exact loss", "Fisher", "POLCA second"):
-        ours = _strategy(name, "homogeneity_v1_1")
-        purer = _more(polca, ours, "POLCA of second order finds a purer cluster")
-        sentence = _carry_cluster("second", rule="v1") if name == "POLCA second" else purer
-        rows.append((name, "homogeneity", f"largest homogeneity of {name} clusters, whatever cluster it is", sentence))
-    rows += [("exact loss", measure, f"{measure} of it", _NUMBER_ALONE) for measure in ("recall", "f1")]
-    claims = []
-    for name, measure, text, sentence in rows:
-        paper, ours = printed.loc[name, f"{measure}_1"], _strategy(name, f"{measure}_v1_1")
-        claims.append(Claim(f"{name}: {measure}, v1", "D, Table 3 (v1)", text, paper, ours, sentence))
-    return claims
-
-
-def _table_4() -> list[Claim]:
-    """Homogeneity and hidden breakthroughs on each basis."""
-    texts = {"homogeneity": "largest homogeneity", "hidden": _HIDDEN}
-    claims = []
-    printed = paper_strategies()
-    for kind, name in itertools.product(("random", "shuffled"), ("homogeneity", "hidden", "recall", "f1")):
-        paper = printed.loc[kind, name if name == "hidden" else f"{name}_1"]
-        column = name if name == "hidden" else f"{name}_v3_1"
-        ours, hessian = _basis(kind, column), _basis("hessian", column, beside=kind)
-        sentence = _more(hessian, ours, "less than on the Hessian basis") if name in texts else _NUMBER_ALONE
-        text = texts.get(name, f"{name} of its purest cluster")
-        claims.append(Claim(f"{kind} basis: {name}", "E, Table 4 (v3)", text, paper, ours, sentence))
-    return claims
-
-
-_LOSS_PLACES, _FIRST_PLACES = (partial(_purity_of_place, vector=vector) for vector in (None, 1))
-_CARRY_2, _CARRY_3 = partial(_carry_share, vector=2), partial(_carry_share, vector=3, place="1000s")
-_MOVEMENT = _finest("completeness", "movement_share", basis="hessian", order="first")
-_COSINE, _L2 = (_finest("agreement", column, order="second") for column in ("cosine", "l2"))
-_SIMILAR = _over(_COSINE, 0.95, "mean cosine over 0.95")
-_SMALL = _more(_term("rms_true"), _term("rmse"), "smaller than the term itself (root mean square)")
-_SOME_DROPPED = Sentence(lambda study: 0.25 < _dropped(study) < 0.75, "between a quarter and three quarters")
+_PURITY = ("homogeneity", "recall")
 
 # fmt: off
 CLAIMS: tuple[Claim, ...] = (
-    Claim("parameters", "B, Table 1", "number of parameters", 9475594, _parameters, _NUMBER_ALONE, "02_training",
-          tolerance=0),
+    Claim("hidden breakthroughs", "4.2, D (v3)",
+          "along single directions there are breakthroughs after the loss seems to have converged",
+          _more(_hidden("POLCA"), _hidden("exact loss"), "a larger share than among clusters of the exact loss"),
+          printed=(_hidden("POLCA"), _hidden("POLCA first"), _hidden("exact loss"), _hidden("change in loss"))),
+    Claim("carry clusters", "D, Table 3", "POLCA finds clusters of tokens that take a carry", _beyond_chance("POLCA"),
+          "10_chance", printed=_row("POLCA", *_PURITY), larger_is_stronger=True),
+    Claim("carry clusters by first order", "D, Table 3 (v3)", "POLCA of first order finds them, too",
+          _beyond_chance("POLCA first"), "10_chance", printed=_row("POLCA first", *_PURITY), larger_is_stronger=True),
     Claim("digits in the loss", "4.2, Figure 3",
-          "exact loss clusters recover the digit places to a substantial degree", None, _LOSS_PLACES,
-          _finds_digits(None)),
-    Claim("carry not in the loss", "4.2, Figure 3",
-          "exact loss clusters find no carry", None, _strategy("exact loss"), _no_carry_in_loss()),
-    Claim("vector 1: digits", "4.2, Figure 4",
-          "the first vector recovers the digit skill", None, _FIRST_PLACES, _finds_digits(1)),
-    Claim("vector 2: carry", "4.2, Figure 4",
-          "a cluster of the second vector is the carry skill", 0.903, _CARRY_2,
-          _over(_CARRY_2, CARRY, "by v3's rule, over 80% of its tokens take a carry")),
-    Claim("vector 3: carry in the 1000s", "G, Figure 9",
-          "the third vector recovers the carry in the 1000s place", None, _CARRY_3,
-          _over(_CARRY_3, CARRY, "a cluster of which over 80% take a carry in the 1000s place")),
-    Claim("most of the movement", "3.1",
-          "what is sought is a basis that captures most of the movement during optimisation", None, _MOVEMENT,
-          _over(_MOVEMENT, 0.5, "over half of the squared movement between checkpoints lies in it"), "09_completeness"),
-    *_table_3_v1(),
-    *_table_3(),
-    *_table_4(),
-    Claim("first and second order: cosine", "F, Table 5",
-          "first- and second-order trajectories are very similar", 0.99987, _COSINE, _SIMILAR, "09_completeness",
-          tolerance=0.005),
-    Claim("first and second order: L2", "F, Table 5",
-          "L2 distance of first- and second-order trajectories", 5.4891e-4, _L2, _SIMILAR, "09_completeness",
-          tolerance=5e-4),
-    Claim("second-order term", "C (v3)",
-          "RMSE of the approximate against the true second-order term", 0.145, _term("rmse"), _SMALL,
-          "09_completeness", larger_is_stronger=False),
-    Claim("tokens dropped", "4.1 (v3)",
-          "share of tokens dropped per vector (2360.8 of 5000)", 2360.8 / 5000, _dropped, _SOME_DROPPED),
+          "clusters of the exact loss recover the places of the digits to a substantial degree",
+          _measured_over(_digits("exact loss"), 0.6,
+                         "over 60% of clustered tokens are of the most frequent place of their cluster"),
+          measure=_digits("exact loss")),
+    Claim("carry not in the loss", "4.2, Table 3", "clusters of the exact loss find no carry",
+          Sentence(_no_carry_in_loss, f"there are clusters, but none of which over {CARRY:.0%} take a carry"),
+          printed=_row("exact loss", *_PURITY)),
+    Claim("carry not in the change in loss", "D, Table 3 (v3)", "nor do those of its change",
+          _more(_homogeneity("POLCA"), _homogeneity("change in loss"), "POLCA finds a purer cluster"),
+          printed=_row("change in loss", *_PURITY)),
+    Claim("purer than Fisher", "D, Table 3", "POLCA finds purer clusters than Fisher information along its vectors",
+          _more(_homogeneity("POLCA"), _homogeneity("Fisher"), "POLCA finds a purer cluster"),
+          printed=_row("Fisher", *_PURITY)),
+    Claim("purer than LCA", "D, Table 3 (v3)", "and than loss change allocation to single parameters",
+          _more(_homogeneity("POLCA"), _homogeneity("LCA"), "POLCA finds a purer cluster"),
+          printed=_row("LCA", *_PURITY)),
+    Claim("purer than random", "E, Table 4", "clusters on the Hessian basis are purer than along random directions",
+          _more(_homogeneity("POLCA"), _homogeneity("random"), "a purer cluster on the Hessian basis"),
+          printed=_row("random", *_PURITY)),
+    Claim("purer than shuffled", "E, Table 4", "and than on a Hessian basis of shuffled checkpoints",
+          _more(_homogeneity("POLCA"), _homogeneity("shuffled"), "a purer cluster on the Hessian basis"),
+          printed=_row("shuffled", *_PURITY)),
+    Claim("hidden, other curves", "D and E, Tables 3 and 4 (v3)",
+          "a smaller share of the clusters of Fisher information and of LCA has hidden breakthroughs",
+          Sentence(lambda e: bool(e.number(_hidden("POLCA")) > max(
+              np.nan_to_num(e.number(_hidden(s))) for s in ("Fisher", "LCA"))), "smaller than POLCA's share"),
+          printed=(_hidden("Fisher"), _hidden("LCA"))),
+    Claim("hidden, other bases", "E, Table 4 (v3)", "nor do random directions have as many",
+          _more(_hidden("POLCA"), _hidden("random"), "a smaller share along random directions"),
+          printed=(_hidden("random"), _hidden("shuffled"))),
+    Claim("how many clusters", "D, E", "the printed shares are of some 60 to 100 clusters (our inference)",
+          Sentence(None, "nothing beyond the numbers"),
+          printed=("POLCA: clusters", "POLCA first: clusters", "Fisher: clusters", "LCA: clusters", "random: clusters",
+                   "shuffled: clusters")),
+    Claim("vector 1: digits", "4.2, Figure 4", "clusters of the first vector recover the places of the digits",
+          _measured_over(_digits("POLCA"), 0.6,
+                         "over 60% of clustered tokens are of the most frequent place of their cluster"),
+          measure=_digits("POLCA")),
+    Claim("vector 2: carry", "4.2, Figure 4", "a cluster of the second vector is the carry skill",
+          _over("vector 2: homogeneity", CARRY, f"over {CARRY:.0%} of its tokens take a carry"),
+          printed=("vector 2: homogeneity",), larger_is_stronger=True),
+    Claim("vector 3: carry in the 1000s", "G, Figure 9", "the third vector recovers the carry in the 1000s place",
+          _over("vector 3: carry in the 1000s", CARRY,
+                f"a cluster of which over {CARRY:.0%} take a carry in the 1000s place"),
+          printed=("vector 3: carry in the 1000s",)),
+    Claim("orders agree", "F, Table 5", "first- and second-order trajectories are very similar",
+          Sentence(lambda e: e.number("second order: 1 - cosine") < 0.05, "mean cosine over 0.95"), "09_completeness",
+          printed=("second order: 1 - cosine", "second order: L2")),
+    Claim("second-order term", "C (v3)", "the approximate second-order term is near the true one",
+          Sentence(_small_error, "its error is smaller than the term itself (root mean square)"), "09_completeness",
+          printed=("second order: RMSE of the term",), larger_is_stronger=False),
+    Claim("most of the movement", "3.1", "the basis captures most of the movement during optimisation",
+          _measured_over(_movement, 0.5, "over half of the squared movement between checkpoints lies in it"),
+          "09_completeness", measure=_movement),
+    Claim("tokens dropped", "4.1 (v3)", "along a vector whose mean falls, nearly half of the tokens rise",
+          _over("POLCA: dropped", 0.25, "over a quarter"), printed=("POLCA: dropped",)),
+    Claim("parameters", "B, Table 1", "number of parameters", Sentence(None, "nothing beyond the number"),
+          "02_training", measure=_parameters, paper=9475594, tolerance=0),
 )
 # fmt: on

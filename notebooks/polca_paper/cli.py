@@ -93,19 +93,35 @@ def study(
 
 @app.command()
 def verdicts(
-    studies: Annotated[list[str] | None, typer.Argument(help="folders in data/addition; the book's if none")] = None,
-    output: Annotated[Path | None, typer.Option(help="of the table; data/paper/verdicts.csv if not given")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the tables; data/paper if not given")] = None,
 ) -> None:
-    """Judge every claim by the studies named; write ``verdicts.csv`` and ``english_counts.json``."""
-    with reported_errors():
-        from polca_paper.saved_study import PAPER, SavedStudy
-        from polca_paper.verdicts import COLUMNS, ENGLISH, JUDGED, english_counts, judge
+    """Choose the reading that fits the paper's numbers, judge every claim by it and by the paper's plain text.
 
-        table = judge([SavedStudy(name) for name in studies or JUDGED])
+    Writes ``readings.csv``, ``verdicts.csv`` and ``english_counts.json``.
+    """
+    with reported_errors():
+        from polca_paper.fit import PLAIN_TEXT
+        from polca_paper.saved_study import PAPER, SavedStudy
+        from polca_paper.verdicts import (
+            COLUMNS,
+            ENGLISH,
+            JUDGED,
+            WHOLE,
+            english_counts,
+            judge,
+            kept_readings,
+            reading_of,
+            scored_readings,
+        )
+
+        folder = output or PAPER
+        scored, ours = scored_readings([SavedStudy(name) for name in WHOLE])
+        (folder / "readings.csv").write_text(kept_readings(scored, ours).to_csv(index=False, float_format="%.6g"))
+        studies = {scale: [[SavedStudy(name) for name in names] for names in seeds] for scale, seeds in JUDGED.items()}
+        table = judge(studies, {"closest": reading_of(scored.iloc[0]), "plain text": PLAIN_TEXT})
+        (folder / "verdicts.csv").write_text(table[COLUMNS].to_csv(index=False, float_format="%.6g"))
         counts = english_counts(SavedStudy(ENGLISH, setting="english"))
-        output = output or PAPER / "verdicts.csv"
-        output.write_text(table[COLUMNS].to_csv(index=False, float_format="%.6g"))
-        output.with_name("english_counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+        (folder / "english_counts.json").write_text(json.dumps(counts, indent=1) + "\n")
 
 
 def _run(task: Task, preset: Preset, seed: int, device: str, overrides: list[str]) -> Any:

@@ -2,127 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool
-from sklearn.metrics import adjusted_mutual_info_score
+from jaxtyping import Bool, Int
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
-from polca_lib.method.clustering import DROPPED, by_vector
+from polca_lib.method import clustering
+from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, is_decreasing
+from polca_lib.method.settings import ClusteringSettings, Scaling
+from polca_lib.report.findings import members
 from polca_paper.labeling import check_length
-from polca_paper.significance import rand_indices
 
 FOLDS = 5
 """Of cross-validation by groups."""
 
-_COLUMNS = {
-    "vector": int, "cluster": int, "construction": object, "tokens": int, "hits": int,
-    "homogeneity": float, "recall": float, "f1": float, "recall_all": float, "f1_all": float,
-    "base_rate": float, "lift": float,
-}  # fmt: skip
+DIVISORS = (15, 30, 60, 120)
+"""Of the kept tokens, for ``min_samples``: the paper's first."""
 
-
-def construction_table(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataFrame:
-    """How purely and how completely each cluster is made of each known construction.
-
-    Args:
-        labels: (token,) or (vector, token).
-        construction: of each token.
-
-    Returns:
-        A row per cluster and construction, also where they share nothing: ``vector``, ``cluster``, ``construction``,
-        ``tokens`` of the cluster, ``hits`` of them of this construction, ``homogeneity`` (their share), ``recall``
-        (share of the construction's tokens in all clusters of this vector that lie in this one), ``f1``,
-        ``recall_all`` and ``f1_all`` (the same of all tokens of the construction, also those dropped or set aside: a
-        vector that keeps little can't do well), ``base_rate`` (the construction's share of the vector's kept tokens),
-        ``lift`` (homogeneity by base rate; NaN if none is kept).
-
-    Raises:
-        ValueError: constructions that are not one per token.
-    """
-    check_length(labels, construction, "construction")
-    names, codes, every = np.unique(np.asarray(construction, str), return_inverse=True, return_counts=True)
-    parts = []
-    for vector in by_vector(labels):
-        label = vector.values
-        clustered, kept = label >= 1, label != DROPPED
-        hits = np.zeros((label.max(initial=0) if clustered.any() else 0, len(names)), int)  # (cluster, construction)
-        np.add.at(hits, (label[clustered] - 1, codes[clustered]), 1)
-        base_rate = np.bincount(codes[kept], minlength=len(names)) / max(kept.sum(), 1)
-        tokens, total = hits.sum(axis=1, keepdims=True), np.maximum(hits.sum(axis=0), 1)
-        columns = {
-            "vector": int(vector["vector"]),
-            "cluster": 1 + np.arange(len(hits))[:, None],
-            "construction": names,
-            "tokens": tokens,
-            "hits": hits,
-            "homogeneity": hits / tokens,
-            "recall": hits / total,
-            # 2 / (1 / homogeneity + 1 / recall), and 0 without hits.
-            "f1": 2 * hits / (tokens + total),
-            "recall_all": hits / every,
-            "f1_all": 2 * hits / (tokens + every),
-            "base_rate": base_rate,
-            "lift": hits / tokens / np.where(base_rate > 0, base_rate, np.nan),
-        }
-        parts.append(pd.DataFrame({name: np.broadcast_to(v, hits.shape).ravel() for name, v in columns.items()}))
-    return pd.concat(parts, ignore_index=True).astype(_COLUMNS)
-
-
-def best_clusters(table: pd.DataFrame) -> pd.DataFrame:
-    """The cluster that finds each construction best, over all vectors.
-
-    Args:
-        table: from :func:`construction_table`.
-
-    Returns:
-        One row per construction: that of the cluster with the largest F1, of equal ones the more homogeneous; with
-        ``purest_`` before their names, vector, cluster, tokens, homogeneity and recall of the most homogeneous cluster,
-        of equal ones the larger; and ``best_f1_all``, the largest ``f1_all`` of any. ``hits`` are 0 if no cluster has a
-        token of the construction.
-    """
-    best, purest = (
-        table.sort_values(list(by), ascending=False, kind="stable").drop_duplicates("construction")
-        for by in (("f1", "homogeneity"), ("homogeneity", "tokens"))
-    )
-    columns = ["vector", "cluster", "tokens", "homogeneity", "recall"]
-    purest = purest.set_index("construction")[columns].add_prefix("purest_")
-    largest = table.groupby("construction")["f1_all"].max().rename("best_f1_all")
-    best = best.join(largest, on="construction").join(purest, on="construction")
-    return best.sort_values("construction").reset_index(drop=True)
-
-
-def adjusted_rand(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataFrame:
-    """Agreement of the clusters of each vector with known constructions, over clustered tokens.
-
-    Args:
-        labels: (token,) or (vector, token).
-        construction: of each token.
-
-    Returns:
-        One row per vector: ``vector``, ``clusters``, ``tokens`` in these, ``adjusted_rand`` and
-        ``adjusted_mutual_information``: 1 if they are the same, 0 if agreement is as by chance, NaN with fewer than two
-        clusters.
-
-    Raises:
-        ValueError: constructions that are not one per token.
-    """
-    check_length(labels, construction, "construction")
-    each = by_vector(labels).assign_coords(construction=("token", np.asarray(construction, str)))
-    rand, rows = rand_indices(each, ["construction"])["construction"], []
-    for vector in each:
-        clustered = vector[vector.values >= 1]
-        clusters = len(np.unique(clustered))
-        row = {"vector": int(vector["vector"]), "clusters": clusters, "tokens": clustered.size}
-        row["adjusted_rand"] = rand[row["vector"]]
-        shared = (clustered["construction"].values, clustered.values)
-        row["adjusted_mutual_information"] = adjusted_mutual_info_score(*shared) if clusters > 1 else np.nan
-        rows.append(row)
-    return pd.DataFrame(rows)
+BEYOND = 0.01
+"""p at which a cluster tells more than chance; low, because a reading is asked about many constructions."""
 
 
 def ambiguous(key: Sequence[object], construction: Sequence[str], group: Sequence[int]) -> Bool[np.ndarray, " token"]:
@@ -198,3 +101,185 @@ def _folds(group: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
 def _recall(told: np.ndarray, construction: np.ndarray) -> pd.Series:
     right = pd.Series(told == construction).groupby(construction).mean()
     return pd.concat([right, pd.Series({"mean": right.mean()})])
+
+
+def best_found(
+    labels: xr.DataArray,
+    known: pd.DataFrame,
+    group: Sequence[object] | None = None,
+    *,
+    clusters: pd.DataFrame | None = None,
+    draws: int = 199,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The cluster that finds each known set of tokens best, by F1 over all tokens, and what chance gives.
+
+    With n tokens in the cluster, m in the set and h in both, F1 = 2 h / (n + m). The null keeps clusters, dropped
+    tokens and ``group``: it permutes which tokens of the same group are in the sets. Its F1 is the largest over all
+    clusters, too, so that many clusters or vectors give no advantage.
+
+    Args:
+        labels: (token,) or (vector, token).
+        known: a row per token, a column of truth values per set; sets may overlap.
+        group: of each token. With its text, a cluster gains nothing by telling texts apart. One group if not given.
+        clusters: ``vector`` and ``cluster`` to judge for each set, such as those that are best on other tokens.
+        draws: number of permutations.
+        seed: of these.
+
+    Returns:
+        A row per set, ``name``: ``vector``, ``cluster`` and ``tokens`` (0 without any cluster), ``known`` (m), ``hits``
+        (h), ``precision`` (h / n), ``recall`` (h / m), ``f1``, ``lift`` (precision by the share of the set among the
+        kept tokens of the vector), ``null`` (mean F1 by chance), ``p``, and ``free``: the share of the set's tokens
+        whose group also has tokens outside it. Where it is 0 the group decides, and p is 1.
+
+    Raises:
+        ValueError: sets or groups that are not one per token.
+    """
+    check_length(labels, known, "known")
+    group = np.zeros(len(known), int) if group is None else pd.factorize(np.asarray(group))[0]
+    check_length(labels, group, "group")
+    each, found = by_vector(labels), list(members(labels))
+    sets = known.to_numpy(np.float32)
+    inside = np.array([tokens for *_, tokens in found], np.float32).reshape(-1, len(known))
+    size, total = inside.sum(axis=1), sets.sum(axis=0)
+    at = {(vector, cluster): i for i, (vector, cluster, _) in enumerate(found)}
+    if clusters is not None:
+        pairs = clusters.set_index("name").loc[known.columns, ["vector", "cluster"]].itertuples(index=False, name=None)
+        judged = np.array([at.get(pair, -1) for pair in pairs])
+
+    def f1(values: np.ndarray) -> np.ndarray:
+        return 2 * (values.T @ inside.T) / np.maximum(size + total[:, None], 1)  # (set, cluster)
+
+    def pick(scores: np.ndarray) -> np.ndarray:
+        if clusters is None:
+            return scores.max(axis=1, initial=0)
+        return np.where(judged >= 0, scores[np.arange(len(scores)), judged], 0) if found else judged * 0.0
+
+    scores = f1(sets)
+    best = np.where(scores.max(axis=1, initial=0) > 0, scores.argmax(axis=1) if found else -1, -1)
+    best, observed = (best if clusters is None else judged), pick(scores)
+    orders = _permutations(group, draws, seed)
+    null = np.array([pick(f1(sets[order])) for order in orders]) if found else np.zeros((draws, len(total)))
+    share = pd.DataFrame(sets).groupby(group).transform("mean").to_numpy()
+    rows = []
+    for i, (name, chosen) in enumerate(zip(known.columns, best, strict=True)):
+        vector, cluster, tokens = found[chosen] if chosen >= 0 else (0, 0, np.zeros(len(known), bool))
+        kept = each.sel(vector=vector).values != DROPPED if chosen >= 0 else tokens
+        member, n = sets[:, i] > 0, tokens.sum()
+        hits, base = int(member[tokens].sum()), member[kept].mean() if kept.any() else 0
+        rows.append(
+            {
+                "name": name,
+                "vector": vector,
+                "cluster": cluster,
+                "tokens": int(n),
+                "known": int(member.sum()),
+                "hits": hits,
+                "precision": hits / n if n else np.nan,
+                "recall": hits / member.sum() if member.any() else np.nan,
+                "f1": observed[i],
+                "lift": hits / n / base if n and base else np.nan,
+                "null": null[:, i].mean(),
+                "p": (1 + (null[:, i] >= observed[i] - 1e-6).sum()) / (1 + draws),
+                "free": (share[member, i] < 1).mean() if member.any() else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _permutations(group: Int[np.ndarray, " token"], draws: int, seed: int) -> Iterator[Int[np.ndarray, " token"]]:
+    """Orders of the tokens that exchange them within their groups alone."""
+    rng, places = np.random.default_rng(seed), np.argsort(group, kind="stable")
+    for _ in range(draws):
+        order = np.empty(len(group), int)
+        order[places] = np.lexsort((rng.random(len(group)), group))
+        yield order
+
+
+def cluster_readings(
+    curves: xr.DataArray, settings: ClusteringSettings, scaling: Scaling, *, only_falling: bool = True
+) -> dict[tuple[str, int], xr.DataArray]:
+    """Cluster along each vector, and all vectors jointly, with ``min_samples`` by each of ``DIVISORS``.
+
+    Jointly, a token's curves along all vectors whose mean falls stand side by side, each scaled by itself; tokens are
+    kept whose sum of these curves falls.
+
+    Returns:
+        Labels by way (``per vector``, ``joint``; the latter for several vectors alone) and divisor.
+    """
+    settings = settings.resolved(curves.sizes["token"], curves["step"].values).model_copy(update={"scaling": scaling})
+    each, size = by_vector(curves), settings.min_cluster_size
+    blank = xr.full_like(each.isel(step=0, drop=True), DROPPED, dtype=int)
+    ways = {"per vector": blank}
+    jobs = [("per vector", i, *clustering.candidates(each[i], settings, only_falling)[:2]) for i in range(len(each))]
+    if len(each) > 1:
+        ways["joint"] = blank[:1].assign_coords(vector=[0])
+        falling = each[is_decreasing(each.mean("token"), settings.falls_by).values]
+        if len(falling):
+            keep = clustering.candidates(falling.sum("vector"), settings, only_falling)[0]
+            parts = [
+                clustering.scale(v.transpose("token", "step").values[keep].astype(float), scaling) for v in falling
+            ]
+            jobs.append(("joint", 0, keep, np.concatenate(parts, axis=1)))
+    labels = {key: ways[key[0]].copy() for key in itertools.product(ways, DIVISORS)}
+    for way, row, keep, values in jobs:
+        least = {divisor: max(1, int(keep.sum()) // divisor) for divisor in DIVISORS}
+        found = {}
+        if len(values) >= max(size, max(least.values()) + 1):
+            found = clustering.hdbscan_labels(values, size, least.values(), [settings.selection])
+        for divisor, samples in least.items():
+            numbers = found.get((samples, settings.selection), np.full(int(keep.sum()), -1))
+            labels[way, divisor].values[row, keep] = np.where(numbers >= 0, numbers + 1, OUTLIER)
+    return labels
+
+
+def judge_reading(
+    labels: xr.DataArray,
+    known: pd.DataFrame,
+    group: Sequence[object],
+    first: Bool[np.ndarray, " token"],
+    draws: int = 199,
+) -> dict[str, object]:
+    """How many known sets the clusters find beyond ``group``, on one half of the tokens and on the other.
+
+    On the first half the best cluster for each set is chosen; its F1 is compared with the largest by chance. On the
+    other half the cluster chosen before is judged alone, so that no choice is made on the tokens that judge it.
+
+    Args:
+        labels, known, group, draws: see :func:`best_found`; ``group`` is what is to be surpassed, such as the token
+            with the one before it.
+        first: whether a token is of the first half.
+
+    Returns:
+        ``clustered`` vectors, ``clusters``; of the first half (``chosen``) and the other (``held_out``): ``beyond``,
+        the number of sets found with p at most ``BEYOND``, and ``excess``, the mean over sets of F1 less that by
+        chance; ``found``, the names of those found on the held-out half; ``f1``, its mean F1.
+    """
+    group, each = pd.factorize(np.asarray(group))[0], by_vector(labels)
+    row: dict[str, object] = {"clustered": int((each >= 1).any("token").sum())}
+    row["clusters"] = sum(len(np.unique(v[v >= 1])) for v in each.values)
+    clusters = None
+    for name, half in (("chosen", first), ("held_out", ~first)):
+        table = best_found(each[:, half], known[half], group[half], clusters=clusters, draws=draws)
+        beyond = (table["p"] <= BEYOND) & (table["hits"] > 0)
+        row |= {f"{name}_beyond": int(beyond.sum()), f"{name}_excess": (table["f1"] - table["null"]).mean()}
+        clusters = table
+    return {**row, "found": ", ".join(table["name"][beyond]), "f1": table["f1"].mean()}
+
+
+def best_readings(choices: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Readings by how many constructions they find on the halves that choose, best first; means over studies.
+
+    Args:
+        choices: table ``choices`` of one or several studies.
+        by: columns that name a reading.
+
+    Returns:
+        A row per reading with the means of ``chosen_beyond``, ``chosen_excess``, ``held_out_beyond``,
+        ``held_out_excess``, ``clustered`` and ``clusters``, and with ``held_out_least``, the fewest of any study.
+        Ties go to the larger excess. The held-out columns take no part in the order.
+    """
+    means = ["chosen_beyond", "chosen_excess", "held_out_beyond", "held_out_excess", "clustered", "clusters"]
+    groups = choices.groupby(list(by), dropna=False)
+    table = groups[means].mean().assign(held_out_least=groups["held_out_beyond"].min())
+    return table.sort_values(["chosen_beyond", "chosen_excess"], ascending=False, kind="stable").reset_index()

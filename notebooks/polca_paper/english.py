@@ -22,31 +22,34 @@ from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, cluster_tok
 from polca_lib.method.settings import Scaling
 from polca_lib.report.contexts import NEAREST, nearest
 from polca_lib.report.explorer import Explorer
-from polca_lib.tasks.language import CONTEXT, Wikipedia
+from polca_lib.tasks.language import Wikipedia
 from polca_lib.tasks.run import Run
+from polca_lib.tasks.tokenization import PAD
 from polca_paper import labeling, tables
 from polca_paper.constructions import (
-    adjusted_rand,
     ambiguous,
-    best_clusters,
-    construction_table,
+    best_found,
+    cluster_readings,
+    judge_reading,
     knn_recall,
     majority_recall,
 )
-from polca_paper.evidence import agreement, completeness, completeness_curves, join_kinds, kept_summary
+from polca_paper.detectors import DETECTORS, FEWEST, detect, verdict
+from polca_paper.evidence import completeness, completeness_curves, join_kinds, kept_summary
+from polca_paper.fit import TABLED
 from polca_paper.study import Study
 from polca_paper.tagging import load_pipeline, preceding_tags, tag_windows
 
 if TYPE_CHECKING:
     import spacy
 
-SHOWN = ("POLCA second, raw", "POLCA first, unit", "exact loss, raw")
-"""Kinds of trajectory whose clusters are kept with curves and contexts, and for which ``min_samples`` is varied."""
+SHOWN = ("POLCA second, raw", "POLCA first, unit", "POLCA first, zscore", "exact loss, raw")
+"""Kinds of trajectory whose clusters are kept with curves and contexts."""
 
 COMPARED = (
-    *("exact loss, raw", "exact loss, unit", "change in loss, raw", "change in loss, zscore"),
-    *(f"POLCA {order}, {scaling}" for order in ("first", "second") for scaling in ("raw", "unit")),
-    *(f"POLCA {order} on random, {scaling}" for order in ("first", "second") for scaling in ("raw", "unit")),
+    *(f"{loss}, {scaling}" for loss in ("exact loss", "change in loss") for scaling in ("raw", "zscore")),
+    *(f"POLCA first{on}, {s}" for on in ("", " on trajectory", " on random") for s in ("raw", "unit", "zscore")),
+    "POLCA second, raw",
 )
 """Kinds that pages set side by side."""
 
@@ -83,7 +86,7 @@ class LanguageStudy(Study):
     def __init__(
         self,
         run: Run,
-        bases: Sequence[str] = ("hessian", "random"),
+        bases: Sequence[str] = ("hessian", "trajectory", "random"),
         ablation_curvature: int | None = None,
         pipeline: str = "",
     ):
@@ -132,27 +135,54 @@ class LanguageStudy(Study):
     @cached_property
     def tags(self) -> pd.DataFrame:
         """Part of speech of each token and of the three before it, ``tag``, ``tag_1``, ``tag_2``, ``tag_3``."""
-        task = self.run.task
-        windows = tag_windows(task, self.pipeline) if isinstance(task, Wikipedia) else task.tags
-        return preceding_tags(windows, range(CONTEXT, windows.shape[1]))
+        windows, tokens = self.windows[1], self.run.tokens
+        every = preceding_tags(windows, range(windows.shape[1]))
+        rows = tokens["example"] * windows.shape[1] + tokens["position"]
+        return every.iloc[rows].reset_index(drop=True)
 
     @cached_property
     def main(self) -> xr.Dataset:
         """Projections on the run's own basis, each token with its tag."""
         return super().main.assign_coords(tag=("token", self.tags["tag"].to_numpy(str)))
 
+    @property
+    def sources(self) -> list[tuple[str, str, Scaling, xr.DataArray, bool]]:
+        """What can be clustered: basis, trajectory, scaling, curves, and whether only what falls is."""
+        loss, change, sources = self.main["loss"], decomposition.loss_change(self.main), []
+        for basis, projections in self.projections.items():
+            for order in decomposition.available_orders(projections):
+                curves = decomposition.projected_loss(projections.load(), order).assign_coords(loss.coords)
+                sources += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in TABLED]
+        sources += [("", "exact loss", scaling, loss, True) for scaling in TABLED]
+        # A rate that ends at zero has no unit scaling.
+        return sources + [("", "change in loss", scaling, change, False) for scaling in ("raw", "zscore")]
+
+    @cached_property
+    def windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Text and tag of every token of every window, (window, width)."""
+        task = self.run.task
+        return task.texts, tag_windows(task, self.pipeline) if isinstance(task, Wikipedia) else task.tags
+
+    @cached_property
+    def paper_sets(self) -> pd.DataFrame:
+        """Which tokens are what the paper's clusters are, see :mod:`polca_paper.detectors`."""
+        return detect(*self.windows, self.run.tokens)
+
+    @cached_property
+    def before(self) -> np.ndarray:
+        """Text of the token before each token."""
+        tokens = self.run.tokens
+        return self.run.task.texts[tokens["example"], tokens["position"] - 1]
+
+    @property
+    def pair(self) -> np.ndarray:
+        """Text of each token with the one before it."""
+        return self.before + "|" + self.run.tokens["text"].to_numpy()
+
     @cached_property
     def kinds(self) -> dict[str, Kind]:
         """All kinds of trajectory with all scalings that apply, clustered, by name."""
-        loss, sources = self.main["loss"], []
-        for basis in self.bases:
-            projections = self.main if basis == self.run.settings.basis.kind else self.projections[basis].load()
-            for order in decomposition.available_orders(projections):
-                curves = decomposition.projected_loss(projections, order).assign_coords(loss.coords)
-                sources += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in ("raw", "unit")]
-        sources += [("", "exact loss", scaling, loss, True) for scaling in ("raw", "unit")]
-        change = decomposition.loss_change(self.main)
-        sources += [("", "change in loss", scaling, change, False) for scaling in ("raw", "zscore")]
+        sources = [source for source in self.sources if source[0] in ("", "hessian") or source[1] == "POLCA first"]
         jobs = (
             joblib.delayed(cluster_tokens)(curves, self.clustering(scaling), only_falling=falling)
             for _, _, scaling, curves, falling in sources
@@ -166,8 +196,13 @@ class LanguageStudy(Study):
         """One row per cluster of every kind of trajectory, with its label, how much that says, and its breakthrough."""
         window, texts = self.run.settings.clustering.breakthrough_window, self.run.tokens["text"].tolist()
 
+        construction = {"construction": self.what.astype(object)} if self.by == "construction" else {}
+        columns = labeling.phrases(texts, self.before, self.tags, **construction)
+        sets = {name: self.paper_sets[name].to_numpy() for name in self.paper_sets}
+
         def table(kind: Kind) -> pd.DataFrame:
             clusters = labeling.label_clusters(kind.labels, self.tags, texts)
+            clusters = clusters.join(labeling.written_labels(kind.labels, columns, sets))
             return breakthroughs.mark_hidden(clusters, kind.labels, kind.curves, window, self.hidden_after)
 
         return _of_each_kind(self.kinds, table)
@@ -254,40 +289,74 @@ def mirrored(study: LanguageStudy) -> pd.DataFrame:
 
 def constructions(study: LanguageStudy) -> pd.DataFrame:
     """The best cluster for each known construction (or part of speech), by kind of trajectory."""
-    return _of_each_kind(study.kinds, lambda kind: best_clusters(construction_table(kind.labels, study.what)))
+    sets = pd.get_dummies(pd.Series(study.what))
+    return _of_each_kind(study.kinds, lambda kind: best_found(kind.labels, sets).drop(columns="free"))
 
 
-def rand(study: LanguageStudy) -> pd.DataFrame:
-    """Agreement of the clusters of each vector with known constructions (or parts of speech)."""
-    return _of_each_kind(study.kinds, lambda kind: adjusted_rand(kind.labels, study.what))
+def choices(study: LanguageStudy) -> pd.DataFrame:
+    """Which reading finds most known sets of tokens beyond what a token and the one before it tell.
 
+    Known sets are constructions where these are known, else what the paper's clusters are; padding and what is left
+    over are none. Half of the windows choose, the others judge: see
+    :func:`polca_paper.constructions.judge_reading`.
 
-def grid(study: LanguageStudy) -> pd.DataFrame:
-    """What ``min_samples`` does: clusters, and how well they find what is known, by its share of the kept tokens.
-
-    Rows ``kind`` and ``min_samples_divisor``: ``clustered`` vectors, ``clusters``; means over constructions (or parts
-    of speech) but padding of the largest ``f1_all`` of a cluster and of the largest homogeneity, ``purest``.
+    Returns:
+        A row per ``basis`` (empty for trajectories of the loss), ``trajectory``, ``scaling``, ``way`` and
+        ``min_samples_divisor``, with the columns of that function.
     """
-    rows = []
-    for name in sorted(SHOWN, reverse=True):  # the exact loss first
-        kind, curves = study.kinds[name], by_vector(study.kinds[name].curves)
-        for divisor in (15, 60, 240):
-            settings = study.clustering(kind.scaling).model_copy(update={"min_samples_divisor": divisor})
-            jobs = (joblib.delayed(cluster_tokens)(curves[[i]], settings) for i in range(len(curves)))
-            labels = xr.concat(joblib.Parallel(n_jobs=-1)(jobs), dim="vector", coords="different", compat="equals")
-            best = best_clusters(construction_table(labels, study.what)).set_index("construction")
-            best = best.drop(index=["padding", "PAD"], errors="ignore")
-            rows.append(
-                {
-                    "kind": name,
-                    "min_samples_divisor": divisor,
-                    "clustered": int((labels >= 1).any("token").sum()),
-                    "clusters": int(labels.max("token").clip(0).sum()),
-                    "f1_all": best["best_f1_all"].mean() if len(best) else 0.0,
-                    "purest": best["purest_homogeneity"].mean() if len(best) else 0.0,
-                }
-            )
-    return pd.DataFrame(rows)
+    known, settings = study.paper_sets, study.run.settings
+    if study.by == "construction":
+        known = pd.get_dummies(pd.Series(study.what)).drop(columns=["padding", "clause"], errors="ignore")
+    known = known.loc[:, known.sum() >= FEWEST]
+    windows = study.run.tokens["example"].to_numpy()
+    order = np.random.default_rng(settings.seed).permutation(windows.max() + 1)
+    first = np.isin(windows, order[: len(order) // 2])
+
+    pair, clustering = study.pair, settings.clustering
+
+    def judged(basis: str, trajectory: str, scaling: Scaling, curves: xr.DataArray, falling: bool) -> list[dict]:
+        labels = cluster_readings(curves, clustering, scaling, only_falling=falling)
+        key = {"basis": basis, "trajectory": trajectory, "scaling": scaling}
+        return [
+            {**key, "way": way, "min_samples_divisor": divisor, **judge_reading(each, known, pair, first)}
+            for (way, divisor), each in labels.items()
+        ]
+
+    rows = joblib.Parallel(n_jobs=-1)(joblib.delayed(judged)(*source) for source in study.sources)
+    return pd.DataFrame([row for part in rows for row in part])
+
+
+def paper_clusters(study: LanguageStudy) -> pd.DataFrame:
+    """The best cluster of every kind of trajectory for each cluster that the paper shows, beside chance.
+
+    Returns:
+        ``kind``, ``name``, ``figure``, the columns of :func:`polca_paper.constructions.best_found`, where ``p`` and
+        ``null`` permute tokens of the whole sample and ``p_text``, ``null_text`` tokens of the same text; and
+        ``verdict``, see :func:`polca_paper.detectors.verdict`.
+    """
+    texts = study.run.tokens["text"].to_numpy()
+
+    def table(kind: Kind) -> pd.DataFrame:
+        found = best_found(kind.labels, study.paper_sets).drop(columns="free")
+        like = best_found(kind.labels, study.paper_sets, texts)
+        found = found.assign(null_text=like["null"], p_text=like["p"], free=like["free"])
+        found.insert(1, "figure", found["name"].map({name: where for name, (where, _) in DETECTORS.items()}))
+        return found.assign(verdict=[verdict(row) for row in found.to_dict("records")])
+
+    return _of_each_kind(study.kinds, table)
+
+
+def paper_contexts(study: LanguageStudy) -> pd.DataFrame:
+    """The three contexts nearest the medoid of each cluster of :func:`paper_clusters`, of the kinds in ``COMPARED``."""
+
+    def table(kind: Kind) -> pd.DataFrame:
+        best = best_found(kind.labels, study.paper_sets, draws=1)
+        best = best.loc[best["cluster"] > 0, ["name", "vector", "cluster"]]
+        near = nearest(kind.curves, kind.labels, kind.scaling, 3)
+        near = labeling.contexts(near, study.run.task.texts, study.run.tokens)
+        return best.merge(near, on=["vector", "cluster"])
+
+    return _of_each_kind({name: kind for name, kind in study.kinds.items() if name in COMPARED}, table)
 
 
 def neighbours(study: LanguageStudy) -> pd.DataFrame:
@@ -304,11 +373,10 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
     if study.run.task.sources is not None:
         group = pd.factorize(study.run.task.sources["title"])[0][group]
     text = tokens["text"].to_numpy()
-    pair = study.run.task.texts[:, CONTEXT - 1 : -1].ravel() + "|" + text
     asked = ambiguous(text, what, group)
     told = {
         name: (majority_recall(key, what, group), majority_recall(key[asked], what[asked], group[asked]))
-        for name, key in (("token", text), ("token and the one before", pair))
+        for name, key in (("token", text), ("token and the one before", study.pair))
     }
     for name, kind in study.kinds.items():
         if kind.scaling == "raw":
@@ -317,22 +385,6 @@ def neighbours(study: LanguageStudy) -> pd.DataFrame:
     recalls = {name: pd.concat(both, axis=1, keys=["recall", "recall_like"]) for name, both in told.items()}
     table = pd.concat(recalls, names=["kind", "construction"]).reset_index()
     return table[["construction", "recall", "recall_like", "kind"]]
-
-
-def vectors(study: LanguageStudy) -> pd.DataFrame:
-    """One row per vector of the run's own basis and kind of trajectory: birth, eigenvalue, fall, clusters, labels."""
-
-    def table(kind: Kind) -> pd.DataFrame:
-        rows = study.main[["birth_step", "eigenvalue", "residual", "products"]].to_dataframe()
-        rows["projected_loss"] = kind.curves.mean("token").isel(step=-1).values
-        rows["falls"] = study.falls(kind)
-        rows["dropped"] = (kind.labels == DROPPED).sum("token").values
-        clusters = study.labelled[study.labelled["kind"] == kind.name].groupby("vector")["simple"]
-        counted = clusters.agg(clusters="size", simple="sum").reindex(rows.index, fill_value=0)
-        return rows.join(counted).reset_index()
-
-    own = study.run.settings.basis.kind
-    return _of_each_kind({name: kind for name, kind in study.kinds.items() if kind.basis == own}, table)
 
 
 def cluster_summary(study: LanguageStudy) -> xr.Dataset:
@@ -370,9 +422,14 @@ def explorer_of(
     if kind not in SHOWN:
         raise ValueError(f"kind = {kind!r} has no curves kept; allowed: {', '.join(SHOWN)}")
     clusters, contexts, pairs = (table[table["kind"] == kind] for table in (clusters, contexts, pairs))
+    # What the search reads, too: tags, and the most frequent tokens.
+    named = {"about": "tags " + clusters["label"] + "; tokens " + clusters["top_tokens"]}
+    named["padding"] = clusters["top_tokens"].str.startswith(f"'{PAD}'") & (clusters["top_token_share"] > 0.5)
+    if "name" in clusters:  # older studies have no written labels
+        named |= {"label": clusters["name"], "simple": clusters["named"]}
     return Explorer(
         summary.sel(kind=kind, vector=sorted(clusters["vector"].unique())),
-        clusters.assign(mirrors=breakthroughs.named_mirrors(clusters, pairs)),
+        clusters.assign(**named, mirrors=breakthroughs.named_mirrors(clusters, pairs)),
         contexts,
         hidden_after=summary.attrs.get("hidden_after"),
         **texts,
@@ -383,15 +440,14 @@ TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
     "losses": lambda study: tables.loss_quantiles(study.main["loss"], list(dict.fromkeys(["tag", study.by]))),
     "labels": lambda study: study.labelled,
     "counts": counts,
-    "vectors": vectors,
     "contexts": contexts,
     "mirrored": mirrored,
     "constructions": constructions,
-    "rand": rand,
     "neighbours": neighbours,
     "completeness": completeness,
     "completeness_curves": completeness_curves,
-    "agreement": agreement,
-    "grid": grid,
+    "choices": choices,
+    "paper_clusters": paper_clusters,
+    "paper_contexts": paper_contexts,
 }
 """What is kept of a study of text, in the order in which it is made."""

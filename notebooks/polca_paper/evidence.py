@@ -13,8 +13,10 @@ from polca_lib.derivatives.projection import project
 from polca_lib.method import decomposition
 from polca_lib.method.clustering import cluster_tokens, summarise_clusters
 from polca_lib.method.vectors import read_vectors
+from polca_lib.storage.hashing import hash_json
 from polca_paper import robustness, significance, tables
 from polca_paper.homogeneity import cluster_breakthroughs, homogeneity_table
+from polca_paper.readings import cluster_every_way, measure_clusterings
 from polca_paper.significance import cadence
 from polca_paper.study import Study
 
@@ -163,6 +165,18 @@ def along(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def clusterings(study: Study) -> pd.DataFrame:
+    """What the paper prints, by every combination of the choices that it leaves open (see :mod:`polca_paper.fit`)."""
+    kinds = [kind for kind in ("hessian", "random", "shuffled", "parameters") if kind in study.bases]
+    settings = study.run.settings.clustering
+    # Results by vector are kept in a folder for each basis, under the name of its projections and of these settings.
+    name = hash_json(settings.model_dump(mode="json"))[:8]
+    runs = {kind: study.on_basis(kind) for kind in kinds}
+    folders = {kind: run.folder / f"clusterings-{run.keys['projection']}-{name}" for kind, run in runs.items()}
+    clusters, kept = cluster_every_way({kind: study.projections[kind].load() for kind in kinds}, settings, folders)
+    return measure_clusterings(clusters, kept, study.main.sizes["token"], study.hidden_after)
+
+
 def cluster_summary(study: Study) -> xr.Dataset:
     """Medoids, quartiles and composition of all clusters, by order and scaling, and of the exact loss."""
     loss = study.main["loss"]
@@ -212,5 +226,6 @@ TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
     "concentration": robustness.concentration,
     "largest_parameters": robustness.largest_parameters,
     "specification": robustness.specification_curve,
+    "clusterings": clusterings,
 }
 """What is kept of a study, in the order in which it is made."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """
 
 FEWER = ("kept/15", "kept/60", "size")
-"""Values of ``min_samples`` in readings that are not plain."""
+"""Values of ``min_samples`` in readings that are not plain. Their order is the first."""
 
 CLUSTERED = ("source", "order", "scaling", "min_samples", "selection", "variant")
 """What identifies a clustering. Readings that differ in other choices alone share it."""
@@ -50,10 +50,13 @@ VECTORLESS = ("exact loss", "change in loss")
 """Kinds of curves that have no direction."""
 
 PLAIN_TEXT = {
-    "order": "second", "scaling": "raw", "min_samples": "kept/15", "selection": "eom", "variant": "plain",
+    "order": SUMMED, "scaling": "raw", "min_samples": "kept/15", "selection": "eom", "variant": "plain",
     "baselines": "rates", "rule": "v3",
 }  # fmt: skip
-"""The reading that takes the paper's text most literally."""
+"""The reading that takes the paper's text most literally. Its printed cosine of the two orders says which second."""
+
+TABLED = ("raw", "unit", "zscore")
+"""Scalings in tables of studies that do not go through all readings."""
 
 WORST = 3
 """Tolerances beyond which a number is simply missed."""
@@ -73,7 +76,7 @@ def all_readings() -> pd.DataFrame:
     """Every reading, a row each, with the names of ``CHOICES`` as columns."""
     table = pd.DataFrame(itertools.product(*CHOICES.values()), columns=list(CHOICES))
     plain = table["variant"] == "plain"
-    allowed = plain | table["min_samples"].isin(FEWER)
+    allowed = plain | (table["min_samples"].isin(FEWER) & (table["order"] == "first"))
     # A change per interval has no final value to be scaled by.
     allowed &= (table["variant"] != "per interval") | (table["scaling"] != "unit")
     return table[allowed].reset_index(drop=True)
@@ -90,15 +93,12 @@ def numbers(readings: pd.DataFrame, studies: Iterable[SavedStudy]) -> pd.DataFra
             what compares orders from the first.
     """
     studies = list(studies)
-    measured = pd.concat([study.table("clusterings") for study in studies], ignore_index=True)
-    owner = measured.groupby("source")["study"].transform("first")
-    measured = measured[measured["study"] == owner].fillna({"order": ""})
-    has = set(zip(measured["source"], measured["order"], strict=True))
-    measured = measured.set_index([*CLUSTERED, "rule"])
+    measured = _measured(studies)
+    has = {key[:2] for key in measured.index}
     columns = {}
     for row in printed_numbers().itertuples():
         if row.group == "second order":
-            columns[row.number] = _second_order(readings, studies[0], row.measure)
+            columns[row.number] = _second_order(readings, studies, row.measure)
             continue
         name = row.measure if np.isnan(row.rank) else f"{row.measure} {row.rank:.0f}"
         keys = _clustering_of(readings, row.source)
@@ -107,6 +107,23 @@ def numbers(readings: pd.DataFrame, studies: Iterable[SavedStudy]) -> pd.DataFra
         measured_or_missed = np.where(np.isnan(values), 0 if name == "clusters" else np.inf, values)
         columns[row.number] = np.where(run, measured_or_missed, np.nan)
     return pd.DataFrame(columns, index=readings.index)
+
+
+def clustering_of(reading: Mapping[str, str], studies: Iterable[SavedStudy], source: str) -> pd.Series | None:
+    """The row of table ``clusterings`` that a reading means for a kind of curve; none if it was not run."""
+    measured = _measured(studies)
+    key = tuple(_clustering_of(pd.DataFrame([reading]), source).iloc[0])
+    if key[:2] not in {row[:2] for row in measured.index}:
+        return None
+    return measured.loc[key] if key in measured.index else pd.Series({"clusters": 0}).reindex(measured.columns)
+
+
+def _measured(studies: Iterable[SavedStudy]) -> pd.DataFrame:
+    """Tables ``clusterings`` of several studies as one. An order of a kind of curve is from the first that has it."""
+    tables = [study.table("clusterings") for study in studies if study.has("clusterings")]
+    measured = pd.concat(tables, ignore_index=True).fillna({"order": ""})
+    owner = measured.groupby(["source", "order"])["study"].transform("first")
+    return measured[measured["study"] == owner].set_index([*CLUSTERED, "rule"])
 
 
 def _clustering_of(readings: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -127,13 +144,15 @@ def _clustering_of(readings: pd.DataFrame, source: str) -> pd.DataFrame:
     return keys
 
 
-def _second_order(readings: pd.DataFrame, study: SavedStudy, measure: str) -> np.ndarray:
+def _second_order(readings: pd.DataFrame, studies: Iterable[SavedStudy], measure: str) -> np.ndarray:
     """Table 5, or the error of the second-order term. First order has neither."""
     by_order: dict[str, float] = {}
-    if measure == "RMSE" and study.has("second_order_term"):
-        by_order = study.table("second_order_term").set_index("term")["rmse"].to_dict()
-    elif measure != "RMSE" and study.has("agreement"):
-        table = study.table("agreement")
+    name = "second_order_term" if measure == "RMSE" else "agreement"
+    study = next((study for study in studies if study.has(name)), None)
+    if study is not None and measure == "RMSE":
+        by_order = study.table(name).set_index("term")["rmse"].to_dict()
+    elif study is not None:
+        table = study.table(name)
         table = table[table["cadence"] == table["cadence"].min()].set_index("order")
         by_order = (1 - table["cosine"] if measure == "1 - cosine" else table["l2"]).to_dict()
     return readings["order"].map({**by_order, "first": np.inf}).to_numpy(float)
@@ -175,15 +194,17 @@ def score(readings: pd.DataFrame, ours: pd.DataFrame, printed: pd.DataFrame) -> 
     Returns:
         ``readings`` with ``distance``, ``distance_A`` and ``distance_B``, ``rank_A`` and ``rank_B`` (1 is the closest;
         equal ones share a rank), ``within`` (how many numbers are within their tolerance) and ``run`` (how many there
-        are); closest first.
+        are); closest first. A reading of which less was run than of others has no distance, and stands last.
     """
     error = errors(ours, printed)
-    table = readings.assign(distance=distance(error, printed))
-    for half in "AB":
-        table[f"distance_{half}"] = distance(error, printed, half)
-        table[f"rank_{half}"] = table[f"distance_{half}"].rank(method="min")
     counted = error[:, printed["half"].isin(["A", "B"]).to_numpy()]
-    table["within"], table["run"] = (counted <= 1 / WORST**2).sum(axis=1), np.isfinite(counted).sum(axis=1)
+    table = readings.assign(within=(counted <= 1 / WORST**2).sum(axis=1), run=np.isfinite(counted).sum(axis=1))
+    # What compares the orders is not asked of all of them.
+    curves = np.isfinite(error[:, ~printed["group"].isin(["second order"]).to_numpy()]).sum(axis=1)
+    whole = curves == curves.max()
+    for name, half in (("distance", "AB"), ("distance_A", "A"), ("distance_B", "B")):
+        table[name] = np.where(whole, distance(error, printed, half), np.nan)
+    table["rank_A"], table["rank_B"] = (table[f"distance_{half}"].rank(method="min") for half in "AB")
     return table.sort_values("distance", kind="stable")
 
 

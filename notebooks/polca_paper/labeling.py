@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,11 +10,21 @@ import xarray as xr
 from jaxtyping import Bool, Int
 
 from polca_lib.method.clustering import DROPPED, by_vector
+from polca_lib.report.findings import members
+from polca_lib.report.labels import quoted, write_label
 from polca_lib.tasks.tokenization import PAD
 from polca_paper.tagging import PAD as PAD_TAG
 
 READINGS = ("simple", "simple_words", "simple_all")
 """What a simple label may mean, see :func:`label_clusters`."""
+
+WORDS = {
+    "ADJ": "adjective", "ADP": "preposition", "ADV": "adverb", "AUX": "auxiliary", "CCONJ": "conjunction",
+    "DET": "determiner", "INTJ": "interjection", "NOUN": "noun", "NUM": "number", "PART": "particle",
+    "PRON": "pronoun", "PROPN": "proper noun", "PUNCT": "punctuation", "SCONJ": "subordinating conjunction",
+    "SPACE": "white space", "SYM": "symbol", "VERB": "verb", "X": "foreign or other word",
+}  # fmt: skip
+"""Parts of speech as labels name them."""
 
 _BEFORE, _AFTER = 16, 8  # tokens of a context around its target: a few words of an article, and no more of it
 _TOP = 5  # token texts that are listed
@@ -103,6 +113,30 @@ def label_clusters(
     return pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
 
 
+def phrases(texts: Sequence[str], before: Sequence[str], tags: pd.DataFrame, **others: np.ndarray) -> dict:
+    """What each token is, as phrases for :func:`polca_lib.report.labels.write_label`.
+
+    Args:
+        texts, before: of each token, and of the one before it.
+        tags: from :func:`polca_paper.tagging.preceding_tags`.
+        others: further columns, such as the construction.
+    """
+    text, previous = (np.array([quoted(str(value)) for value in values], object) for values in (texts, before))
+    tag, one = (tags[name].map(lambda name: WORDS.get(name, name)).to_numpy(object) for name in ("tag", "tag_1"))
+    pairs = {"pair": text + " after " + previous, "tags": tag + " after " + one}
+    pairs |= {"after": text + " after " + one, "following": tag + " after " + previous}
+    return {**others, "text": text, **pairs, "tag": tag}
+
+
+def written_labels(
+    labels: xr.DataArray, columns: Mapping[str, np.ndarray], sets: Mapping[str, Bool[np.ndarray, " token"]]
+) -> pd.DataFrame:
+    """The label of each cluster as a person would write it, ``name``, and whether it says anything, ``named``."""
+    kept = by_vector(labels) != DROPPED
+    rows = [write_label(inside, kept.sel(vector=v).values, columns, sets)[:2] for v, _, inside in members(labels)]
+    return pd.DataFrame(rows, columns=["name", "named"])
+
+
 def simple_by_chance(
     labels: xr.DataArray,
     tags: pd.DataFrame,
@@ -165,6 +199,15 @@ def contexts(near: pd.DataFrame, texts: np.ndarray, tokens: pd.DataFrame) -> pd.
         target=[texts[i, j] for i, j in places],
         after=[_join(texts[i, j + 1 : j + 1 + _AFTER]) for i, j in places],
     )
+
+
+def marked(contexts: pd.DataFrame) -> pd.Series:
+    """Contexts as one text for a table, the target between backticks, newlines as ⏎."""
+    before, target, after = (
+        contexts[part].astype(str).str.replace("`", "'").str.replace(r"\r?\n", "⏎", regex=True)
+        for part in ("before", "target", "after")
+    )
+    return before + "`" + target + "`" + after
 
 
 def check_length(labels: xr.DataArray, values: Sequence[object] | pd.DataFrame, name: str) -> None:

@@ -26,7 +26,7 @@ NOTHING = "\N{EN DASH}"
 LONG = 12  # rows; a longer table is folded
 WIDE = 3  # columns; a wider table becomes a list of cards on a phone
 
-_VERDICTS = {
+VERDICTS = {
     "reproduced": "#009E73",
     "stronger here": "#0072B2",
     "partly": "#E69F00",
@@ -211,7 +211,7 @@ def _cell(value: object, spec: str | None) -> str:
         return text.replace("-", "\N{MINUS SIGN}")
     text = _inline(str(value))
     text = f'<span class="short">{text}</span>' if len(str(value)) < 13 else text
-    colour = _VERDICTS.get(str(value))
+    colour = VERDICTS.get(str(value))
     return f'<span class="verdict" style="border-left:0.35em solid {colour}">{text}</span>' if colour else text
 
 

@@ -7,7 +7,7 @@ prints is arithmetic on that: see :mod:`polca_paper.fit`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,21 +15,19 @@ import joblib
 import numpy as np
 import pandas as pd
 import xarray as xr
-from hdbscan import hdbscan_
-from hdbscan._hdbscan_linkage import label as single_linkage
-from hdbscan._hdbscan_linkage import mst_linkage_core
-from jaxtyping import Bool, Float, Int
-from sklearn.metrics.pairwise import euclidean_distances
+from jaxtyping import Bool, Float
 
 from polca_lib.method import clustering, decomposition
 from polca_lib.method.breakthroughs import breakthrough_step
 from polca_lib.method.settings import ClusteringSettings
 from polca_lib.storage.artefacts import write_atomically
+from polca_lib.tasks.arithmetic import PLACES
 from polca_paper.fit import CHOICES, CLUSTERED, FEWER, VECTORLESS
 from polca_paper.homogeneity import CARRY_PLACES, IN_PLACES
 from polca_paper.significance import available_readings, cadence, trajectories
 
-_COUNTED = ("tokens", "carries", "inside", "thousands", "start")
+_FEWEST = 5  # checkpoints of a curve that is clustered
+_COUNTED = ("tokens", "carries", "inside", "thousands", "start", *PLACES)
 
 
 class Curves(NamedTuple):
@@ -43,12 +41,9 @@ class Curves(NamedTuple):
 def rescale(values: Float[np.ndarray, "token step"], scaling: str) -> Float[np.ndarray, "token step"]:
     """Curves by a scaling of ``CHOICES``.
 
-    ``raw``, ``unit`` and ``zscore`` are those of :func:`polca_lib.method.clustering.scale`. ``maximum`` divides a curve
-    by max_t abs(f(t)), ``length`` by the square root of sum_t f(t)^2; ``each step`` gives the curves mean 0 and
-    standard deviation 1 over tokens at each step.
+    ``length`` divides a curve by the square root of sum_t f(t)^2; ``each step`` gives the curves mean 0 and standard
+    deviation 1 over tokens at each step. The others are those of :func:`polca_lib.method.clustering.scale`.
     """
-    if scaling == "maximum":
-        return values / _nonzero(abs(values).max(axis=1, keepdims=True))
     if scaling == "length":
         return values / _nonzero(np.linalg.norm(values, axis=1, keepdims=True))
     if scaling == "each step":
@@ -60,42 +55,11 @@ def _nonzero(size: np.ndarray) -> np.ndarray:
     return np.where(size > 0, size, 1.0)
 
 
-def hdbscan_labels(
-    values: Float[np.ndarray, "token step"], min_cluster_size: int, min_samples: Iterable[int]
-) -> dict[tuple[int, str], Int[np.ndarray, " token"]]:
-    """Labels of HDBSCAN for each ``min_samples`` and each selection of ``CHOICES``; -1 is an outlier.
-
-    The steps are HDBSCAN's own, mostly with its own functions. Taken apart, they compute the distances once, and a
-    spanning tree once for both selections; so hundreds of readings take as long as a few.
-    """
-    # Distances don't depend on the mean; without it they have smaller rounding errors.
-    distances = euclidean_distances(values - values.mean(axis=0))
-    distances = np.maximum(distances, distances.T)
-    np.fill_diagonal(distances, 0)
-    sizes = sorted({min(size, len(values) - 1) for size in min_samples})
-    # Distance to the k-th neighbour, for every k.
-    cores = np.partition(distances, sizes, axis=1)[:, sizes].T
-    found = {}
-    for size in set(min_samples):
-        core = cores[sizes.index(min(size, len(values) - 1))]
-        # Mutual reachability: max(core_i, core_j, d_ij).
-        reach = np.maximum(distances, np.maximum(core[:, None], core[None, :]))
-        tree = mst_linkage_core(reach)
-        # Prim's algorithm adds a point at a time. The edge starts where HDBSCAN starts it on vectors: at the first of
-        # the points added before that are as near. This decides between edges of equal length.
-        added = np.concatenate([tree[:1, 0], tree[:, 1]]).astype(int)
-        near = reach[np.ix_(added, added[1:])] == tree[:, 2]
-        tree[:, 0] = added[near.argmax(axis=0)]
-        linkage = single_linkage(tree[np.argsort(tree.T[2]), :])
-        for selection in CHOICES["selection"]:
-            found[size, selection] = hdbscan_._tree_to_labels(values, linkage, min_cluster_size, selection)[0]
-    return found
-
-
 class Source(NamedTuple):
     """What curves are made of: projections on a basis, and which quantity along it."""
 
     name: str  # as in data/paper/printed.csv
+    basis: str
     projections: xr.Dataset
     orders: tuple[str, ...]  # of POLCA; one empty name for what has none
 
@@ -106,13 +70,14 @@ class Source(NamedTuple):
 
 def sources(projections: Mapping[str, xr.Dataset]) -> list[Source]:
     """Every kind of trajectory that the paper prints numbers about, as far as there are projections for it."""
-    hessian = projections["hessian"]
-    found = [Source("POLCA", hessian, _orders(hessian))]
-    found += [Source(name, hessian, ("",)) for name in (*VECTORLESS, "Fisher")]
+    found = []
+    if (hessian := projections.get("hessian")) is not None:
+        found = [Source("POLCA", "hessian", hessian, _orders(hessian))]
+        found += [Source(name, "hessian", hessian, ("",)) for name in (*VECTORLESS, "Fisher")]
     for name, kind in (("random", "random"), ("shuffled", "shuffled"), ("LCA", "parameters")):
         if kind in projections:
             orders = ("first",) if name == "LCA" else _orders(projections[kind])
-            found.append(Source(name, projections[kind], orders))
+            found.append(Source(name, kind, projections[kind], orders))
     return found
 
 
@@ -121,26 +86,28 @@ def _orders(projections: xr.Dataset) -> tuple[str, ...]:
 
 
 def cluster_every_way(
-    projections: Mapping[str, xr.Dataset], settings: ClusteringSettings, folder: Path, n_jobs: int = -1
+    projections: Mapping[str, xr.Dataset], settings: ClusteringSettings, folders: Mapping[str, Path], n_jobs: int = -1
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cluster every kind of trajectory by every combination of the choices.
 
     Args:
-        projections: by basis; ``hessian`` at least. Other bases may have fewer checkpoints.
+        projections: by basis; some may have fewer checkpoints.
         settings: of the clustering, for what the choices leave alone.
-        folder: of these projections and settings alone: results of vectors that lie there are not computed again.
+        folders: by basis, each of these projections and settings alone: results of vectors that lie there are not
+            computed again.
         n_jobs: processes.
 
     Returns:
         One row per cluster: ``CLUSTERED``, ``vector``, ``cluster``, and of its tokens ``tokens``, ``carries``,
-        ``inside`` (carries in ``CARRY_PLACES``), ``thousands`` (carries in the 1000s), ``start`` and ``end`` (mean
-        steps at which the sharpest drop starts and ends). And one row per source, order, variant and vector: tokens
-        ``kept``.
+        ``inside`` (carries in ``CARRY_PLACES``), ``thousands`` (carries in the 1000s), ``start`` (mean step at which
+        the sharpest drop starts), and how many are of each place. And one row per source, order, variant and vector:
+        tokens ``kept``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    finest = cadence(projections["hessian"])
+    finest = min(map(cadence, projections.values()))
     jobs = [(source, vector) for source in sources(projections) for vector in source.vectors()]
-    files = [folder / f"{source.name.replace(' ', '-')}-{vector}" for source, vector in jobs]
+    files = [folders[source.basis] / f"{source.name.replace(' ', '-')}-{vector}" for source, vector in jobs]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
     joblib.Parallel(n_jobs=n_jobs)(
         joblib.delayed(_cluster_vector)(_at(source, vector), vector, finest, settings, file)
         for (source, vector), file in zip(jobs, files, strict=True)
@@ -165,19 +132,25 @@ def _cluster_vector(source: Source, vector: int, finest: int, settings: Clusteri
     settings = settings.resolved(source.projections.sizes["token"], source.projections["step"].values)
     clusters, kept = [], []
     for order, variant in itertools.product(source.orders, CHOICES["variant"]):
-        level, keep, starts = _curves(source, order, variant, finest, settings)
+        if variant != "plain" and order not in ("first", ""):
+            continue
+        if (curves := _curves(source, order, variant, finest, settings)) is None:
+            continue
+        level, keep, starts = curves
         kept.append({"source": source.name, "order": order, "variant": variant, "vector": vector, "kept": keep.sum()})
         if keep.sum() < settings.min_cluster_size:
             continue
         sizes = _min_samples(variant, source, len(keep), int(keep.sum()), settings)
-        curves = np.diff(level, axis=1) if variant == "per interval" else level
+        level = np.diff(level, axis=1) if variant == "per interval" else level
         carry, place = (source.projections[name].values[keep] for name in ("carry", "place"))
         inside, thousands = carry & np.isin(place, CARRY_PLACES), carry & (place == "1000s")
-        counted = dict(zip(_COUNTED, (np.ones(len(carry)), carry, inside, thousands, starts), strict=True))
+        at_places = [place == name for name in PLACES]
+        values = (np.ones(len(carry)), carry, inside, thousands, starts, *at_places)
+        counted = dict(zip(_COUNTED, values, strict=True))
         for scaling in CHOICES["scaling"]:
             if variant == "per interval" and scaling == "unit":
                 continue
-            labels = hdbscan_labels(rescale(curves, scaling), settings.min_cluster_size, sizes.values())
+            labels = clustering.hdbscan_labels(rescale(level, scaling), settings.min_cluster_size, sizes.values())
             for (name, size), selection in itertools.product(sizes.items(), CHOICES["selection"]):
                 bins = labels[size, selection] + 1  # the first is that of outliers
                 sums = {column: np.bincount(bins, values)[1:] for column, values in counted.items()}
@@ -190,16 +163,21 @@ def _cluster_vector(source: Source, vector: int, finest: int, settings: Clusteri
         write_atomically(file.with_suffix(suffix), rows.to_csv(index=False, float_format="%.6g").encode())
 
 
-def _curves(source: Source, order: str, variant: str, finest: int, settings: ClusteringSettings) -> Curves:
-    """Cumulated curves of a source along one vector, and which of its tokens are clustered."""
+def _curves(source: Source, order: str, variant: str, finest: int, settings: ClusteringSettings) -> Curves | None:
+    """Cumulated curves of a source along one vector, and which of its tokens are clustered; none of a short run."""
     projections, window = source.projections, settings.breakthrough_window
     steps = projections["step"].values
     if variant == "every fifth":
         coarse = 5 * finest
-        projections = decomposition.coarsen(projections, max(1, coarse // cadence(projections)))
+        factor = max(1, coarse // cadence(projections))
+        if (len(steps) - 1) % factor:
+            return None
+        projections = decomposition.coarsen(projections, factor)
         window = -(-window // coarse) * coarse  # the next multiple of the cadence
     elif variant == "early":
         projections = projections.isel(step=steps <= steps[-1] * 2 / 5)
+    if projections.sizes["step"] < _FEWEST:
+        return None
     loss = projections["loss"]
     if source.name == "exact loss":
         level = loss
@@ -238,8 +216,10 @@ def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int,
     Returns:
         By ``CLUSTERED`` and ``rule``: ``homogeneity``, ``recall`` and ``f1`` of the three purest clusters, at most one
         for a vector; ``clusters``; ``hidden``, the share of them whose mean breakthrough is after tau; ``dropped``, the
-        share of tokens that rise along the vectors that are clustered; ``vector 2``, its largest homogeneity; ``vector
-        3``, its largest share of carries in the 1000s. A clustering without clusters has no row.
+        share of tokens that rise along the vectors that are clustered; ``digits``, the share of the clustered tokens of
+        vector 1, or of curves without a vector, that are of the most frequent place of their cluster, if it is not the
+        same place in all; ``vector 2``, its largest homogeneity; ``vector 3``, its largest share of carries in the
+        1000s. A clustering without clusters has no row.
     """
     key = list(CLUSTERED)
     clustered = clusters.groupby([*key, "vector"])["carries"].transform("sum")
@@ -253,6 +233,11 @@ def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int,
     )
     every = table.groupby(key).agg(clusters=("tokens", "size"), hidden=("hidden", "mean"))
     third = table[table["vector"] == 3].groupby(key)["in_1000s"].max().rename("vector 3")
+    first = table[table["vector"] <= 1].assign(
+        top=table[list(PLACES)].max(axis=1), place=table[list(PLACES)].idxmax(axis=1)
+    )
+    sums = first.groupby(key).agg(top=("top", "sum"), tokens=("tokens", "sum"), places=("place", "nunique"))
+    digits = (sums["top"] / sums["tokens"]).where(sums["places"] > 1, 0).rename("digits")
     dropped = kept[kept["kept"] > 0].groupby(["source", "order", "variant"])["kept"].mean()
     parts = {}
     for rule in CHOICES["rule"]:
@@ -264,6 +249,6 @@ def measure_clusterings(clusters: pd.DataFrame, kept: pd.DataFrame, tokens: int,
         wide = best[best["rank"] <= 3].pivot(index=key, columns="rank", values=["homogeneity", "recall", "f1"])
         wide.columns = [f"{measure} {rank}" for measure, rank in wide.columns]
         wide = wide.reindex(columns=[f"{m} {rank}" for m in ("homogeneity", "recall", "f1") for rank in (1, 2, 3)])
-        parts[rule] = every.join([wide, second, third])
+        parts[rule] = every.join([wide, digits, second, third])
     measured = pd.concat(parts, names=["rule"]).reset_index()
     return measured.merge((1 - dropped / tokens).rename("dropped").reset_index(), how="left")

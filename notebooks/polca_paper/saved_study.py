@@ -16,7 +16,6 @@ import pandas as pd
 import xarray as xr
 import zarr
 
-from polca_lib.method.settings import Scaling
 from polca_lib.tasks.settings import RunSettings
 
 ROOT = Path(__file__).parents[2]
@@ -41,15 +40,14 @@ class SavedStudy:
 
     Args:
         name: of its folder.
-        scaling: of the curves whose clusters the paper's claims are judged by. The paper does not name its own.
         setting: ``addition`` or ``english``.
 
     Raises:
         FileNotFoundError: there is no such study.
     """
 
-    def __init__(self, name: str, scaling: Scaling = "raw", setting: str = "addition"):
-        self.name, self.path, self.scaling = name, study_folder(name, setting), scaling
+    def __init__(self, name: str, setting: str = "addition"):
+        self.name, self.path = name, study_folder(name, setting)
         if not (self.path / "provenance.json").exists():
             known = sorted(path.parent.name for path in self.path.parent.glob("*/provenance.json"))
             raise FileNotFoundError(

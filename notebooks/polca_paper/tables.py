@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 import joblib
 import numpy as np
@@ -14,10 +13,10 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, composition, is_decreasing
-from polca_lib.method.settings import ClusteringSettings, Scaling
+from polca_lib.method.settings import ClusteringSettings
 from polca_lib.tasks.arithmetic import SKILLS
 from polca_lib.tasks.settings import RunSettings
-from polca_paper.fit import printed_numbers
+from polca_paper.fit import TABLED, printed_numbers
 from polca_paper.homogeneity import base_rate, cluster_breakthroughs, most_homogeneous
 from polca_paper.saved_study import ROOT
 
@@ -108,7 +107,7 @@ def compare_strategies(
     """
     rows, purest = {}, {}
     curves = {**levels, **rates}
-    keys = [(s, name) for s in get_args(Scaling) for name in (levels if s == "unit" else curves)]
+    keys = [(s, name) for s in TABLED for name in (levels if s == "unit" else curves)]
     jobs = (
         joblib.delayed(cluster_breakthroughs)(
             curves[name], settings.model_copy(update={"scaling": s}), hidden_after, only_falling=name in levels

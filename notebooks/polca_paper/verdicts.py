@@ -1,19 +1,19 @@
-"""Our number for each of the paper's claims, and the verdict.
+"""Our numbers for each of the paper's claims, and the verdict, by one reading of the paper.
 
-- *reproduced*: our number is within the tolerance of the paper's, and the sentence it is cited for holds;
-- *stronger here*: our number is beyond the paper's in the direction of the claim, and the sentence holds;
-- *partly*: one of the two: the number is missed, but the sentence holds; or the other way round;
+- *reproduced*: most of our numbers are within their tolerance of the paper's, and what they are cited for holds;
+- *stronger here*: the first number is beyond the paper's in the direction of the claim, and what it is cited for
+  holds;
+- *partly*: one of the two: the numbers are missed, but the sentence holds; or the other way round;
 - *not reproduced*: neither;
-- *not run*: the study has no such number;
-- *does not apply*: nor can it have one, as for a claim about raw curves when others are judged.
+- *not run*: the studies have no such number.
 
-Where the paper has no number, the sentence decides alone. Where the study finds no cluster that could be measured, the
+Where the paper has no number, the sentence decides alone. Where a study finds no cluster that could be measured, the
 number is missed. The rules stand with the claims, in :mod:`polca_paper.claims`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,13 +21,20 @@ import pandas as pd
 from polca_lib.method.settings import FORMER_TOLERANCE, TOLERANCE
 from polca_lib.storage.artefacts import differences
 from polca_lib.tasks.settings import RunSettings
-from polca_paper.claims import CLAIMS, Claim, NotRun, verdict
+from polca_paper import fit
+from polca_paper.claims import CLAIMS, SHARE, Claim, Evidence, verdict
 from polca_paper.saved_study import SavedStudy
 
-JUDGED = ("paper-0", "paper-bases", "laptop-0", "laptop-1", "laptop-2")
-"""Studies that the verdicts of the repository are on."""
+WHOLE = ("paper-whole", "paper-random", "paper-0")
+"""Studies at the paper's size, by which the reading is chosen."""
 
-COLUMNS = ["claim", "section", "paper", "ours", "low", "high", "seeds", "preset", "device", "verdict"]
+JUDGED: dict[str, Sequence[Sequence[str]]] = {"paper": [WHOLE]}
+"""Studies that the verdicts of the repository are on: for each scale, those of each seed."""
+
+COLUMNS = [
+    "claim", "section", "reading", "scale", "paper", "ours", "low", "high", "within", "of", "seeds", "studies",
+    "device", "verdict",
+]  # fmt: skip
 """Of ``data/paper/verdicts.csv``."""
 
 ENGLISH = "wikipedia-large"
@@ -37,14 +44,7 @@ PAPER_ENGLISH = {"vectors": 30, "kept": 26, "simple_label": 22, "tokens": 12_600
 """Counts of section 5 and v3. ``kept`` counts vectors whose mean falls, ``dropped_mean`` tokens per vector."""
 
 # From the most favourable to the least.
-_VERDICTS = ["does not apply", "not run", "reproduced", "stronger here", "partly", "not reproduced"]
-
-
-def _measured(claim: Claim, study: SavedStudy) -> float:
-    try:
-        return claim.measure(study)
-    except NotRun:
-        return float("nan")
+_VERDICTS = ["not run", "reproduced", "stronger here", "partly", "not reproduced"]
 
 
 def scale_of(study: SavedStudy) -> str:
@@ -59,46 +59,84 @@ def scale_of(study: SavedStudy) -> str:
     return "; ".join([settings.preset, *parts])
 
 
-def judge(studies: Iterable[SavedStudy], claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
-    """Verdict on each claim, by scale: studies that differ in seed alone are judged together.
+def scored_readings(studies: Iterable[SavedStudy]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Readings of the paper, closest to its printed numbers first, and what each gives for the printed numbers.
 
-    Returns:
-        Rows ``claim``, ``section``, ``text``, ``paper``, ``ours`` (median), ``low``, ``high``, ``seeds``, ``preset``
-        (see :func:`scale_of`), ``device``, ``verdict`` (the most frequent; of equally many the least favourable),
-        ``each`` (how many seeds have which verdict), ``measured`` (number of seeds with a number; median and range are
-        theirs), ``cited_for``, ``page`` and ``studies``, their names.
+    Readings that the studies have not run in full, for want of an order, are left out.
     """
-    by_scale: dict[str, list[SavedStudy]] = {}
-    for study in studies:
-        by_scale.setdefault(scale_of(study), []).append(study)
-    rows = []
-    for claim in claims:
-        for scale, group in by_scale.items():
-            values = np.array([_measured(claim, study) for study in group], float)
-            verdicts = [claim.judge(study) for study in group]
-            finite = values[np.isfinite(values)]
-            low, ours, high = np.quantile(finite, [0, 0.5, 1]) if len(finite) else (np.nan,) * 3
-            row = {"claim": claim.name, "section": claim.section, "text": claim.text, "paper": claim.paper}
-            row |= {"ours": ours, "low": low, "high": high, "seeds": len(group), "preset": scale}
-            row["device"] = ", ".join(dict.fromkeys(study.device for study in group))
-            row["verdict"] = max(_VERDICTS, key=lambda v: (verdicts.count(v), _VERDICTS.index(v)))
-            row["each"] = ", ".join(f"{verdicts.count(v)} {v}" for v in _VERDICTS if v in verdicts)
-            row |= {"measured": len(finite), "cited_for": claim.sentence.means, "page": claim.page}
-            rows.append({**row, "studies": ", ".join(study.name for study in group)})
-    return pd.DataFrame(rows)
+    readings = fit.all_readings()
+    ours = fit.numbers(readings, studies)
+    scored = fit.score(readings, ours, fit.printed_numbers()).dropna(subset="distance")
+    return scored, ours.loc[scored.index]
 
 
-def first_run(*scales: pd.DataFrame) -> pd.DataFrame:
-    """For each claim the row of the first scale that ran it, or else the row of the first scale.
+def reading_of(row: pd.Series) -> dict[str, str]:
+    """The choices of a row of a table of readings."""
+    return {name: str(row[name]) for name in fit.CHOICES}
+
+
+def kept_readings(scored: pd.DataFrame, ours: pd.DataFrame, closest: int = 40) -> pd.DataFrame:
+    """What ``data/paper/readings.csv`` holds: a row for each reading and printed number.
+
+    Of the closest readings, of those that differ from the closest in one choice, and of the paper's plain text. All
+    others are arithmetic on tables ``clusterings``.
+    """
+    choices = list(fit.CHOICES)
+    differ = (scored[choices] != scored[choices].iloc[0]).sum(axis=1)
+    plain = (scored[choices] == pd.Series(fit.PLAIN_TEXT)[choices]).all(axis=1)
+    chosen = scored[(np.arange(len(scored)) < closest) | (differ == 1) | plain]
+    printed = fit.printed_numbers()
+    error = pd.DataFrame(fit.errors(ours, printed), index=ours.index, columns=printed["number"])
+    rows = chosen[choices].assign(rank=np.flatnonzero(scored.index.isin(chosen.index)) + 1)
+    parts = [
+        rows.assign(
+            number=row.number, half=row.half, printed=row.printed, low=row.low, high=row.high,
+            ours=ours.loc[chosen.index, row.number], distance=error.loc[chosen.index, row.number],
+        )
+        for row in printed.itertuples()
+    ]  # fmt: skip
+    return pd.concat(parts).sort_values("rank", kind="stable")
+
+
+def judge(
+    studies: Mapping[str, Sequence[Sequence[SavedStudy]]],
+    readings: Mapping[str, Mapping[str, str]],
+    claims: Iterable[Claim] = CLAIMS,
+) -> pd.DataFrame:
+    """Verdict on each claim, by reading and by scale.
 
     Args:
-        scales: from :func:`judge`, of one scale each, with the same claims in the same order.
+        studies: for each scale, those of each seed.
+        readings: by name, a value for each of :data:`polca_paper.fit.CHOICES`.
+        claims: to judge.
+
+    Returns:
+        Rows ``claim``, ``section``, ``text``, ``reading``, ``scale``, ``paper`` and ``ours`` (the first number of the
+        claim; the median over seeds), ``low``, ``high``, ``within`` (how many of its numbers are within their
+        tolerance, at the first seed) and ``of``, ``seeds``, ``studies``, ``device``, ``verdict`` (the most frequent; of
+        equally many the least favourable), ``each`` (how many seeds have which verdict), ``cited_for`` and ``page``.
     """
-    first, *rest = (rows.reset_index(drop=True) for rows in scales)
-    for rows in rest:
-        lacking = (first["verdict"] == "not run") & (rows["verdict"] != "not run")
-        first = first.where(~lacking, rows)
-    return first
+    rows = []
+    for name, reading in readings.items():
+        for scale, seeds in studies.items():
+            evidence = [Evidence(group, reading) for group in seeds]
+            used = [study for group in seeds for study in group]
+            about = {"reading": name, "scale": scale, "seeds": len(seeds)}
+            about |= {"studies": ", ".join(study.name for study in used)}
+            about |= {"device": ", ".join(dict.fromkeys(study.device for study in used))}
+            for claim in claims:
+                judged = [claim.judge(each) for each in evidence]
+                verdicts = [each.verdict for each in judged]
+                values = np.array([each.ours for each in judged], float)
+                finite = values[np.isfinite(values)]
+                low, ours, high = np.quantile(finite, [0, 0.5, 1]) if len(finite) else (np.nan,) * 3
+                row = {"claim": claim.name, "section": claim.section, "text": claim.text, **about}
+                row |= {"paper": judged[0].paper, "ours": ours, "low": low, "high": high}
+                row |= {"within": judged[0].within, "of": judged[0].of}
+                row["verdict"] = max(_VERDICTS, key=lambda v: (verdicts.count(v), _VERDICTS.index(v)))
+                row["each"] = ", ".join(f"{verdicts.count(v)} {v}" for v in _VERDICTS if v in verdicts)
+                rows.append({**row, "cited_for": claim.sentence.means, "page": claim.page})
+    return pd.DataFrame(rows)
 
 
 def english_counts(study: SavedStudy, kind: str = "POLCA second, raw") -> dict[str, object]:
@@ -150,6 +188,10 @@ def judge_english(study: SavedStudy, kind: str = "POLCA second, raw") -> pd.Data
         ("some clusters have hidden breakthroughs, share", None, row["hidden"], row["hidden"] > 0, None),
         ("clusters of the exact loss have none, share", None, exact["hidden"], exact["hidden"] == 0, None),
     ]  # fmt: skip
+    verdicts = []
+    for _, number, ours, holds, larger in claims:
+        matches = None if number is None else bool(abs(ours - number) <= SHARE)
+        stronger = bool(larger and holds and ours > number)
+        verdicts.append(verdict(matches, None if holds is None else bool(holds), stronger))
     table = pd.DataFrame(claims, columns=["claim", "paper", "ours", "holds", "larger_is_stronger"])
-    verdicts = [verdict(*numbers, larger_is_stronger=larger) for _, *numbers, larger in claims]
     return table.drop(columns="larger_is_stronger").assign(verdict=verdicts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Iterable
 from typing import Literal
 
 import hdbscan
@@ -10,8 +12,11 @@ import joblib
 import numpy as np
 import pandas as pd
 import xarray as xr
+from hdbscan import hdbscan_
+from hdbscan._hdbscan_linkage import label as single_linkage
 from jaxtyping import Bool, Float, Int
 from sklearn.metrics import pairwise_distances_chunked
+from sklearn.metrics.pairwise import euclidean_distances
 
 from polca_lib.method.settings import ClusteringSettings, Scaling
 
@@ -19,6 +24,7 @@ DROPPED, OUTLIER = -2, -1
 """Labels of tokens that were filtered out before HDBSCAN, and of those it calls noise. Clusters count from 1."""
 
 _EPS = float(np.finfo(np.float32).eps)
+_AT_ONCE = 8192  # tokens whose distances are held in memory: half a gigabyte
 
 
 def is_decreasing(trajectories: xr.DataArray, by: Literal["final", "trend"] = "final") -> xr.DataArray:
@@ -54,6 +60,7 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
 
     - ``raw``: unchanged. Tokens that drop by different amounts are far apart.
     - ``unit``: f(t) - f(0), divided by abs(f(T) - f(0)). Only the timing counts.
+    - ``maximum``: divided by max_t abs(f(t)).
     - ``zscore``: mean 0 and standard deviation 1 over time.
 
     The paper does not say which it uses. Trajectories are not divided by a change below their rounding in float32,
@@ -65,11 +72,13 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     if scaling == "unit":
         trajectories = trajectories - trajectories[:, :1]
         size = np.abs(trajectories[:, -1:])
+    elif scaling == "maximum":
+        size = np.abs(trajectories).max(axis=1, keepdims=True, initial=0)
     elif scaling == "zscore":
         trajectories = trajectories - trajectories.mean(axis=1, keepdims=True)
         size = trajectories.std(axis=1, keepdims=True)
     else:
-        raise ValueError(f"scaling = {scaling!r} is unknown; allowed: raw, unit, zscore")
+        raise ValueError(f"scaling = {scaling!r} is unknown; allowed: raw, unit, maximum, zscore")
     return trajectories / np.where(size > rounding, size, 1.0)
 
 
@@ -114,8 +123,12 @@ def _cluster(
     labels[keep] = OUTLIER
     # HDBSCAN needs more tokens than min_samples, and as many as one cluster.
     if len(values) >= max(settings.min_cluster_size, min_samples + 1):
-        model = fit_hdbscan(values, settings, min_samples, memory=cache or joblib.Memory(None, verbose=0))
-        labels[keep] = _by_size(model.labels_)
+        size, selection = settings.min_cluster_size, settings.selection
+        if cache is None:
+            found = hdbscan_labels(values, size, [min_samples], [selection])[min_samples, selection]
+        else:
+            found = fit_hdbscan(values, settings, min_samples, memory=cache).labels_
+        labels[keep] = _by_size(found)
     return labels
 
 
@@ -135,6 +148,62 @@ def candidates(
     values = trajectories.transpose("token", "step").values[keep].astype(np.float64)
     tokens = int(keep.sum()) if settings.min_samples_from == "kept" else keep.size
     return keep, scale(values, settings.scaling), max(1, tokens // settings.min_samples_divisor)
+
+
+def hdbscan_labels(
+    values: Float[np.ndarray, "token step"],
+    min_cluster_size: int,
+    min_samples: Iterable[int],
+    selections: Iterable[str] = ("eom", "leaf"),
+) -> dict[tuple[int, str], Int[np.ndarray, " token"]]:
+    """Labels of HDBSCAN for each ``min_samples`` and each selection of clusters; -1 is an outlier.
+
+    The steps are those of the package ``hdbscan``, and so are the labels. Taken apart, they compute all distances at
+    once, by a matrix product, and a spanning tree once for all selections. More tokens than fit into memory at once go
+    to the package as a whole.
+    """
+    selections, found = list(selections), {}
+    if len(values) > _AT_ONCE:
+        for size, selection in itertools.product(set(min_samples), selections):
+            model = hdbscan.HDBSCAN(min_cluster_size, size, cluster_selection_method=selection, core_dist_n_jobs=1)
+            found[size, selection] = model.fit(values).labels_
+        return found
+    # Distances don't depend on the mean; without it they have smaller rounding errors.
+    distances = euclidean_distances(values - values.mean(axis=0))
+    np.maximum(distances, distances.T, out=distances)
+    np.fill_diagonal(distances, 0)
+    # Core distance: to the k-th neighbour, for every k.
+    neighbours = {size: min(size, len(values) - 1) for size in min_samples}
+    ranks = sorted(set(neighbours.values()))
+    cores = dict(zip(ranks, np.partition(distances, ranks, axis=1)[:, ranks].T, strict=True))
+    for size, rank in neighbours.items():
+        tree = _spanning_tree(distances, cores[rank])
+        linkage = single_linkage(tree[np.argsort(tree.T[2]), :])
+        for selection in selections:
+            found[size, selection] = hdbscan_._tree_to_labels(values, linkage, min_cluster_size, selection)[0]
+    return found
+
+
+def _spanning_tree(
+    distances: Float[np.ndarray, "token token"], core: Float[np.ndarray, " token"]
+) -> Float[np.ndarray, "edge three"]:
+    """Prim's spanning tree of the mutual reachability max(core_i, core_j, d_ij): start, end and length of each edge."""
+    n = len(core)
+    edges, current = np.empty((n - 1, 3)), 0
+    nearest, start, outside = np.full(n, np.inf), np.zeros(n, int), np.ones(n, bool)
+    for row in range(n - 1):
+        # Compare every point outside with the point that was added last.
+        outside[current], nearest[current] = False, np.inf
+        reach = np.maximum(distances[current], core)
+        np.maximum(reach, core[current], out=reach)
+        closer = (reach < nearest) & outside
+        np.copyto(nearest, reach, where=closer)
+        np.copyto(start, current, where=closer)
+        # Add the point that is nearest to the tree.
+        following = int(nearest.argmin())
+        edges[row] = start[following], following, nearest[following]
+        current = following
+    return edges
 
 
 def fit_hdbscan(

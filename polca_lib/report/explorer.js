@@ -25,10 +25,13 @@ function contextItem({ rank, before = "", target = "", after = "", title, url, a
   return item;
 }
 
-function vectorName({ vector, clusters }) {
+// A label without how much it says.
+const phrase = (label) => label.replace(/, \d+% of the cluster.*$/, "");
+
+function vectorName({ vector }, clusters) {
   const name = vector === 0 ? "Exact loss, no vector" : `Vector ${vector}`;
   const count = clusters.length === 1 ? "1 cluster" : `${clusters.length || "no"} clusters`;
-  const labels = [...new Set(clusters.map((one) => one.label).filter(Boolean))].join(", ");
+  const labels = [...new Set(clusters.map((one) => phrase(one.label)).filter(Boolean))].join(", ");
   const short = labels.length > 90 ? `${labels.slice(0, 89)}…` : labels;
   return `${name} · ${count}${short && `: ${short}`}`;
 }
@@ -37,13 +40,14 @@ function vectorName({ vector, clusters }) {
 function explore(root) {
   const data = JSON.parse(root.querySelector("script").textContent);
   const { vectors, steps, palette, measures } = data;
-  let position = Math.max(0, vectors.findIndex((one) => one.clusters.length));
+  let position = data.start;
+  let padding = false; // whether clusters of PAD are shown
   let chosen; // number of the chosen cluster
   let marked; // rank of the chosen token, if any
   let Plotly;
 
   const select = element("select", { "aria-label": "vector" });
-  vectors.forEach((one, index) => select.append(element("option", { value: index }, vectorName(one))));
+  vectors.forEach((one, index) => select.append(element("option", { value: index })));
   const previous = element("button", { type: "button", "aria-label": "previous vector" }, "‹");
   const next = element("button", { type: "button", "aria-label": "next vector" }, "›");
   const names = [0, 1].map(() => element("div", { class: "polca-name" }));
@@ -60,16 +64,67 @@ function explore(root) {
   const heading = element("div", { class: "polca-name", "aria-live": "polite" });
   const table = element("div", { class: "polca-measures" });
   const list = element("ol", { class: "polca-contexts" });
-  const reading = element("div", { class: "polca-chosen" }, heading, table, list);
+  const about = element("div", { class: "polca-muted polca-about" });
+  const bars = element("div", { class: "polca-composition" });
+  const reading = element("div", { class: "polca-chosen" }, heading, about, bars, table, list);
+  const query = element("input", { type: "search", placeholder: "search a token, a tag or a label" });
+  query.setAttribute("aria-label", "search clusters by token, tag or label");
+  const box = element("input", { type: "checkbox" });
+  const toggle = element("label", { class: "polca-muted" }, box, " clusters of PAD");
+  toggle.hidden = !vectors.some((one) => one.clusters.some((each) => each.padding));
+  const tools = element("div", { class: "polca-tools" }, query, toggle);
+  const results = element("div", { class: "polca-results", role: "status", hidden: "" });
   const head = [element("div", { class: "polca-title" }, data.title)];
   if (data.note) head.push(element("div", { class: "polca-muted" }, data.note));
   root.querySelector("p")?.remove();
   const bar = element("div", { class: "polca-bar" }, previous, select, next);
-  root.append(...head, bar, message, plotRow, key, chips, reading);
+  root.append(...head, tools, results, bar, message, plotRow, key, chips, reading);
 
-  const clusters = () => vectors[position]?.clusters ?? [];
+  const visible = (one) => one.clusters.filter((each) => padding || !each.padding);
+  const clusters = () => (vectors.length ? visible(vectors[position]) : []);
   const find = (number) => clusters().find((one) => one.cluster === number);
   const colour = (number) => palette[root.dataset.scheme][number - 1];
+
+  function nameVectors() {
+    vectors.forEach((one, index) => select.options[index].replaceChildren(vectorName(one, visible(one))));
+  }
+
+  // Clusters with the text in a label, in what is said about them or as a token of a context: these first.
+  function search() {
+    const wanted = query.value.trim().toLowerCase();
+    const found = [];
+    vectors.forEach((one, index) => {
+      for (const each of visible(one)) {
+        const tokens = each.contexts.filter(({ target = "" }) => target.trim().toLowerCase() === wanted).length;
+        const said = `${each.label} ${each.about}`.toLowerCase().includes(wanted);
+        if (wanted && (tokens || said)) found.push({ index, each, tokens });
+      }
+    });
+    found.sort((a, b) => b.tokens - a.tokens);
+    results.hidden = !wanted;
+    const count = `${found.length || "no"} cluster${found.length === 1 ? "" : "s"}`;
+    results.replaceChildren(element("div", { class: "polca-muted" }, count));
+    for (const { index, each } of found.slice(0, 12)) {
+      const name = `${vectors[index].vector ? `vector ${vectors[index].vector}` : "exact loss"}, ${each.cluster}: `;
+      const hit = element("button", { type: "button" }, name, element("bdi", {}, phrase(each.label) || "no label"));
+      hit.addEventListener("click", () => {
+        chooseVector(index);
+        chooseCluster(each.cluster);
+      });
+      results.append(hit);
+    }
+  }
+
+  // How many of each kind a cluster has: one bar, with what its parts are.
+  function composition({ composition: parts, tokens, cluster }) {
+    return parts.map(([kind, count]) => {
+      const part = count / tokens;
+      const bar = element("span", { class: "polca-share" });
+      bar.style.setProperty("--share", `${100 * part}%`);
+      bar.style.setProperty("--colour", colour(cluster));
+      return element("div", {}, element("bdi", {}, kind), bar, `${count.toLocaleString("en")} · ${Math.round(100 * part)}%`);
+    });
+  }
 
   function chooseVector(index) {
     if (index < 0 || index >= vectors.length) return;
@@ -109,10 +164,12 @@ function explore(root) {
     reading.dataset.cluster = number ?? "";
     heading.replaceChildren(one ? `Cluster ${number}: ` : "No clusters along this vector.");
     table.hidden = !one || !measures.length;
+    about.replaceChildren(one?.about ?? "");
+    bars.replaceChildren(...(one ? composition(one) : []));
     if (!one) return list.replaceChildren();
     reading.style.setProperty("--colour", colour(number));
     const facts = [`${one.tokens.toLocaleString("en")} tokens`];
-    if (one.simple !== null) facts.push(one.simple ? "simple label" : "no simple label");
+    if (one.simple !== null) facts.push(one.simple ? "the label tells it apart" : "no label tells it apart");
     if (one.mirrors) facts.push(`moves against ${one.mirrors}`);
     heading.append(element("bdi", {}, one.label || "no label"), element("span", {}, ` · ${facts.join(" · ")}`));
     table.replaceChildren(
@@ -251,6 +308,7 @@ function explore(root) {
     if (root.dataset.scheme === scheme()) return;
     root.dataset.scheme = scheme();
     for (const one of chips.children) one.style.setProperty("--colour", colour(Number(one.dataset.cluster)));
+    if (find(chosen)) bars.replaceChildren(...composition(find(chosen)));
     if (chosen !== undefined) reading.style.setProperty("--colour", colour(chosen));
     draw();
   }
@@ -259,7 +317,15 @@ function explore(root) {
   previous.addEventListener("click", () => chooseVector(position - 1));
   next.addEventListener("click", () => chooseVector(position + 1));
   select.addEventListener("change", () => chooseVector(Number(select.value)));
+  query.addEventListener("input", search);
+  box.addEventListener("change", () => {
+    padding = box.checked;
+    nameVectors();
+    search();
+    chooseVector(position);
+  });
   root.addEventListener("keydown", (event) => {
+    if (event.target === query) return;
     const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1 }[event.key];
     if (!step || event.target === select || event.altKey || event.ctrlKey || event.metaKey) return;
     const among = [...chips.children];
@@ -277,6 +343,7 @@ function explore(root) {
   root.dataset.scheme = scheme();
   onSchemeChange(restyle);
   plotRow.hidden = key.hidden = true;
+  nameVectors();
   if (vectors.length) chooseVector(position);
   else read(); // says that there is nothing
   loadPlotly(data.plotly).then(

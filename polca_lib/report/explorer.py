@@ -27,6 +27,7 @@ PLOTLY_FILE = "plotly.min.js"
 CURVES = ("medoid", "low", "high", "loss")
 MEASURES = ("inside", "outside", "precision", "recall")
 _TEXTS = ("before", "target", "after", "title", "url", "attribution")
+_MOST = 8  # kinds of tokens in a composition
 _PARTS = ("explorer.css", "explorer_page.js", "explorer.js")
 
 
@@ -37,10 +38,11 @@ class Explorer:
         summary: from :func:`polca_lib.method.clustering.summarise_clusters`: ``medoid``, ``low``, ``high`` and
             ``loss``, each (vector, cluster, step) in nats, NaN where a vector has fewer clusters; vector 0 is the exact
             loss. Optional: ``nearest`` (vector, cluster, rank, step), curves of the tokens nearest the medoid, and the
-            coordinate ``birth_step`` (vector).
+            coordinate ``birth_step`` (vector); ``tokens`` (vector, cluster, kind), how many of each kind a cluster has.
         clusters: one row per cluster: ``vector``, ``cluster``, ``tokens`` (how many), ``label``, ``simple`` (whether
             the label is; NaN for other kinds of labels). Optional: ``mirrors`` (clusters that move the other way, such
-            as "2, 4"), ``inside``, ``outside``, ``precision``, ``recall``.
+            as "2, 4"), ``about`` (more text, which the search reads, too), ``padding`` (whether the cluster is of PAD:
+            hidden until asked for), ``inside``, ``outside``, ``precision``, ``recall``.
         contexts: one row per context: ``vector``, ``cluster``, ``rank`` (1 is nearest the medoid), ``before``,
             ``target``, ``after``. Optional: ``title``, ``url``, ``attribution``. Text is never read as HTML.
         title, note: text above the explorer.
@@ -66,13 +68,15 @@ class Explorer:
         digest = hashlib.sha256(get_plotlyjs().encode()).digest()
         last = int(clusters["cluster"].max()) if len(clusters) else 0
         colours = [cluster_colour(number) for number in range(1, last + 1)]
+        vectors = _vectors(summary, clusters, contexts, measures)
         self._data = {
             "title": title,
             "note": note,
+            "start": max(range(len(vectors)), key=lambda i: (_richness(vectors[i]), -i), default=0),
             "hiddenAfter": None if hidden_after is None else int(hidden_after),
             "steps": summary["step"].values.tolist(),
             "measures": measures,
-            "vectors": _vectors(summary, clusters, contexts, measures),
+            "vectors": vectors,
             "palette": {"light": colours, "dark": [ON_DARK[OKABE_ITO.index(colour)] for colour in colours]},
             "plotly": {
                 "file": PLOTLY_FILE,
@@ -130,6 +134,9 @@ def _vectors(summary: xr.Dataset, clusters: pd.DataFrame, contexts: pd.DataFrame
             "label": _text(row["label"]),
             "simple": None if pd.isna(row["simple"]) else bool(row["simple"]),
             "mirrors": _text(row.get("mirrors")),
+            "about": _text(row.get("about")),
+            "padding": row.get("padding") is True,
+            "composition": _composition(curves),
             "measures": _rounded(row[name] for name in measures),
             **{name: _rounded(curves[name].values) for name in CURVES},
             "nearest": [{"rank": int(curve["rank"]), "values": _rounded(curve.values)} for curve in nearest],
@@ -143,6 +150,20 @@ def _vectors(summary: xr.Dataset, clusters: pd.DataFrame, contexts: pd.DataFrame
         data = {"vector": int(vector), "birth": _rounded([birth], 15)[0], "clusters": [*map(cluster_data, rows)]}
         vectors.append(data)
     return vectors
+
+
+def _richness(vector: dict[str, Any]) -> tuple[int, int]:
+    """How much there is to see along a vector: clusters whose label says something, and all; those of PAD apart."""
+    shown = [cluster for cluster in vector["clusters"] if not cluster["padding"]]
+    return sum(cluster["simple"] is not False for cluster in shown), len(shown)
+
+
+def _composition(cluster: xr.Dataset) -> list[tuple[str, int]]:
+    """The most frequent kinds of tokens of a cluster, and how many it has of each."""
+    if "tokens" not in cluster or cluster["tokens"].size < 2:
+        return []
+    counts = cluster["tokens"].to_series().sort_values(ascending=False, kind="stable").head(_MOST)
+    return [(str(kind), int(count)) for kind, count in counts.items() if count]
 
 
 def _text(value: object) -> str:

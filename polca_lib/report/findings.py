@@ -12,9 +12,10 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.breakthroughs import mark_hidden
-from polca_lib.method.clustering import DROPPED, by_vector, is_decreasing, moves
-from polca_lib.method.decomposition import completeness
+from polca_lib.method.clustering import DROPPED, by_vector, cluster_tokens, is_decreasing, moves
+from polca_lib.method.decomposition import completeness, loss_change
 from polca_lib.method.settings import ClusteringSettings
+from polca_lib.report.labels import after, quoted, write_label
 from polca_lib.storage.columns import token_table
 
 _LONGEST = 80  # characters of a displayed value
@@ -48,21 +49,34 @@ class Findings:
         return completeness(self.projections, self.clustering.order)
 
     @cached_property
+    def loss_clusters(self) -> xr.DataArray:
+        """Clusters of the change in exact loss, the baseline that needs no basis, (token,)."""
+        settings = self.clustering.model_copy(update={"scaling": "zscore"})
+        return cluster_tokens(loss_change(self.projections), settings, only_falling=False)
+
+    @cached_property
     def clusters(self) -> pd.DataFrame:
         """One row per cluster, hidden breakthroughs first, then by size.
 
         Columns ``vector``, ``cluster``, ``tokens`` (how many), ``fall`` (mean projected loss at the end, nats),
-        ``made_of`` (most frequent texts, and values of the most distinctive column), ``breakthrough`` (mean step at
-        which the sharpest drop starts; NaN with too few checkpoints for the window) and ``hidden`` (whether the mean
-        loss was flat by then, v3 Eq. 10).
+        ``label`` (see :func:`polca_lib.report.labels.write_label`), ``labelled`` (whether the label tells it apart),
+        ``told_by_loss`` (the largest F1, 2 n_both / (n_one + n_other), with a cluster of ``loss_clusters``: 1 if the
+        change in loss gives the same cluster without any basis), ``made_of`` (most frequent texts, and values of the
+        most distinctive column), ``breakthrough`` (mean step at which the sharpest drop starts; NaN with too few
+        checkpoints for the window) and ``hidden`` (whether the mean loss was flat by then, v3 Eq. 10).
         """
         columns, ends, rows = _kinds_of(self.projections), by_vector(self.curves.isel(step=-1)), []
-        kept = by_vector(self.labels) != DROPPED
+        kept, phrases = by_vector(self.labels) != DROPPED, _phrases(columns, token_table(self.projections))
+        by_loss = [tokens for *_, tokens in members(self.loss_clusters)]
         for vector, cluster, inside in members(self.labels):
             fall = float(ends.sel(vector=vector).values[inside].mean())
-            made_of = _made_of(columns, inside, kept.sel(vector=vector).values)
-            rows.append((vector, cluster, int(inside.sum()), fall, made_of))
-        table = pd.DataFrame(rows, columns=["vector", "cluster", "tokens", "fall", "made_of"])
+            along = kept.sel(vector=vector).values
+            label = write_label(inside, along, phrases)
+            told = max((2 * (inside & own).sum() / (inside.sum() + own.sum()) for own in by_loss), default=0)
+            made_of = _made_of(columns, inside, along)
+            rows.append((vector, cluster, int(inside.sum()), fall, label.text, label.fits, float(told), made_of))
+        names = ["vector", "cluster", "tokens", "fall", "label", "labelled", "told_by_loss", "made_of"]
+        table = pd.DataFrame(rows, columns=names)
         after = int(self.projections["step"][-1]) if self.hidden_after is None else self.hidden_after
         try:
             table = mark_hidden(table, self.labels, self.curves, self.clustering.breakthrough_window, after)
@@ -153,6 +167,17 @@ def _kinds_of(projections: xr.Dataset) -> dict[str, np.ndarray]:
             if name == "text" or len(set(values)) <= _KINDS:
                 columns[name] = values
     return columns
+
+
+def _phrases(columns: Mapping[str, np.ndarray], table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What each token is, by column, as phrases for labels: its text, with the one before it, and other values."""
+    phrases = {}
+    if "text" in columns:
+        phrases["text"] = np.array([quoted(text) for text in columns["text"]], object)
+        if {*_PLACES} <= {*table}:
+            phrases["pair"] = after(phrases["text"], *(table[name].to_numpy() for name in _PLACES))
+    others = {name: values for name, values in columns.items() if name != "text"}
+    return phrases | {n: np.array([f"{shown(n)} {value}" for value in v], object) for n, v in others.items()}
 
 
 def _made_of(columns: Mapping[str, np.ndarray], inside: np.ndarray, kept: np.ndarray) -> str:

@@ -17,6 +17,7 @@ from polca_lib.report.explorer import Explorer
 from polca_lib.report.findings import Findings, shown
 from polca_lib.report.palette import OKABE_ITO
 from polca_lib.storage.artefacts import write_atomically
+from polca_lib.storage.columns import token_table
 
 
 def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.DataFrame) -> Path:
@@ -42,14 +43,27 @@ def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.D
     return path
 
 
-def explorer(findings: Findings, *, title: str = "", note: str = "") -> Explorer:
-    """Build the explorer of any run; without text, contexts show the other columns of the token table."""
-    loss, scaling = findings.projections["loss"], findings.clustering.scaling
-    # Summarise the clusters with all tokens in one group, because not every run has labels of tokens.
-    labels = findings.labels.assign_coords(_kind=("token", np.zeros(findings.labels.sizes["token"], int)))
+def explorer(findings: Findings, *, title: str = "", note: str = "", by: str | None = None) -> Explorer:
+    """Build the explorer of any run; without text, contexts show the other columns of the token table.
+
+    Args:
+        by: column of the token table whose values the composition of a cluster counts; no composition if not given.
+
+    Raises:
+        ValueError: no such column.
+    """
+    loss, scaling, labels = findings.projections["loss"], findings.clustering.scaling, findings.labels
+    known = token_table(findings.projections)
+    if by is not None and by not in known:
+        raise ValueError(f"by = {by!r} is no column of the token table; allowed: {', '.join(known)}")
+    # Without a column, all tokens are of one kind.
+    kind = np.zeros(labels.sizes["token"], int) if by is None else known[by].map(shown).to_numpy(str)
+    labels = labels.assign_coords(_kind=("token", kind))
     curves = summarise_clusters(findings.curves, loss, labels, scaling, "_kind")
     mirrors = named_mirrors(findings.clusters, mirrored(curves["median"]))
-    clusters = findings.clusters.assign(label=findings.clusters["made_of"], simple=None, mirrors=mirrors)
+    clusters = findings.clusters.assign(
+        about=findings.clusters["made_of"], simple=findings.clusters["labelled"], mirrors=mirrors
+    )
     texts = contexts(nearest(findings.curves, findings.labels, scaling), findings.projections)
     options = {"title": shown(title), "note": shown(note), "hidden_after": findings.hidden_after}
     return Explorer(curves, clusters, texts, **options)

@@ -1,5 +1,6 @@
 import collections
 
+import hdbscan
 import numpy as np
 import pandas as pd
 import pytest
@@ -104,22 +105,28 @@ def test_one_shapeless_cloud_makes_no_cluster():
 
 @pytest.mark.parametrize(("min_samples_from", "expected"), [("kept", 120 // 15), ("all", 150 // 15)])
 def test_min_samples_is_the_number_of_tokens_over_the_divisor(monkeypatch, min_samples_from, expected):
-    settings = {}
+    given = {}
 
-    class Recorder:
-        def __init__(self, **arguments):
-            settings.update(arguments)
+    def recorder(values, min_cluster_size, min_samples, selections):
+        given.update(min_cluster_size=min_cluster_size, min_samples=min_samples, selections=selections)
+        return {(min_samples[0], selections[0]): np.zeros(len(values), dtype=int)}
 
-        def fit(self, values):
-            self.labels_ = np.zeros(len(values), dtype=int)
-            return self
-
-    monkeypatch.setattr(clustering.hdbscan, "HDBSCAN", Recorder)
+    monkeypatch.setattr(clustering, "hdbscan_labels", recorder)
     config = ClusteringSettings(scaling="raw", min_cluster_size=20, min_samples_from=min_samples_from, selection="leaf")
     cluster_tokens(two_families(), config)
-    assert settings["min_samples"] == expected
-    assert settings["min_cluster_size"] == 20
-    assert settings["cluster_selection_method"] == "leaf"
+    assert given == {"min_cluster_size": 20, "min_samples": [expected], "selections": ["leaf"]}
+
+
+@pytest.mark.parametrize("selection", ["eom", "leaf"])
+@pytest.mark.parametrize("min_samples", [2, 7, 200])
+@pytest.mark.parametrize("at_once", [120, 119])
+def test_labels_are_those_of_hdbscan(monkeypatch, selection, min_samples, at_once):
+    monkeypatch.setattr(clustering, "_AT_ONCE", at_once)
+    values = np.random.default_rng(0).normal(size=(120, 70)) + np.repeat(np.arange(4), 30)[:, None]
+    ours = clustering.hdbscan_labels(values, 8, [2, 7, 200])[min_samples, selection]
+    model = hdbscan.HDBSCAN(min_cluster_size=8, min_samples=min_samples, cluster_selection_method=selection)
+    assert (ours == model.fit(values).labels_).all()
+    assert min_samples == 200 or ours.max() >= 1
 
 
 def test_unit_scaling_groups_by_timing_whatever_the_size():

@@ -1,9 +1,23 @@
 """Known constructions: what nearest trajectories tell of them. Tables of clusters are in test_labeling.py."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
-from polca_paper.constructions import ambiguous, construction_table, knn_recall, majority_recall
+from polca_paper.constructions import (
+    _permutations,
+    ambiguous,
+    best_found,
+    best_readings,
+    cluster_readings,
+    judge_reading,
+    knn_recall,
+    majority_recall,
+)
+from sklearn.metrics import adjusted_rand_score
+
+from polca_lib.method.clustering import cluster_tokens
+from polca_lib.method.settings import ClusteringSettings
 
 STEPS = np.arange(10)
 
@@ -80,9 +94,104 @@ def test_without_other_groups_nothing_is_told():
     assert np.isnan(knn_recall(flat, kinds, np.arange(8), among=kinds)["mean"])
 
 
-def test_f1_of_all_tokens_counts_those_that_were_dropped():
-    labels = xr.DataArray([1, 1, -1, -2, 1], dims="token")
-    row = construction_table(labels, ["x", "x", "x", "x", "y"]).set_index("construction").loc["x"]
-    assert row["recall"] == 1
-    assert row["recall_all"] == 0.5
-    assert row["f1_all"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
+def two_vectors():
+    """Vector 4 has a cluster of the first twenty tokens, vector 9 one of the next ten."""
+    labels = np.full((2, 80), -1)
+    labels[0, :20] = labels[1, 20:30] = 1
+    labels[1, 60:] = -2
+    return xr.DataArray(labels, dims=("vector", "token"), coords={"vector": [4, 9]})
+
+
+def test_the_best_cluster_for_a_set_its_measures_and_chance_by_hand():
+    index = np.arange(80)
+    known = pd.DataFrame({"half": index < 40, "second": (index >= 20) & (index < 32), "none": index < 0})
+    half, second, none = best_found(two_vectors(), known, draws=99).to_dict("records")
+    assert (half["vector"], half["cluster"], half["tokens"], half["known"], half["hits"]) == (4, 1, 20, 40, 20)
+    assert (half["precision"], half["recall"], half["lift"]) == (1, 0.5, 2)
+    assert half["f1"] == pytest.approx(2 * 20 / 60)
+    assert second["vector"] == 9
+    assert second["lift"] == pytest.approx(1 / (12 / 60))  # of the sixty that are kept there
+    assert second["p"] == 0.01
+    assert second["free"] == 1
+    assert (none["cluster"], none["tokens"], none["f1"], none["p"]) == (0, 0, 0, 1)
+
+
+def test_a_cluster_of_one_text_is_no_better_than_chance_among_tokens_of_that_text():
+    text = np.repeat(["to", "of"], [20, 60])
+    known = pd.DataFrame({"some to": (text == "to") & (np.arange(80) % 2 == 0), "of": text == "of"})
+    free = best_found(two_vectors(), known, draws=99).set_index("name")
+    like = best_found(two_vectors(), known, text, draws=99).set_index("name")
+    assert free.loc["some to", "p"] == 0.01
+    assert like.loc["some to", "p"] == 1  # all of "to" lie in the cluster, however they are permuted
+    assert like.loc["some to", "null"] == pytest.approx(like.loc["some to", "f1"])
+    assert (like.loc["some to", "free"], like.loc["of", "free"]) == (1, 0)
+
+
+def test_permutations_stay_within_their_groups_and_differ():
+    group = np.array([0, 1, 0, 1, 2, 0])
+    orders = list(_permutations(group, 50, 0))
+    assert all((group[order] == group).all() and sorted(order) == list(range(6)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 12
+
+
+def test_on_the_other_half_the_cluster_chosen_before_is_judged_and_no_other():
+    index = np.arange(80)
+    labels = two_vectors()
+    first = index % 2 == 0
+    # Of the even tokens the set is the cluster along vector 4, of the odd ones that along vector 9.
+    known = pd.DataFrame({"set": np.where(first, index < 20, (index >= 20) & (index < 30))})
+    row = judge_reading(labels, known, index * 0, first, draws=99)
+    assert (row["chosen_beyond"], row["held_out_beyond"], row["found"], row["f1"]) == (1, 0, "", 0)
+    same = pd.DataFrame({"set": index < 20})
+    row = judge_reading(labels, same, index * 0, first, draws=99)
+    assert (row["chosen_beyond"], row["held_out_beyond"], row["found"], row["f1"]) == (1, 1, "set", 1)
+    assert (row["clustered"], row["clusters"]) == (2, 2)
+    # Beyond itself nothing is told.
+    row = judge_reading(labels, same, index < 20, first, draws=99)
+    assert (row["chosen_beyond"], row["held_out_beyond"], row["chosen_excess"]) == (0, 0, 0)
+
+
+def test_without_any_cluster_nothing_is_found():
+    labels = xr.full_like(two_vectors(), -1)
+    known = pd.DataFrame({"set": np.arange(80) < 20})
+    row = judge_reading(labels, known, np.arange(80), np.arange(80) < 40, draws=9)
+    assert (row["clusters"], row["chosen_beyond"], row["held_out_beyond"], row["f1"]) == (0, 0, 0, 0)
+
+
+def test_joint_clustering_tells_what_needs_two_vectors_and_one_vector_alone_does_not():
+    rng = np.random.default_rng(0)
+    kind = np.repeat(np.arange(4), 40)
+    fall = -np.linspace(0, 1, 10)[:, None]
+    one, two = (fall * (1 + 2 * np.isin(kind, high)) for high in ([0, 1], [0, 2]))
+    curves = np.stack([one, two, -one], axis=-1) + 0.02 * rng.standard_normal((10, 160, 3))
+    curves = xr.DataArray(curves, dims=("step", "token", "vector"), coords={"step": STEPS, "vector": [1, 2, 3]})
+    settings = ClusteringSettings(min_cluster_size=20, breakthrough_window=1)
+    labels = cluster_readings(curves, settings, "raw")
+    assert {len(set(labels["joint", 15].values[0, kind == k])) for k in range(4)} == {1}
+    assert len(np.unique(labels["joint", 15].values)) == 4
+    for vector in (1, 2):
+        alone = labels["per vector", 15].sel(vector=vector)
+        expected = cluster_tokens(curves.sel(vector=vector), settings.model_copy(update={"scaling": "raw"}))
+        assert adjusted_rand_score(alone.values, expected.values) == 1
+        assert len(np.unique(alone)) == 2
+    assert (labels["per vector", 15].sel(vector=3) == -2).all()  # its mean rises
+    assert {way for way, _ in cluster_readings(curves.sel(vector=1), settings, "raw")} == {"per vector"}
+
+
+def test_readings_are_ordered_by_the_half_that_chooses_alone():
+    columns = ["study", "scaling", "chosen_beyond", "chosen_excess", "held_out_beyond", "held_out_excess"]
+    rows = [(0, "raw", 3, 0.1, 0, 0), (1, "raw", 1, 0.1, 1, 0), (0, "unit", 2, 0.2, 5, 1), (1, "unit", 2, 0.2, 9, 1)]
+    table = pd.DataFrame(rows, columns=columns).assign(clustered=1, clusters=1)
+    best = best_readings(table, ["scaling"])
+    assert best["scaling"].tolist() == ["unit", "raw"]  # 2 and 2 constructions; the excess decides
+    assert best["held_out_least"].tolist() == [5, 0]
+    worse = table.assign(chosen_beyond=[9, 9, 0, 0])
+    assert best_readings(worse, ["scaling"])["scaling"].tolist() == ["raw", "unit"]
+
+
+def test_sets_and_groups_that_are_not_one_per_token_are_refused():
+    known = pd.DataFrame({"set": np.arange(80) < 20})
+    with pytest.raises(ValueError, match="known has 79 rows; allowed: 80, one for each token of labels"):
+        best_found(two_vectors(), known[1:])
+    with pytest.raises(ValueError, match="group has 3 rows; allowed: 80"):
+        best_found(two_vectors(), known, [1, 2, 3])

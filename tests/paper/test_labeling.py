@@ -10,11 +10,8 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 from polca_paper import labeling
-from polca_paper.constructions import adjusted_rand, best_clusters, construction_table
-from polca_paper.homogeneity import homogeneity_table
 from polca_paper.labeling import contexts, label_clusters, simple_by_chance
 from polca_paper.tagging import load_pipeline, preceding_tags, tag_texts, tag_tokens, tag_windows
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from spacy.language import Language as Pipeline
 
 from polca_lib.method.breakthroughs import mirrored
@@ -306,7 +303,6 @@ def test_no_cluster_gives_an_empty_table_that_can_be_put_beside_others():
     assert len(none) == 0
     assert none.dtypes.equals(some.dtypes)
     assert none["simple"].sum() == 0
-    assert construction_table(labelled([DROPPED] * 20), TAG).empty
     assert simple_by_chance(labelled([OUTLIER] * 20), tags, draws=3)["simple"] == 0
 
 
@@ -542,72 +538,26 @@ def test_settings_of_mirrors_out_of_range_are_refused(wrong):
         mirrored(medians(WAVE, -WAVE), **wrong)
 
 
-#                 cluster 1, of five  | two, of three     | outliers | dropped
-KIND = np.array(["a", "a", "a", "b", "c", "b", "b", "a", "a", "b", "d"])
-CLUSTER = np.array([1, 1, 1, 1, 1, 2, 2, 2, OUTLIER, OUTLIER, DROPPED])
+def test_a_label_is_written_from_texts_and_tags_of_two_tokens_and_from_sets():
+    n = 60
+    texts, before = np.full(n, " x", object), np.full(n, " y", object)
+    texts[:30], before[:20] = ",", ")"
+    tags = tag_table(["PUNCT"] * 30 + ["NOUN"] * 30, ["PUNCT"] * 20 + ["VERB"] * 40)
+    labels = labelled([1] * 20 + [OUTLIER] * 40)
+    columns = labeling.phrases(texts, before, tags, construction=np.full(n, "list", object))
+    (row,) = labeling.written_labels(labels, columns, {}).to_dict("records")
+    assert row == {"name": "“,” after “)”, 100% of the cluster, nowhere else", "named": True}
+    sets = {"comma after a bracket": np.arange(n) < 20}
+    assert labeling.written_labels(labels, columns, sets)["name"][0].startswith("comma after a bracket, 100%")
+    # A noun after a verb is told by tags, where texts are all different.
+    texts = np.array([f" w{i}" for i in range(n)], object)
+    tags = tag_table(["NOUN"] * 20 + ["NOUN"] * 20 + ["VERB"] * 20, ["VERB"] * 20 + ["DET"] * 40)
+    (row,) = labeling.written_labels(labels, labeling.phrases(texts, texts, tags), {}).to_dict("records")
+    assert row["name"] == "noun after verb, 100% of the cluster, nowhere else"
+    (row,) = labeling.written_labels(labelled([1] * n), columns, {}).to_dict("records")
+    assert (row["named"], row["name"]) == (False, "mixed: list 100%")
 
 
-def test_constructions_by_hand():
-    table = construction_table(labelled(CLUSTER), KIND).set_index(["cluster", "construction"])
-    assert table.index.tolist() == [(c, k) for c in (1, 2) for k in "abcd"]
-    one = table.loc[(1, "a")]
-    assert (one["tokens"], one["hits"], one["homogeneity"], one["recall"]) == (5, 3, 3 / 5, 3 / 4)
-    assert one["f1"] == pytest.approx(2 / (5 / 3 + 4 / 3))
-    assert one["base_rate"] == 5 / 10
-    assert one["lift"] == pytest.approx(6 / 5)
-    nothing = table.loc[(2, "c")]
-    assert (nothing["hits"], nothing["homogeneity"], nothing["recall"], nothing["f1"], nothing["lift"]) == (0,) * 5
-    # Only a dropped token is of kind d.
-    assert table.loc[(1, "d"), "base_rate"] == 0
-    assert np.isnan(table.loc[(1, "d"), "lift"])
-
-
-def test_measures_are_those_of_the_homogeneity_table():
-    rng = np.random.default_rng(1)
-    labels, kinds = labelled(*rng.integers(-2, 4, (2, 200))), rng.choice(["a", "b", "c"], 200)
-    table = construction_table(labels, kinds)
-    for kind, own in table.groupby("construction"):
-        coords = {"carry": ("token", kinds == kind), "place": ("token", kinds)}
-        expected = homogeneity_table(labels.assign_coords(coords))
-        for name in ("vector", "cluster", "tokens", "homogeneity", "recall", "f1"):
-            np.testing.assert_allclose(own[name], expected[name])
-
-
-def test_best_clusters_are_those_of_best_f1_and_of_highest_homogeneity():
-    # Of vector 7, cluster 2 is one token of kind a; the largest F1 is that of cluster 1 of vector 3.
-    other = np.array([1, 2, OUTLIER, 1, 1, 1, 1, 1, OUTLIER, OUTLIER, DROPPED])
-    best = best_clusters(construction_table(labelled(CLUSTER, other), KIND)).set_index("construction")
-    assert best.index.tolist() == ["a", "b", "c", "d"]
-    a = best.loc["a"]
-    assert (a["vector"], a["cluster"], a["hits"], a["homogeneity"]) == (3, 1, 3, 3 / 5)
-    assert (a["purest_vector"], a["purest_cluster"], a["purest_tokens"], a["purest_homogeneity"]) == (7, 2, 1, 1)
-    assert a["purest_recall"] == 1 / 3
-    # Cluster 1 of vector 7 has the same F1, 2/3: three of six and all; here two of three and two of three.
-    assert (best.loc["b", "vector"], best.loc["b", "cluster"], best.loc["b", "recall"]) == (3, 2, 2 / 3)
-    assert (best.loc["d", "hits"], best.loc["d", "f1"]) == (0, 0)
-    empty = best_clusters(construction_table(labelled([OUTLIER] * 11), KIND))
-    assert empty.empty
-    assert empty.columns.tolist() == best.reset_index().columns[[1, 2, 0, *range(3, len(best.columns) + 1)]].tolist()
-
-
-def test_agreement_is_over_clustered_tokens_and_empty_where_there_is_one_cluster():
-    rng = np.random.default_rng(2)
-    kinds = rng.choice(["a", "b", "c"], 60)
-    same = np.where(rng.random(60) < 0.2, OUTLIER, np.unique(kinds, return_inverse=True)[1] + 1)
-    labels = labelled(rng.integers(-2, 4, 60), same, np.minimum(same, 1))
-    found = adjusted_rand(labels, kinds)
-    inside = labels.values[0] >= 1
-    assert found.loc[0, "adjusted_rand"] == pytest.approx(adjusted_rand_score(kinds[inside], labels.values[0][inside]))
-    shared = adjusted_mutual_info_score(kinds[inside], labels.values[0][inside])
-    assert found.loc[0, "adjusted_mutual_information"] == pytest.approx(shared)
-    assert found["vector"].tolist() == [3, 7, 8]
-    assert found["clusters"].tolist() == [3, 3, 1]
-    assert found["tokens"].tolist() == [inside.sum(), *2 * [(same > 0).sum()]]
-    assert found.loc[1, ["adjusted_rand", "adjusted_mutual_information"]].tolist() == pytest.approx([1, 1])
-    assert found.loc[2, ["adjusted_rand", "adjusted_mutual_information"]].isna().all()
-
-
-@pytest.mark.parametrize("function", [construction_table, adjusted_rand])
-def test_constructions_that_are_not_one_per_token_are_refused(function):
-    with pytest.raises(ValueError, match="construction has 2 rows; allowed: 11"):
-        function(labelled(CLUSTER), ["a", "b"])
+def test_contexts_are_marked_in_one_line_and_backticks_of_the_text_do_not_mark():
+    rows = pd.DataFrame({"before": ["a`b\r\n", ""], "target": ["\n", " c"], "after": ["", " d"]})
+    assert labeling.marked(rows).tolist() == ["a'b⏎`⏎`", "` c` d"]

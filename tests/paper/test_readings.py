@@ -1,4 +1,3 @@
-import hdbscan
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,22 +39,14 @@ def projections(vectors=2, tokens=90, steps=66, seed=0, cadence=10):
     )  # fmt: skip
 
 
+def folders(path):
+    return dict.fromkeys(("hessian", "random", "shuffled", "parameters"), path)
+
+
 @pytest.fixture(scope="module")
 def clustered(tmp_path_factory):
     parts = {"hessian": projections(), "random": projections(seed=1), "parameters": projections(seed=2)}
-    return parts, *readings.cluster_every_way(parts, SETTINGS, tmp_path_factory.mktemp("vectors"), n_jobs=1)
-
-
-@pytest.mark.parametrize("selection", CHOICES["selection"])
-@pytest.mark.parametrize("min_samples", [2, 7, 200])
-def test_labels_are_those_of_hdbscan(selection, min_samples):
-    values = np.random.default_rng(0).normal(size=(120, 70)) + np.repeat(np.arange(4), 30)[:, None]
-    ours = readings.hdbscan_labels(values, 8, [2, 7, 200])[min_samples, selection]
-    theirs = hdbscan.HDBSCAN(min_cluster_size=8, min_samples=min_samples, cluster_selection_method=selection).fit(
-        values
-    )
-    assert (ours == theirs.labels_).all()
-    assert min_samples == 200 or ours.max() >= 1
+    return parts, *readings.cluster_every_way(parts, SETTINGS, folders(tmp_path_factory.mktemp("vectors")), n_jobs=1)
 
 
 def test_scalings_that_only_readings_have():
@@ -81,6 +72,9 @@ def test_a_clustering_measures_what_the_books_own_tables_do(clustered, order, sc
     expected = strategy_row(labels, table)
     measured = readings.measure_clusterings(clusters, kept, curves.sizes["token"], 30).set_index([*CLUSTERED, "rule"])
     variant = "trend" if falls_by == "trend" else "plain"
+    if variant == "trend" and order != "first":  # not among the readings
+        assert not ((clusters["order"] == order) & (clusters["variant"] == variant)).any()
+        return
     for rule in ("v1", "v3"):
         key = ("POLCA", order, scaling, f"kept/{divisor}", selection, variant, rule)
         assert (key in measured.index) == (expected["clusters"] > 0)
@@ -109,11 +103,11 @@ def test_every_kind_of_curve_is_clustered_and_no_other(clustered):
 
 def test_vectors_that_are_done_are_not_clustered_again(tmp_path, monkeypatch):
     parts = {"hessian": projections(steps=11)}
-    first = readings.cluster_every_way(parts, SETTINGS, tmp_path, n_jobs=1)
+    first = readings.cluster_every_way(parts, SETTINGS, folders(tmp_path), n_jobs=1)
     (tmp_path / "POLCA-2.kept.csv").unlink()
     done, real = [], readings._cluster_vector
     monkeypatch.setattr(readings, "_cluster_vector", lambda *a: (done.append(a[:2]), real(*a)))
-    again = readings.cluster_every_way(parts, SETTINGS, tmp_path, n_jobs=1)
+    again = readings.cluster_every_way(parts, SETTINGS, folders(tmp_path), n_jobs=1)
     assert [(source.name, vector) for source, vector in done] == [("POLCA", 2)]
     for before, after in zip(first, again, strict=True):
         pd.testing.assert_frame_equal(before, after)
@@ -125,7 +119,7 @@ def test_a_basis_projected_at_every_fifth_checkpoint_is_not_coarsened_again(tmp_
         "random": projections(seed=1, steps=11, cadence=50, vectors=1),
     }
     clusters, _ = readings.cluster_every_way(
-        parts, SETTINGS.model_copy(update={"breakthrough_window": 50}), tmp_path, 1
+        parts, SETTINGS.model_copy(update={"breakthrough_window": 50}), folders(tmp_path), 1
     )
     random = clusters[clusters["source"] == "random"].set_index([*CLUSTERED[1:5], "vector", "cluster", "variant"])
     plain, fifth = random.xs("plain", level="variant"), random.xs("every fifth", level="variant")

@@ -514,3 +514,73 @@ def test_an_output_that_reaches_the_page_after_its_script_wakes_up(visit):
     page = visit(html_page(plotly, f"<template>{fragment.removesuffix(script)}</template>", late, script), plots=False)
     page.locator(".polca-chip").first.wait_for()
     assert state(page) == ("1", "1")
+
+
+def test_it_opens_on_the_vector_with_most_labels_that_tell_something(visit):
+    summary, clusters, contexts = tables({1: [9] * 3, 2: [9] * 2, 3: [9] * 2, 4: []})
+    clusters["simple"] = clusters["vector"] == 2
+    page = visit(Explorer(summary, clusters, contexts, title="t").to_html())
+    assert state(page) == ("2", "1")
+    assert page.locator("select").input_value() == "1"
+    # Labels of another kind count alike; of equal ones the first vector is shown.
+    clusters["simple"] = None
+    assert Explorer(summary, clusters, contexts, title="t")._data["start"] == 0
+    assert Explorer(*tables({1: [], 2: []}), title="t")._data["start"] == 0
+
+
+def test_clusters_of_pad_are_shown_on_request_alone(visit):
+    summary, clusters, contexts = tables()
+    clusters["padding"] = clusters["cluster"] == 1
+    page = visit(Explorer(summary, clusters, contexts, title="t").to_html())
+    assert state(page) == ("1", "2")
+    assert page.locator(".polca-chip").count() == 2
+    assert [number for number, *_ in lines_of(page)] == [2, 3]
+    assert page.locator("option").nth(1).inner_text().startswith("Vector 2 · 1 cluster: ")
+    page.get_by_label("clusters of PAD").check()
+    assert page.locator(".polca-chip").count() == 3
+    assert page.locator("option").nth(1).inner_text().startswith("Vector 2 · 2 clusters: ")
+    page.get_by_label("clusters of PAD").uncheck()
+    assert page.locator(".polca-chip").count() == 2
+    assert not visit(explorer().to_html()).get_by_label("clusters of PAD").is_visible()
+
+
+def test_a_search_finds_tokens_first_then_what_is_said_and_leads_there(visit):
+    summary, clusters, contexts = tables()
+    clusters["about"] = np.where(clusters["tokens"] == 410, "tags: Harbour; ADP", "")
+    page = visit(Explorer(summary, clusters, contexts, title="t").to_html())
+    field, hits = page.get_by_role("searchbox"), page.locator(".polca-results button")
+    assert not page.locator(".polca-results").is_visible()
+    field.fill("harbour")
+    assert hits.all_inner_texts() == ["vector 1, 1: PUNCT after PROPN", "vector 2, 1: PUNCT after PROPN"]
+    field.fill("adp")  # in what is said about one, and in the label of another
+    assert hits.all_inner_texts() == ["vector 1, 3: DET after ADP", "vector 2, 1: PUNCT after PROPN"]
+    hits.nth(1).click()
+    assert state(page) == ("2", "1")
+    assert page.locator(".polca-about").inner_text() == "tags: Harbour; ADP"
+    field.press("ArrowRight")  # moves the caret, and changes no vector
+    assert state(page) == ("2", "1")
+    field.fill(HOSTILE)
+    assert page.locator(".polca-results").inner_text() == "no clusters"
+
+
+def test_the_composition_of_a_cluster_is_shown_with_its_largest_kinds(visit):
+    summary, clusters, contexts = tables()
+    kinds = ["<b>10s</b>", "1s", "1000s"]
+    counts = np.zeros((3, 3, 3), int)
+    counts[0, 0] = [60, 180, 0]
+    summary = summary.assign(tokens=(("vector", "cluster", "skill"), counts)).assign_coords(skill=kinds)
+    page = visit(Explorer(summary, clusters, contexts, title="t").to_html())
+    rows = page.locator(".polca-composition > div").all_inner_texts()
+    assert [row.split("\n") for row in rows] == [["1s", "180 · 75%"], ["<b>10s</b>", "60 · 25%"]]
+    widths = page.eval_on_selector_all(".polca-share", "all => all.map(one => one.style.getPropertyValue('--share'))")
+    assert widths == ["75%", "25%"]
+    page.locator(".polca-chip").nth(1).click()
+    assert page.locator(".polca-composition > div").count() == 0
+
+
+def test_long_labels_are_shown_whole_on_chips_and_short_in_the_list_of_vectors(visit):
+    summary, clusters, contexts = tables({1: [90]})
+    clusters["label"] = "“,” after “)”, 78% of the cluster, 9 times as often as outside"
+    page = visit(Explorer(summary, clusters, contexts, title="t").to_html())
+    assert page.locator("option").first.inner_text() == "Vector 1 · 1 cluster: “,” after “)”"
+    assert "9 times as often as outside" in page.locator(".polca-chip").inner_text()

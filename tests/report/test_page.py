@@ -84,6 +84,10 @@ def test_summary_counts_what_there_is():
     first, second = told["breakthroughs"]
     assert (first["cluster"], first["hidden"], first["breakthrough"]) == (2, True, 30)
     assert (second["cluster"], second["hidden"]) == (1, False)
+    assert first["label"] == "“late”, 100% of the cluster, nowhere else"
+    assert second["label"] == "“early” or “soon”, 70% of the cluster, nowhere else"
+    # The change in loss parts the same two halves.
+    assert (first["told_by_loss"], second["told_by_loss"]) == (1, 1)
     assert first["made_of"] == "' late' 100%"
     assert "' early' 35%" in second["made_of"]
 
@@ -95,6 +99,14 @@ def test_page_shows_the_numbers_and_hidden_clusters_first(tmp_path):
     assert page.count('class="hidden-one"') == 1
     assert "add up to 2 of the true change" in page
     assert "That is far from 1" in page
+
+
+def test_a_cluster_that_the_change_in_loss_does_not_tell_is_compared_with_the_most_similar_one():
+    projections, labels = made(**text())
+    labels[0] = np.where(np.arange(40) % 2, 1, 2)
+    assert found(projections, labels).clusters["told_by_loss"].tolist() == [0.5, 0.5]
+    flat = projections.assign(loss=projections["loss"] * 0 + 1)
+    assert found(flat, labels).loss_clusters.max() < 2
 
 
 def test_column_that_sets_a_cluster_apart_says_what_it_is_made_of():
