@@ -25,7 +25,7 @@ from polca_paper import fit
 from polca_paper.claims import CLAIMS, SHARE, Claim, Evidence, verdict
 from polca_paper.saved_study import SavedStudy
 
-WHOLE = ("paper-whole", "paper-random", "paper-0")
+WHOLE = ("paper-whole", "paper-0")
 """Studies at the paper's size, by which the reading is chosen."""
 
 JUDGED: dict[str, Sequence[Sequence[str]]] = {"paper": [WHOLE]}
