@@ -28,8 +28,10 @@ from polca_lib.tasks.tokenization import PAD
 from polca_paper import labeling, tables
 from polca_paper.constructions import (
     ambiguous,
+    best_clusters,
     best_found,
     cluster_readings,
+    construction_table,
     judge_reading,
     knn_recall,
     majority_recall,
@@ -289,8 +291,7 @@ def mirrored(study: LanguageStudy) -> pd.DataFrame:
 
 def constructions(study: LanguageStudy) -> pd.DataFrame:
     """The best cluster for each known construction (or part of speech), by kind of trajectory."""
-    sets = pd.get_dummies(pd.Series(study.what))
-    return _of_each_kind(study.kinds, lambda kind: best_found(kind.labels, sets).drop(columns="free"))
+    return _of_each_kind(study.kinds, lambda kind: best_clusters(construction_table(kind.labels, study.what)))
 
 
 def choices(study: LanguageStudy) -> pd.DataFrame:
