@@ -149,7 +149,7 @@ class LanguageStudy(Study):
 
     @property
     def sources(self) -> list[tuple[str, str, Scaling, xr.DataArray, bool]]:
-        """What can be clustered: basis, trajectory, scaling, curves, and whether only what falls is."""
+        """Basis, trajectory, scaling and curves of all that can be clustered, and whether only what falls is."""
         loss, change, sources = self.main["loss"], decomposition.loss_change(self.main), []
         for basis, projections in self.projections.items():
             for order in decomposition.available_orders(projections):
