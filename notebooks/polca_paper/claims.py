@@ -243,6 +243,13 @@ def _small_error(evidence: Evidence) -> bool:
 
 
 _PURITY = ("homogeneity", "recall")
+_PURER = "POLCA on the Hessian basis finds a purer cluster"
+
+
+def _purer_than(source: str, section: str, text: str) -> Claim:
+    sentence = _more(_homogeneity("POLCA"), _homogeneity(source), _PURER)
+    return Claim(f"purer than {source}", section, text, sentence, printed=_row(source, *_PURITY))
+
 
 # fmt: off
 CLAIMS: tuple[Claim, ...] = (
@@ -263,20 +270,12 @@ CLAIMS: tuple[Claim, ...] = (
           Sentence(_no_carry_in_loss, f"there are clusters, but none of which over {CARRY:.0%} take a carry"),
           printed=_row("exact loss", *_PURITY)),
     Claim("carry not in the change in loss", "D, Table 3 (v3)", "nor do those of its change",
-          _more(_homogeneity("POLCA"), _homogeneity("change in loss"), "POLCA finds a purer cluster"),
+          _more(_homogeneity("POLCA"), _homogeneity("change in loss"), _PURER),
           printed=_row("change in loss", *_PURITY)),
-    Claim("purer than Fisher", "D, Table 3", "POLCA finds purer clusters than Fisher information along its vectors",
-          _more(_homogeneity("POLCA"), _homogeneity("Fisher"), "POLCA finds a purer cluster"),
-          printed=_row("Fisher", *_PURITY)),
-    Claim("purer than LCA", "D, Table 3 (v3)", "and than loss change allocation to single parameters",
-          _more(_homogeneity("POLCA"), _homogeneity("LCA"), "POLCA finds a purer cluster"),
-          printed=_row("LCA", *_PURITY)),
-    Claim("purer than random", "E, Table 4", "clusters on the Hessian basis are purer than along random directions",
-          _more(_homogeneity("POLCA"), _homogeneity("random"), "a purer cluster on the Hessian basis"),
-          printed=_row("random", *_PURITY)),
-    Claim("purer than shuffled", "E, Table 4", "and than on a Hessian basis of shuffled checkpoints",
-          _more(_homogeneity("POLCA"), _homogeneity("shuffled"), "a purer cluster on the Hessian basis"),
-          printed=_row("shuffled", *_PURITY)),
+    _purer_than("Fisher", "D, Table 3", "POLCA finds purer clusters than Fisher information along its vectors"),
+    _purer_than("LCA", "D, Table 3 (v3)", "and than loss change allocation to single parameters"),
+    _purer_than("random", "E, Table 4", "clusters on the Hessian basis are purer than along random directions"),
+    _purer_than("shuffled", "E, Table 4", "and than on a Hessian basis of shuffled checkpoints"),
     Claim("hidden, other curves", "D and E, Tables 3 and 4 (v3)",
           "a smaller share of the clusters of Fisher information and of LCA has hidden breakthroughs",
           Sentence(lambda e: bool(e.number(_hidden("POLCA")) > max(

@@ -32,7 +32,6 @@ VERDICTS = {
     "partly": "#E69F00",
     "not reproduced": "#D55E00",
     "not run": "#808080",
-    "does not apply": "#808080",
     "met": "#009E73",
     "not met": "#D55E00",
     "not measured": "#808080",
