@@ -114,6 +114,8 @@ class Run(Analysis):
     def _training(self) -> Artefact:
         config = self.settings.model_dump(mode="json", include={"task", "seed", "device", "model"})
         config["training"] = self.settings.training.key
+        if language := self.settings.language.stated("predict_pad"):
+            config["language"] = language
         return Artefact.of_stage(self.folder, "training", {**config, **self.task.identity}, {})
 
     @cached_property

@@ -45,6 +45,12 @@ class CorpusSettings(Section):
     skip_damaged: bool = Field(False, description="leave out damaged records of the corpus, with a warning")
 
 
+class LanguageSettings(Section):
+    """Targets of the tasks of text."""
+
+    predict_pad: bool = Field(True, description="PAD is predicted, too, as in the paper; if not, it is no token")
+
+
 class ModelSettings(Section):
     """Decoder-only transformer. The defaults are the paper's arithmetic model."""
 
@@ -152,6 +158,7 @@ class RunSettings(AnalysisSettings):
     device: str = "cpu"
     data: DataSettings
     corpus: CorpusSettings = CorpusSettings()
+    language: LanguageSettings = LanguageSettings()
     model: ModelSettings
     training: TrainingSettings
 
@@ -171,7 +178,7 @@ class RunSettings(AnalysisSettings):
             if value not in choices:
                 raise ValueError(f"{name} = {value!r} is unknown; allowed: {', '.join(choices)}")
         # Later layers replace single fields of earlier ones.
-        settings: dict[str, Any] = {"preset": preset, "corpus": {}, "model": {}}
+        settings: dict[str, Any] = {"preset": preset, "corpus": {}, "language": {}, "model": {}}
         for layer, level in itertools.product(_LAYERS[task], ("common", preset)):
             for section, values in _PRESETS[layer].get(level, {}).items():
                 settings[section] = {**settings.get(section, {}), **values}
@@ -201,6 +208,8 @@ class RunSettings(AnalysisSettings):
     def _settings_fit_together(self) -> Self:
         basis, training, examples = self.basis, self.training, self.data.validation_examples
         window, size = self.clustering.breakthrough_window, self.clustering.min_cluster_size
+        if self.task == "addition" and not self.language.predict_pad:
+            raise ValueError("language.predict_pad = False is for text; task = 'addition' has no PAD; remove it")
         # Basis vectors need checkpoints at their steps; even ones also set the grid of states and windows.
         cadence, even = training.checkpoint_every, training.checkpoints == "even"
         steps = {"basis.every": basis.every, "training.state_every": training.state_every}
@@ -240,7 +249,7 @@ class RunSettings(AnalysisSettings):
 
     @property
     def targets_per_example(self) -> int:
-        """Number of target tokens of an example, four digits of a sum or all but two tokens of a window."""
+        """Target tokens of an example: four digits of a sum, or all but two of a window, less any PAD left out."""
         return 4 if self.task == "addition" else self.model.n_ctx - 2
 
     @property
