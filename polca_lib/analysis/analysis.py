@@ -315,13 +315,9 @@ class Analysis:
     def plan(
         self, *, checkpoints: int | None = None, workers: int = 1, operations_per_second: float | None = None
     ) -> Plan:
-        """Expected cost of this analysis, see :func:`polca_lib.analysis.plan.plan`.
-
-        If losses are stored, it also says whether the checkpoints see what is learned.
-        """
+        """Expected cost of this analysis, see :func:`polca_lib.analysis.plan.plan`, and what stored losses tell."""
         # Without any projections, don't run the model to learn which ones these would be.
-        begun = self.folder.exists() and any(self.folder.glob("projection-*"))
-        projections = self.stored("projection") if begun else None
+        projections = self.stored("projection") if any(self.folder.glob("projection-*")) else None
         known = {} if projections is None else {"spacing": advice(checkpoint_spacing(projections))}
         return plan(
             self.checkpoints.token_loss,

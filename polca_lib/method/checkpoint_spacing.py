@@ -1,7 +1,7 @@
 """Whether checkpoints can see what is learned, or whether it happens between two of them.
 
-POLCA knows a training run by its checkpoints. What is learned between two neighbours is one step of every curve, and
-curves that differ in nothing else can't be told apart. So this is the first thing to look at in a run.
+What is learned between two neighbours is one step of every curve, and curves that differ in nothing else can't be told
+apart. So this is the first thing to look at in a run.
 """
 
 from __future__ import annotations
@@ -11,16 +11,9 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Shaped
 
-MOST = 0.1
-"""Share of its loss drop that a frequent kind may make between two neighbouring checkpoints, exclusive."""
-
-FREQUENT = 0.01, 10
-"""A kind is frequent with this share of the tokens, and this many."""
-
-LEAST_DROP = 0.1
-"""Nats that the loss of a kind must fall by to be judged: shares of less are mostly noise."""
-
-_COLUMNS = ("tokens", "drop", "share", "start", "end", "judged")
+MOST = 0.1  # share of its loss drop that a frequent kind must stay below between two neighbouring checkpoints
+FREQUENT = 0.01, 10  # share and number of the tokens that a frequent kind has at least
+LEAST_DROP = 0.1  # nats that the loss of a kind must fall by to be judged: shares of less are mostly noise
 
 
 def largest_shares(losses: xr.DataArray, kinds: Shaped[np.ndarray, " token"]) -> pd.DataFrame:
@@ -52,8 +45,8 @@ def largest_shares(losses: xr.DataArray, kinds: Shaped[np.ndarray, " token"]) ->
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(drop > 0, falls.max(axis=1) / drop, np.nan)
     frequent = tokens.values >= max(FREQUENT[0] * len(values), FREQUENT[1])
-    columns = tokens.values, drop, share, steps[where], steps[where + 1], frequent & (drop >= LEAST_DROP)
-    table = pd.DataFrame(dict(zip(_COLUMNS, columns, strict=True)), index=means.index.rename("kind"))
+    table = pd.DataFrame({"tokens": tokens.rename_axis("kind"), "drop": drop, "share": share})
+    table = table.assign(start=steps[where], end=steps[where + 1], judged=frequent & (drop >= LEAST_DROP))
     return table.sort_values("share", ascending=False, kind="stable")
 
 

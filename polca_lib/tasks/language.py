@@ -85,14 +85,12 @@ class Language:
         """One row per target token, with ``example`` (window), ``position`` in the window, ``id`` and ``text``."""
         example, position = np.indices(self.validation.shape)[..., CONTEXT:].reshape(2, -1)
         ids, texts = self.validation.numpy()[:, CONTEXT:].ravel(), self.texts[:, CONTEXT:].ravel()
-        table = pd.DataFrame({"example": example, "position": position, "id": ids, "text": texts})
-        return self._counted(table)
+        return self._counted({"example": example, "position": position, "id": ids, "text": texts})
 
-    def _counted(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Rows of the targets that have a loss, of a table with a row per target."""
-        if self._settings.language.predict_pad:
-            return table
-        return table[without_pad(self.validation, self._pad).flatten().numpy()].reset_index(drop=True)
+    def _counted(self, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+        """The targets that have a loss, of columns with a value per target."""
+        counted = self._settings.language.predict_pad | without_pad(self.validation, self._pad)
+        return pd.DataFrame(columns)[counted.flatten().numpy()].reset_index(drop=True)
 
 
 class Grammar(Language):
@@ -131,7 +129,7 @@ class Grammar(Language):
         """The table of :class:`Language` with two more columns, ``construction`` and ``tag``."""
         constructions = np.array(list(grammar.CONSTRUCTIONS))[self._validation[2]]
         columns = {"construction": constructions, "tag": self.tags}
-        flat = pd.DataFrame({name: values[:, CONTEXT:].ravel() for name, values in columns.items()})
+        flat = {name: values[:, CONTEXT:].ravel() for name, values in columns.items()}
         return super().tokens.join(self._counted(flat))
 
     @property

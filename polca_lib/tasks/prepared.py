@@ -140,12 +140,8 @@ def _fill(folder: Path, source: str | Path, settings: Mapping[str, Any]) -> None
     articles, width = settings["articles"], settings["width"]
     damaged: list[str] = []
     with closing(read_articles(source, skip_damaged=settings["skip_damaged"], damaged=damaged)) as source_reader:
-        first = list(islice(source_reader, 2))
-        if len(first) < 2:
-            raise ValueError(
-                f"source = '{source}' has {len(first)} articles; allowed: 2 or more, for training and validation; "
-                "give a larger source"
-            )
+        if len(first := list(islice(source_reader, 2))) < 2:
+            raise ValueError(f"source = '{source}' has {len(first)} articles; allowed: 2 or more; give a larger source")
         reader = chain(first, source_reader)
         # The first articles train the tokenizer. They stay in memory, because they must be encoded too.
         stream = _take(reader, articles or math.inf)

@@ -92,33 +92,21 @@ class TrainingSettings(Section):
     def _checkpoints_fit_steps(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"training.betas = {self.betas}; allowed: two numbers of at least 0 and less than 1")
-        if isinstance(self.checkpoints, tuple):
-            self._check_list(self.checkpoints)
+        if isinstance(listed := self.checkpoints, tuple):
+            wrong = [f": {b} follows {a}" for a, b in itertools.pairwise(listed) if b <= a]
+            if wrong or (*listed[:1], *listed[-1:]) != (0, self.steps):
+                raise ValueError(
+                    f"training.checkpoints = {few_steps(listed)}{''.join(wrong[:1])}; allowed: 'even', 'log', or "
+                    f"increasing steps from 0 to training.steps = {self.steps}"
+                )
         elif self.n_checkpoints is None:
             _check_divisor("training.checkpoint_every", self.checkpoint_every, "training.steps", self.steps)
-        if self.n_checkpoints is not None and self.checkpoints != "log":
+        if self.n_checkpoints is not None and (listed != "log" or self.n_checkpoints > self.steps + 1):
             raise ValueError(
-                f"training.n_checkpoints = {self.n_checkpoints} is only for training.checkpoints = 'log'; remove it"
-            )
-        if (self.n_checkpoints or 2) > self.steps + 1:
-            raise ValueError(
-                f"training.n_checkpoints = {self.n_checkpoints} is more than there are steps; "
-                f"allowed: 2 to training.steps + 1 = {self.steps + 1}"
+                f"training.n_checkpoints = {self.n_checkpoints}; allowed: None, or with training.checkpoints = 'log' "
+                f"2 to training.steps + 1 = {self.steps + 1}"
             )
         return self
-
-    def _check_list(self, steps: tuple[int, ...]) -> None:
-        """Refuse a list of steps that is no training from its start to its end."""
-        wrong = next((f"{b} follows {a}" for a, b in itertools.pairwise(steps) if b <= a), "")
-        if steps[:1] != (0,):
-            wrong = "it does not start at 0"
-        elif not wrong and steps[-1] != self.steps:
-            wrong = f"it ends at {steps[-1]}"
-        if wrong:
-            raise ValueError(
-                f"training.checkpoints = {few_steps(steps)}: {wrong}; allowed: 'even', 'log', or increasing steps "
-                f"from 0 to training.steps = {self.steps}"
-            )
 
     @property
     def checkpoint_steps(self) -> list[int]:

@@ -112,8 +112,7 @@ def train(
     )
     states = checkpoints.path / "states"
     states.mkdir(exist_ok=True)
-    saved = settings.checkpoint_steps
-    start = _resume(model, optimiser, states, checkpoints, saved)
+    start = _resume(model, optimiser, states, checkpoints, due := settings.checkpoint_steps)
     if start == settings.steps:
         return
     # Without a state, training begins anew, and must not mix its checkpoints with those of another machine or version.
@@ -142,7 +141,7 @@ def train(
             optimiser.zero_grad()
             mean.backward()
             optimiser.step()
-            if done in saved:
+            if done in due:
                 _save_checkpoint(checkpoints, done, model, keep=keep)
                 means = losses.detach().view(-1, len(names)).mean(0).tolist()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in zip(names, means, strict=True)})
@@ -181,18 +180,14 @@ def _save_state(model: nn.Module, optimiser: torch.optim.Optimizer, states: Path
 
 @torch.no_grad()
 def _resume(
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    states: Path,
-    checkpoints: CheckpointFolder,
-    saved: Sequence[int],
+    model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, checkpoints: CheckpointFolder, due: list[int]
 ) -> int | None:
     """Load the newest intact state whose checkpoints all exist, and return its step, if there is one."""
     existing = set(checkpoints.steps)
     for file in sorted(states.glob("step-*.safetensors"), reverse=True):
         step = int(file.stem.removeprefix("step-"))
         with suppress(DamagedFile):
-            if existing.issuperset(earlier for earlier in saved if earlier <= step):
+            if existing.issuperset(earlier for earlier in due if earlier <= step):
                 tensors = load_tensors(file, step=step)
                 for name, p in model.named_parameters():
                     p.copy_(tensors[f"parameters/{name}"])
