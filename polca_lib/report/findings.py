@@ -161,8 +161,9 @@ def checkpoint_spacing(projections: xr.Dataset) -> pd.DataFrame:
     """
     phrases = _phrases(_kinds_of(projections), pd.DataFrame())
     kinds = [np.full(projections.sizes["token"], "all tokens", object), *phrases.values()]
-    tables = pd.concat([largest_shares(projections["loss"], each) for each in kinds])
-    return tables.sort_values("share", ascending=False, kind="stable")
+    return pd.concat(largest_shares(projections["loss"], each) for each in kinds).sort_values(
+        "share", ascending=False, kind="stable"
+    )
 
 
 def members(labels: xr.DataArray) -> Iterator[tuple[int, int, np.ndarray]]:
