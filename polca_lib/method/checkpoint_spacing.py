@@ -42,8 +42,7 @@ def largest_shares(losses: xr.DataArray, kinds: Shaped[np.ndarray, " token"]) ->
     means, tokens = groups.mean(), groups.size()
     falls, drop = -np.diff(means.values, axis=1), means.values[:, 0] - means.values.min(axis=1)
     where = falls.argmax(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(drop > 0, falls.max(axis=1) / drop, np.nan)
+    share = falls.max(axis=1) / np.where(drop > 0, drop, np.nan)
     frequent = tokens.values >= max(FREQUENT[0] * len(values), FREQUENT[1])
     table = pd.DataFrame({"tokens": tokens.rename_axis("kind"), "drop": drop, "share": share})
     table = table.assign(start=steps[where], end=steps[where + 1], judged=frequent & (drop >= LEAST_DROP))

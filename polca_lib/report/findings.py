@@ -161,9 +161,8 @@ def checkpoint_spacing(projections: xr.Dataset) -> pd.DataFrame:
     """
     phrases = _phrases(_kinds_of(projections), pd.DataFrame())
     kinds = [np.full(projections.sizes["token"], "all tokens", object), *phrases.values()]
-    return pd.concat(largest_shares(projections["loss"], each) for each in kinds).sort_values(
-        "share", ascending=False, kind="stable"
-    )
+    tables = [largest_shares(projections["loss"], each) for each in kinds]
+    return pd.concat(tables).sort_values("share", ascending=False, kind="stable")
 
 
 def members(labels: xr.DataArray) -> Iterator[tuple[int, int, np.ndarray]]:
