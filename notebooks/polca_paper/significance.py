@@ -234,8 +234,9 @@ def specification_curve(
 
 
 def cadence(projections: xr.Dataset) -> int:
-    """Steps from one checkpoint to the next."""
-    return int(projections["step"][1] - projections["step"][0])
+    """Steps from one checkpoint to the next, (t_N - t_0) / N over N intervals; rounded where they are not even."""
+    steps = projections["step"].values
+    return max(1, round(float(steps[-1] - steps[0]) / (len(steps) - 1)))
 
 
 def _specifications(

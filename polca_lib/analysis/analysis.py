@@ -35,6 +35,7 @@ from polca_lib.derivatives.memory import checked_device
 from polca_lib.derivatives.token_loss import Batch, Loss, TokenLoss, direction, split_examples, to_device
 from polca_lib.method.basis import WITHOUT_HESSIAN, compute_basis, load_basis
 from polca_lib.method.breakthroughs import hidden_threshold
+from polca_lib.method.checkpoint_spacing import advice
 from polca_lib.method.clustering import cluster_tokens
 from polca_lib.method.decomposition import projected_loss
 from polca_lib.method.settings import (
@@ -45,7 +46,7 @@ from polca_lib.method.settings import (
     ClusteringSettings,
     check_n_vectors,
 )
-from polca_lib.report.findings import Findings
+from polca_lib.report.findings import Findings, checkpoint_spacing
 from polca_lib.report.page import write_report
 from polca_lib.storage.artefacts import Artefact, ArtefactMismatch, DamagedFile, provenance, write_atomically
 from polca_lib.storage.checkpoints import Checkpoints, ChecksummedCheckpoints
@@ -314,7 +315,10 @@ class Analysis:
     def plan(
         self, *, checkpoints: int | None = None, workers: int = 1, operations_per_second: float | None = None
     ) -> Plan:
-        """Expected cost of this analysis, see :func:`polca_lib.analysis.plan.plan`."""
+        """Expected cost of this analysis, see :func:`polca_lib.analysis.plan.plan`, and what stored losses tell."""
+        # Without any projections, don't run the model to learn which ones these would be.
+        projections = self.stored("projection") if any(self.folder.glob("projection-*")) else None
+        known = {} if projections is None else {"spacing": advice(checkpoint_spacing(projections))}
         return plan(
             self.checkpoints.token_loss,
             self.validation,
@@ -326,6 +330,7 @@ class Analysis:
             memory=self.settings.memory,
             workers=workers,
             operations_per_second=operations_per_second,
+            **known,
         )
 
     def provenance(self) -> pd.DataFrame:

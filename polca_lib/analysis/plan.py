@@ -65,6 +65,7 @@ class Plan:
     basis_seconds: float
     projection_seconds: float
     measured: str  # source of the times
+    spacing: str  # whether checkpoints see what is learned, see polca_lib.method.checkpoint_spacing
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -90,6 +91,7 @@ class Plan:
             basis       {basis}
             projections {_time(self.projection_seconds)}, shared by {self.workers} worker{"s"[: self.workers > 1]}
             timing      {self.measured}
+            checkpoints {self.spacing}
             """)
         if self.worker_bytes > self.budget_bytes:
             text += "\nThis does not fit: use a device with more memory, or raise the setting memory.\n"
@@ -118,6 +120,7 @@ def plan(
     memory: int | None = None,
     workers: int = 1,
     operations_per_second: float | None = None,
+    spacing: str = "not measured: losses at the checkpoints are not computed yet",
 ) -> Plan:
     """Estimate the cost of an analysis: count operations, and time a short :func:`probe` of the model.
 
@@ -128,6 +131,7 @@ def plan(
         memory: bytes for each worker; half of the free memory of the device if not given.
         workers: number of workers that share the projections.
         operations_per_second: speed of a worker; measured if not given. If given, nothing is run.
+        spacing: what is known of the checkpoints, see :func:`polca_lib.method.checkpoint_spacing.advice`.
 
     Raises:
         ValueError: a number is out of range, or the operations can't be counted without data.
@@ -201,6 +205,7 @@ def plan(
         basis_seconds=hessian / probed.rate,
         projection_seconds=operations / probed.rate / min(workers, checkpoints * blocks),
         measured=probed.measured,
+        spacing=spacing,
     )
 
 

@@ -49,7 +49,9 @@ class BasisSettings(Section):
         None, ge=1, description="stop after so many vectors; if not given, all that 'every' gives, or 10"
     )
     every: int | None = Field(
-        None, gt=0, description="steps between basis checkpoints; evenly spread over the run if not given"
+        None,
+        gt=0,
+        description="basis checkpoints at multiples of this that have one; evenly spread over checkpoints if not given",
     )
     steps: tuple[int, ...] | None = Field(None, description="basis checkpoints, instead of 'every'")
     targets: Literal["answer", "all"] = Field(

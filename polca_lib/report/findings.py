@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.breakthroughs import mark_hidden
+from polca_lib.method.checkpoint_spacing import advice, is_fit, largest_shares
 from polca_lib.method.clustering import DROPPED, by_vector, cluster_tokens, is_decreasing, moves
 from polca_lib.method.decomposition import completeness, loss_change
 from polca_lib.method.settings import ClusteringSettings
@@ -47,6 +48,11 @@ class Findings:
     def completeness(self) -> xr.Dataset:
         """True loss change and the sum of the projected losses."""
         return completeness(self.projections, self.clustering.order)
+
+    @cached_property
+    def spacing(self) -> pd.DataFrame:
+        """Whether checkpoints see what each kind of token learns, see :func:`checkpoint_spacing`."""
+        return checkpoint_spacing(self.projections)
 
     @cached_property
     def loss_clusters(self) -> xr.DataArray:
@@ -112,13 +118,15 @@ class Findings:
 
         Returns:
             ``tokens``, ``vectors``, ``checkpoints``, ``first_step``, ``last_step``, ``loss_start``, ``loss_end``
-            (nats), ``order``, ``scaling``, ``hidden_after``; ``claimed`` (sum of the projected losses divided by the
-            true change), ``inside`` (share of the true change after movement inside the basis; None if not measured),
+            (nats), ``order``, ``scaling``, ``hidden_after``; ``checkpoints_fit``, ``checkpoints_advice`` and
+            ``largest_share_between_checkpoints`` (of judged kinds; None without any), see
+            :mod:`polca_lib.method.checkpoint_spacing`; ``claimed`` (sum of the projected losses divided by the true
+            change), ``inside`` (share of the true change after movement inside the basis; None if not measured),
             ``correlation`` (of both sums over tokens); ``still`` (curves of a token along a vector that do not move);
             ``vectors_falling``, ``vectors_with_clusters``, ``clusters``, ``hidden_breakthroughs``; and
             ``breakthroughs``, a dictionary for each cluster.
         """
-        shares, clusters = self.completeness.attrs, self.clusters
+        shares, clusters, spacing = self.completeness.attrs, self.clusters, self.spacing
         loss, steps = self.projections["loss"].mean("token").values, self.projections["step"].values
         return {
             "tokens": self.projections.sizes["token"],
@@ -131,6 +139,9 @@ class Findings:
             "order": self.clustering.order,
             "scaling": self.clustering.scaling,
             "hidden_after": self.hidden_after,
+            "checkpoints_fit": is_fit(spacing),
+            "checkpoints_advice": advice(spacing),
+            "largest_share_between_checkpoints": _plain(spacing["share"][spacing["judged"]].max()),
             "claimed": _plain(shares["share"]),
             "inside": _plain(shares.get("share_inside")),
             "correlation": _plain(shares["correlation"]),
@@ -141,6 +152,17 @@ class Findings:
             "hidden_breakthroughs": int(clusters["hidden"].sum()),
             "breakthroughs": [{k: _plain(v) for k, v in row.items()} for row in clusters.to_dict("records")],
         }
+
+
+def checkpoint_spacing(projections: xr.Dataset) -> pd.DataFrame:
+    """Table of :func:`polca_lib.method.checkpoint_spacing.largest_shares` for all tokens, and for each kind of token.
+
+    Kinds are the texts, and the values of columns with few values.
+    """
+    phrases = _phrases(_kinds_of(projections), pd.DataFrame())
+    kinds = [np.full(projections.sizes["token"], "all tokens", object), *phrases.values()]
+    tables = [largest_shares(projections["loss"], each) for each in kinds]
+    return pd.concat(tables).sort_values("share", ascending=False, kind="stable")
 
 
 def members(labels: xr.DataArray) -> Iterator[tuple[int, int, np.ndarray]]:

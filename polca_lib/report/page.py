@@ -19,6 +19,8 @@ from polca_lib.report.palette import OKABE_ITO
 from polca_lib.storage.artefacts import write_atomically
 from polca_lib.storage.columns import token_table
 
+_KINDS = 8  # of tokens that the page lists, those whose loss drop the checkpoints see least of
+
 
 def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.DataFrame) -> Path:
     """Write one HTML file of about 5 MB that loads nothing from elsewhere, and return ``path``.
@@ -35,6 +37,7 @@ def write_report(path: Path, findings: Findings, *, title: str, provenance: pd.D
         provenance={shown(name): shown(value) for name, value in provenance["value"].items()},
         vectors=findings.vectors.to_dict("records"),
         clusters=findings.clusters.to_dict("records"),
+        spacing=findings.spacing[findings.spacing["judged"]].head(_KINDS).reset_index().to_dict("records"),
         figures=_figures(findings),
         explorer=explorer(findings)._repr_html_() if len(findings.clusters) else None,
         plotly=get_plotlyjs(),

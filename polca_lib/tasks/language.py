@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from polca_lib.derivatives.token_loss import Loss, MaskedLoss
 from polca_lib.storage.hashing import hash_json
 from polca_lib.tasks import grammar
 from polca_lib.tasks.prepared import PreparedCorpus, prepare_corpus
@@ -36,6 +37,11 @@ def next_token_loss(model: nn.Module, windows: Int[Tensor, "n width"]) -> Float[
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, CONTEXT:].flatten(), reduction="none")
 
 
+def without_pad(windows: Int[Tensor, "n width"], pad: int) -> Bool[Tensor, "n width-2"]:
+    """Which targets are words: neither PAD nor predicted from PAD."""
+    return (windows[:, CONTEXT:] != pad) & (windows[:, CONTEXT - 1 : -1] != pad)
+
+
 class Language:
     """Batches, loss and token table of both text tasks (see :class:`polca_lib.tasks.task.Task`)."""
 
@@ -43,15 +49,24 @@ class Language:
     train: Int[np.ndarray, "window width"]
     validation: Int[Tensor, "window width"]
     vocabulary: Sequence[str]
-    loss = loss_of_all = staticmethod(next_token_loss)
 
     def __init__(self, settings: RunSettings, n_tokens: int):
         for name in ("d_vocab", "d_vocab_out"):
             if (value := getattr(settings.model, name)) != n_tokens:
                 raise ValueError(f"model.{name} = {value} does not fit the tokens of the task; allowed: {n_tokens}")
         self._settings = settings
+        self._pad = n_tokens - 1
         # The order of the windows in an epoch. All batches of the epoch need it.
         self._order = cache(lambda epoch: np.random.default_rng([settings.seed, epoch]).permutation(len(self.train)))
+
+    @property
+    def loss(self) -> Loss:
+        """Loss of the targets, all but PAD without ``language.predict_pad``, see :func:`next_token_loss`."""
+        if self._settings.language.predict_pad:
+            return next_token_loss
+        return MaskedLoss(next_token_loss, partial(without_pad, pad=self._pad))
+
+    loss_of_all = loss
 
     def batch(self, step: int) -> Int[Tensor, "batch width"]:
         """Windows of update ``step``. Each epoch takes all windows, in an order drawn from the seed."""
@@ -70,7 +85,12 @@ class Language:
         """One row per target token, with ``example`` (window), ``position`` in the window, ``id`` and ``text``."""
         example, position = np.indices(self.validation.shape)[..., CONTEXT:].reshape(2, -1)
         ids, texts = self.validation.numpy()[:, CONTEXT:].ravel(), self.texts[:, CONTEXT:].ravel()
-        return pd.DataFrame({"example": example, "position": position, "id": ids, "text": texts})
+        return self._counted({"example": example, "position": position, "id": ids, "text": texts})
+
+    def _counted(self, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+        """The targets that have a loss, of columns with a value per target."""
+        counted = self._settings.language.predict_pad | without_pad(self.validation, self._pad)
+        return pd.DataFrame(columns)[counted.flatten().numpy()].reset_index(drop=True)
 
 
 class Grammar(Language):
@@ -109,7 +129,8 @@ class Grammar(Language):
         """The table of :class:`Language` with two more columns, ``construction`` and ``tag``."""
         constructions = np.array(list(grammar.CONSTRUCTIONS))[self._validation[2]]
         columns = {"construction": constructions, "tag": self.tags}
-        return super().tokens.assign(**{name: values[:, CONTEXT:].ravel() for name, values in columns.items()})
+        flat = {name: values[:, CONTEXT:].ravel() for name, values in columns.items()}
+        return super().tokens.join(self._counted(flat))
 
     @property
     def tags(self) -> np.ndarray:

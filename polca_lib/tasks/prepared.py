@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +139,10 @@ def _fill(folder: Path, source: str | Path, settings: Mapping[str, Any]) -> None
     """Read the source once, and write all files of the corpus."""
     articles, width = settings["articles"], settings["width"]
     damaged: list[str] = []
-    with closing(read_articles(source, skip_damaged=settings["skip_damaged"], damaged=damaged)) as reader:
+    with closing(read_articles(source, skip_damaged=settings["skip_damaged"], damaged=damaged)) as source_reader:
+        if len(first := list(islice(source_reader, 2))) < 2:
+            raise ValueError(f"source = '{source}' has {len(first)} articles; allowed: 2 or more; give a larger source")
+        reader = chain(first, source_reader)
         # The first articles train the tokenizer. They stay in memory, because they must be encoded too.
         stream = _take(reader, articles or math.inf)
         head = _take(stream, settings["tokenizer_articles"])

@@ -113,7 +113,9 @@ class Run(Analysis):
     @cached_property
     def _training(self) -> Artefact:
         config = self.settings.model_dump(mode="json", include={"task", "seed", "device", "model"})
-        config["training"] = self.settings.training.stated(exclude=["state_every"])
+        config["training"] = self.settings.training.key
+        if language := self.settings.language.stated("predict_pad"):
+            config["language"] = language
         return Artefact.of_stage(self.folder, "training", {**config, **self.task.identity}, {})
 
     @cached_property

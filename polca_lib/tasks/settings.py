@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from polca_lib.analysis.settings import AnalysisSettings
 from polca_lib.derivatives.memory import checked_device
 from polca_lib.derivatives.strategy import Precision
-from polca_lib.method.settings import Section
+from polca_lib.method.settings import Section, check_window, few_steps
 from polca_lib.tasks.grammar import VOCABULARY
 
 TaskName = Literal["addition", "grammar", "wikipedia"]
@@ -43,6 +43,12 @@ class CorpusSettings(Section):
     articles: int | None = Field(None, gt=0, description="number of training articles; all if not given")
     tokenizer_articles: int = Field(10_000, gt=0, description="training articles that the tokenizer is trained on")
     skip_damaged: bool = Field(False, description="leave out damaged records of the corpus, with a warning")
+
+
+class LanguageSettings(Section):
+    """Targets of the tasks of text."""
+
+    predict_pad: bool = Field(True, description="PAD is predicted, too, as in the paper; if not, it is no token")
 
 
 class ModelSettings(Section):
@@ -73,20 +79,63 @@ class TrainingSettings(Section):
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     precision: Precision = Field("float32", description="of matrix products (autocast); weights stay float32")
-    checkpoint_every: int = Field(20, gt=0, description="steps between checkpoints (the POLCA cadence)")
+    checkpoints: Literal["even", "log"] | tuple[int, ...] = Field(
+        "even", description="steps of checkpoints: every 'checkpoint_every', spaced as their logarithm, or these"
+    )
+    checkpoint_every: int = Field(20, gt=0, description="steps between even checkpoints (the POLCA cadence)")
+    n_checkpoints: int | None = Field(
+        None, ge=2, description="of 'log' checkpoints; if not given, as many as 'checkpoint_every' gives"
+    )
     state_every: int = Field(500, gt=0, description="steps between full states, from which training resumes")
 
     @model_validator(mode="after")
-    def _cadence_divides_steps(self) -> Self:
+    def _checkpoints_fit_steps(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"training.betas = {self.betas}; allowed: two numbers of at least 0 and less than 1")
-        _check_divisor("training.checkpoint_every", self.checkpoint_every, "training.steps", self.steps)
+        if isinstance(listed := self.checkpoints, tuple):
+            wrong = [f": {b} follows {a}" for a, b in itertools.pairwise(listed) if b <= a]
+            if wrong or (*listed[:1], *listed[-1:]) != (0, self.steps):
+                raise ValueError(
+                    f"training.checkpoints = {few_steps(listed)}{''.join(wrong[:1])}; allowed: 'even', 'log', or "
+                    f"increasing steps from 0 to training.steps = {self.steps}"
+                )
+        elif self.n_checkpoints is None:
+            _check_divisor("training.checkpoint_every", self.checkpoint_every, "training.steps", self.steps)
+        if self.n_checkpoints is not None and (listed != "log" or self.n_checkpoints > self.steps + 1):
+            raise ValueError(
+                f"training.n_checkpoints = {self.n_checkpoints}; allowed: None, or with training.checkpoints = 'log' "
+                f"2 to training.steps + 1 = {self.steps + 1}"
+            )
         return self
 
     @property
     def checkpoint_steps(self) -> list[int]:
-        """Steps that have a checkpoint, including step 0."""
-        return list(range(0, self.steps + 1, self.checkpoint_every))
+        """Steps that have a checkpoint, from 0 to ``steps``.
+
+        With n ``log`` checkpoints, s_0 = 0, s_1 = 1 and s_{i+1} = max(s_i + 1, s_i (steps / s_i)^(1 / (n - 1 - i))),
+        rounded: one after another at the start, where a logarithm leaves no room, then each the same factor later.
+        """
+        if isinstance(self.checkpoints, tuple):
+            return list(self.checkpoints)
+        if self.checkpoints == "even":
+            return list(range(0, self.steps + 1, self.checkpoint_every))
+        count = self.n_checkpoints or self.steps // self.checkpoint_every + 1
+        found = [0, 1] if count > 2 else [0]
+        for left in range(count - len(found), 0, -1):
+            last = found[-1]
+            found.append(max(last + 1, round(last * (self.steps / last) ** (1 / left))) if last else self.steps)
+        return found
+
+    @property
+    def key(self) -> dict[str, object]:
+        """What checkpoints depend on, as JSON values: of those that are not even, the steps themselves."""
+        later = ("checkpoints", "n_checkpoints")
+        if self.checkpoints == "even":
+            return self.stated(*later, exclude=["state_every"])
+        return {
+            **self.stated(exclude=["state_every", "checkpoint_every", *later]),
+            "checkpoints": self.checkpoint_steps,
+        }
 
 
 class RunSettings(AnalysisSettings):
@@ -97,6 +146,7 @@ class RunSettings(AnalysisSettings):
     device: str = "cpu"
     data: DataSettings
     corpus: CorpusSettings = CorpusSettings()
+    language: LanguageSettings = LanguageSettings()
     model: ModelSettings
     training: TrainingSettings
 
@@ -116,7 +166,7 @@ class RunSettings(AnalysisSettings):
             if value not in choices:
                 raise ValueError(f"{name} = {value!r} is unknown; allowed: {', '.join(choices)}")
         # Later layers replace single fields of earlier ones.
-        settings: dict[str, Any] = {"preset": preset, "corpus": {}, "model": {}}
+        settings: dict[str, Any] = {"preset": preset, "corpus": {}, "language": {}, "model": {}}
         for layer, level in itertools.product(_LAYERS[task], ("common", preset)):
             for section, values in _PRESETS[layer].get(level, {}).items():
                 settings[section] = {**settings.get(section, {}), **values}
@@ -146,11 +196,13 @@ class RunSettings(AnalysisSettings):
     def _settings_fit_together(self) -> Self:
         basis, training, examples = self.basis, self.training, self.data.validation_examples
         window, size = self.clustering.breakthrough_window, self.clustering.min_cluster_size
-        # Basis vectors, training states and breakthrough windows need checkpoints at their steps.
-        cadence = training.checkpoint_every
+        if self.task == "addition" and not self.language.predict_pad:
+            raise ValueError("language.predict_pad = False is for text; task = 'addition' has no PAD; remove it")
+        # Basis vectors need checkpoints at their steps; even ones also set the grid of states and windows.
+        cadence, even = training.checkpoint_every, training.checkpoints == "even"
         steps = {"basis.every": basis.every, "training.state_every": training.state_every}
         for name, value in {**steps, "clustering.breakthrough_window": window}.items():
-            if value is not None and value % cadence:
+            if even and value is not None and value % cadence:
                 raise ValueError(
                     f"{name} = {value} is not a multiple of training.checkpoint_every = {cadence}; "
                     f"allowed: {cadence}, {2 * cadence}, {3 * cadence}, ..."
@@ -165,7 +217,15 @@ class RunSettings(AnalysisSettings):
             if value is not None and value > limit:
                 raise ValueError(f"{name} = {value} is too large; allowed: at most {limit_name} = {limit}")
         if basis.every is not None:
+            multiples, available = range(basis.every, training.steps + 1, basis.every), training.checkpoint_steps
+            if missing := [step for step in multiples if step not in available]:
+                raise ValueError(
+                    f"basis.every = {basis.every} needs a checkpoint at step {missing[0]}, but they are at "
+                    f"{few_steps(available)}; allowed: None, with basis.n_vectors, or name checkpoints in basis.steps"
+                )
             _ = self.basis_steps  # refuses more vectors than the basis checkpoints give
+        if window is not None and not even:
+            check_window(window, training.checkpoint_steps, "clustering.breakthrough_window")
         # HDBSCAN needs enough tokens for two clusters.
         tokens = self.targets_per_example * examples
         if size is not None and tokens < 2 * size:
@@ -177,7 +237,7 @@ class RunSettings(AnalysisSettings):
 
     @property
     def targets_per_example(self) -> int:
-        """Number of target tokens of an example, four digits of a sum or all but two tokens of a window."""
+        """Target tokens of an example: four digits of a sum, or all but two of a window, less any PAD left out."""
         return 4 if self.task == "addition" else self.model.n_ctx - 2
 
     @property

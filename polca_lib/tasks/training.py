@@ -92,14 +92,14 @@ def train(
 ) -> None:
     """AdamW with learning rate ``learning_rate * min(i / warmup_steps, 1)`` at update i = 1, 2, ... (PAPER Table 1).
 
-    Trains ``model`` in place. Saves a checkpoint at step 0 and every ``settings.checkpoint_every`` steps. A killed run
-    resumes from its last full state (parameters, optimiser, step) and writes the same bytes as an uninterrupted run.
+    Trains ``model`` in place. Saves a checkpoint at each of ``settings.checkpoint_steps``. A killed run resumes
+    from its last full state (parameters, optimiser, step) and writes the same bytes as an uninterrupted run.
 
     Args:
         model: initialised model. A stored state overwrites its parameters.
         loss: ``(model, batch) -> (n_tokens,)``.
         batch_of: gives the batch of update ``step``, counted from 0. It must depend on ``step`` alone.
-        settings: optimiser, schedule and cadence.
+        settings: optimiser, schedule and steps of checkpoints.
         checkpoints: folder of the checkpoints; states go to its folder ``states``.
         groups: names of the target tokens of an example. The progress bar shows the mean loss of each.
 
@@ -112,7 +112,7 @@ def train(
     )
     states = checkpoints.path / "states"
     states.mkdir(exist_ok=True)
-    start = _resume(model, optimiser, states, checkpoints, settings.checkpoint_every)
+    start = _resume(model, optimiser, states, checkpoints, due := settings.checkpoint_steps)
     if start == settings.steps:
         return
     # Without a state, training begins anew, and must not mix its checkpoints with those of another machine or version.
@@ -141,7 +141,7 @@ def train(
             optimiser.zero_grad()
             mean.backward()
             optimiser.step()
-            if done % settings.checkpoint_every == 0:
+            if done in due:
                 _save_checkpoint(checkpoints, done, model, keep=keep)
                 means = losses.detach().view(-1, len(names)).mean(0).tolist()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in zip(names, means, strict=True)})
@@ -180,14 +180,14 @@ def _save_state(model: nn.Module, optimiser: torch.optim.Optimizer, states: Path
 
 @torch.no_grad()
 def _resume(
-    model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, checkpoints: CheckpointFolder, cadence: int
+    model: nn.Module, optimiser: torch.optim.Optimizer, states: Path, checkpoints: CheckpointFolder, due: list[int]
 ) -> int | None:
     """Load the newest intact state whose checkpoints all exist, and return its step, if there is one."""
     existing = set(checkpoints.steps)
     for file in sorted(states.glob("step-*.safetensors"), reverse=True):
         step = int(file.stem.removeprefix("step-"))
         with suppress(DamagedFile):
-            if existing.issuperset(range(0, step + 1, cadence)):
+            if existing.issuperset(earlier for earlier in due if earlier <= step):
                 tensors = load_tensors(file, step=step)
                 for name, p in model.named_parameters():
                     p.copy_(tensors[f"parameters/{name}"])

@@ -1,5 +1,6 @@
 """POLCA on any run: results are those of brute force, what is kept is found again, strangers are refused."""
 
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,9 @@ from upath import UPath
 from polca_lib.analysis.analysis import Analysis, project_together
 from polca_lib.analysis.status import status
 from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.checkpoint_spacing import advice
 from polca_lib.method.vectors import read_vectors
+from polca_lib.report.findings import checkpoint_spacing
 from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
 from polca_lib.storage.checkpoints import CheckpointFolder, ChecksummedCheckpoints
 from polca_lib.storage.pieces import PieceStore
@@ -46,6 +49,23 @@ def test_curves_are_the_sums_that_brute_force_gives(tmp_path, checkpoints):
     np.testing.assert_allclose(run.curves[1:], torch.stack(expected), atol=1e-4)
     assert (run.curves[0] == 0).all()
     assert run.curves["kind"].values.tolist() == TOKENS["kind"].tolist()
+
+
+def test_plan_tells_whether_checkpoints_see_what_is_learned_once_losses_are_at_hand(tmp_path, checkpoints, monkeypatch):
+    speed = {"operations_per_second": 1e9}
+    run = analyse(tmp_path / "run", checkpoints)
+    assert "checkpoints not measured: losses at the checkpoints are not computed yet" in str(run.plan(**speed))
+    assert not (tmp_path / "run").exists()
+    _ = run.projections
+    again = analyse(tmp_path / "run", checkpoints)
+    monkeypatch.setattr(PieceStore, "write", lambda *a, **k: pytest.fail("a piece was computed again"))
+    told = advice(checkpoint_spacing(run.projections))
+    assert re.search(r"(all tokens|kind one|kind two) makes \d+% of its loss drop between steps \d+ and \d+", told)
+    assert again.plan(**speed).spacing == told
+    assert f"checkpoints {told}" in str(again.plan(**speed))
+    # Losses of other settings say nothing about this run.
+    other = analyse(tmp_path / "run", checkpoints, steps=[0, 20, 40, 80])
+    assert other.plan(**speed).spacing.startswith("not measured")
 
 
 def test_folder_that_is_there_is_read_rather_than_computed_again(tmp_path, checkpoints, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import spacy
 import torch
@@ -95,6 +96,47 @@ def test_loss_is_that_of_each_token_but_the_first_two_given_those_before():
             torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("task", ["grammar", "wikipedia"])
+def test_without_pad_neither_pad_nor_what_is_predicted_from_it_is_a_token(task, source, monkeypatch):
+    monkeypatch.setenv("POLCA_WIKIPEDIA", str(source))
+    many = {**TINY, "data.validation_examples": 60}  # so that some windows end in PAD
+    runs = {pad: Run.from_preset("smoke", task=task, **many, **{"language.predict_pad": pad}) for pad in (True, False)}
+    windows, tables = runs[True].task.validation, {pad: run.task.tokens for pad, run in runs.items()}
+    pad = runs[True].settings.model.d_vocab - 1
+    words = tables[True][(tables[True]["text"] != grammar.PAD).to_numpy()].reset_index(drop=True)
+    assert 0 < len(words) < len(tables[True]) == windows.shape[0] * (windows.shape[1] - CONTEXT)
+    pd.testing.assert_frame_equal(tables[False], words)
+    model = build_model(runs[True].settings.model, 0)
+    every, counted = (runs[pad].task.loss(model, windows) for pad in (True, False))
+    torch.testing.assert_close(counted, every[torch.tensor(tables[True]["id"] != pad)])
+    # A word after PAD, which no corpus has, is predicted from PAD and carries no loss.
+    row = torch.tensor([[0, 1, pad, 2, 3, pad]])
+    assert len(runs[False].task.loss(model, row)) == 1
+
+
+def test_pad_that_is_predicted_leaves_keys_as_they_were_and_left_out_it_makes_another_run():
+    on, off = (grammar_run(**{"language.predict_pad": pad}) for pad in (True, False))
+    assert "language" not in on._training.config
+    assert off._training.config["language"] == {"predict_pad": False}
+    assert all(on.keys[stage] != off.keys[stage] for stage in on.keys)
+
+
+def test_setting_of_text_is_refused_for_sums():
+    with pytest.raises(ValueError, match=r"language\.predict_pad = False is for text"):
+        RunSettings.from_preset("smoke", **{"language.predict_pad": False})
+
+
+def test_windows_without_any_word_to_predict_are_analysed_with_the_others(tmp_path):
+    run = Run(grammar_run(**{"language.predict_pad": False}).settings, tmp_path)
+    run.task._validation[0][1, 1:] = run.settings.model.d_vocab - 1
+    assert 1 not in run.tokens["example"].to_numpy()
+    projections = run.projections
+    assert projections["example"].values.tolist() == run.tokens["example"].tolist()
+    for step in (0, 40):
+        expected = run.checkpoints.token_loss(run.checkpoints.theta(step), run.task.validation)
+        np.testing.assert_allclose(projections["loss"].sel(step=step), expected.detach(), rtol=1e-5)
+
+
 def test_each_epoch_takes_every_window_once_and_a_batch_depends_on_its_step_alone():
     config = RunSettings.from_preset("smoke", task="grammar", **{"training.batch_size": 4})
     task = Grammar(config)
@@ -108,7 +150,7 @@ def test_each_epoch_takes_every_window_once_and_a_batch_depends_on_its_step_alon
 
 
 def test_grammar_samples_are_of_different_documents_and_every_token_is_what_the_table_says():
-    task = grammar_run().task
+    task = grammar_run(**{"language.predict_pad": True}).task
     windows = task.validation
     assert len({task.validation.numpy().tobytes(), task.hessian.numpy().tobytes(), task.train.tobytes()}) == 3
     assert len(task.train) == TINY["training.steps"] * TINY["training.batch_size"]
@@ -157,14 +199,15 @@ def test_the_corpus_is_part_of_what_a_run_is_and_its_path_is_not(wikipedia, sour
     assert Run.from_preset("smoke", task="wikipedia", **TINY).keys != keys
 
 
+@pytest.mark.parametrize("pad", [True, False])
 @pytest.mark.parametrize("task", ["grammar", "wikipedia"])
-def test_projections_of_text_are_the_gradients_of_its_tokens(task, source, monkeypatch):
+def test_projections_of_text_are_the_gradients_of_its_tokens(task, pad, source, monkeypatch):
     monkeypatch.setenv("POLCA_WIKIPEDIA", str(source))
-    run = Run.from_preset("smoke", task=task, **TINY)
+    run = Run.from_preset("smoke", task=task, **TINY, **{"language.predict_pad": pad})
     token_loss, theta = run.checkpoints.token_loss, run.checkpoints.theta(20)
     assert isinstance(token_loss, TokenLoss)
     at = run.projections.sel(step=20)
-    some = slice(0, 2 * run.settings.targets_per_example)
+    some = (run.tokens["example"] < 2).to_numpy()
     gradients = token_gradients(token_loss, theta, run.task.validation[:2]) @ read_vectors(run.basis).T
     np.testing.assert_allclose(at["gradient"][some], gradients, atol=1e-4)
     assert at["text"].values.tolist() == run.tokens["text"].tolist()

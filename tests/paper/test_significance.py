@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from polca_paper.homogeneity import homogeneity_table, most_homogeneous
-from polca_paper.significance import check_on_other_half, permutation_null, rand_indices, settings_grid
+from polca_paper.significance import cadence, check_on_other_half, permutation_null, rand_indices, settings_grid
 from sklearn.metrics import adjusted_rand_score
 
 from polca_lib.method.clustering import DROPPED, OUTLIER
@@ -191,3 +191,8 @@ def test_grid_has_what_each_setting_gives_alone():
     too_large = grid[grid["min_cluster_size"] == 60]
     assert too_large["v1"].isna().all()
     assert (too_large["clusters"] == 0).all()
+
+
+@pytest.mark.parametrize(("steps", "mean"), [([0, 20, 40], 20), ([0, 1, 2, 4, 8, 160], 32), ([0, 1, 2], 1)])
+def test_cadence_is_the_mean_gap_between_checkpoints(steps, mean):
+    assert cadence(xr.Dataset(coords={"step": steps})) == mean

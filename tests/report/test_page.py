@@ -92,6 +92,30 @@ def test_summary_counts_what_there_is():
     assert "' early' 35%" in second["made_of"]
 
 
+def test_summary_and_page_tell_the_kind_whose_loss_the_checkpoints_see_least_of(tmp_path):
+    projections, labels = made(**text())
+    steep = np.interp(projections["step"], [0, 10, 20, 60], [3, 2.9, 0.2, 0])
+    late = np.arange(40) >= 20
+    projections["loss"][:, late] = steep[:, None] + np.zeros((1, 20))
+    told = found(projections, labels).summary()
+    assert told["checkpoints_fit"] is False
+    assert told["largest_share_between_checkpoints"] == pytest.approx(0.9)
+    assert told["checkpoints_advice"].startswith(
+        "not fit for POLCA: “late” makes 90% of its loss drop between steps 10"
+    )
+    page = visible(written(tmp_path, projections, labels))
+    assert "Not fit for POLCA: “late” makes 90% of its loss drop between steps 10 and 20" in page
+    assert re.search(r"“late”</bdi></td><td class=\"n\">20</td><td class=\"n\">3</td><td class=\"n\">90%</td>", page)
+    assert "all tokens" in page
+
+
+def test_run_whose_loss_never_falls_is_not_judged():
+    projections, labels = made(**text())
+    told = found(projections.assign(loss=projections["loss"] * 0 + 1), labels).summary()
+    assert (told["checkpoints_fit"], told["largest_share_between_checkpoints"]) == (False, None)
+    assert told["checkpoints_advice"].startswith("not judged")
+
+
 def test_page_shows_the_numbers_and_hidden_clusters_first(tmp_path):
     page = visible(written(tmp_path, *made(**text()), 25))
     assert "A run" in page

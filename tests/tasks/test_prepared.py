@@ -229,6 +229,18 @@ def test_damage_stops_the_preparation_or_is_counted(corpus, source, tmp_path):
     assert (other.train == corpus.train).all()
 
 
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("validation", [False, True])
+def test_corpus_of_one_article_is_refused(source, tmp_path, n, validation):
+    lines = source.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if is_validation(Article(json.loads(line)["title"], "", "")) == validation]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(kept[:n]))
+    with pytest.raises(ValueError, match=rf"source = '.*few\.jsonl' has {n} articles; allowed: 2 or more"):
+        prepare_corpus(tmp_path / "corpus", few, **SETTINGS)
+    assert not (tmp_path / "corpus").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

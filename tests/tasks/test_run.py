@@ -8,11 +8,13 @@ from cases import TINY_RUN, fail_at, flip_bit, folder_bytes, token_gradients
 
 from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.token_loss import TokenLoss
+from polca_lib.method.decomposition import coarsen, movement_share
 from polca_lib.method.vectors import read_vectors
 from polca_lib.storage.artefacts import ArtefactMismatch, DamagedFile
 from polca_lib.storage.pieces import PieceStore
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.run import Run
+from polca_lib.tasks.settings import RunSettings
 
 
 def tiny(**overrides):
@@ -124,6 +126,49 @@ def test_run_killed_in_a_stage_finishes_to_the_same_bytes(run, tmp_path, monkeyp
     assert again.projections.identical(run.projections)
     for file, content in arrays(again).items():
         assert (run.folder / file).read_bytes() == content
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A run whose checkpoints stand at a list of steps."""
+    settings = {**TINY_RUN, "training.checkpoints": (0, 1, 3, 8, 20, 33, 40), "training.state_every": 7}
+    return Run(RunSettings.from_preset("smoke", **settings), tmp_path_factory.mktemp("uneven"))
+
+
+def test_run_with_uneven_checkpoints_is_analysed_to_the_end(uneven, recwarn):
+    steps = [0, 1, 3, 8, 20, 33, 40]
+    assert uneven.checkpoints.steps == uneven.projections["step"].values.tolist() == steps
+    assert uneven.projections["birth_step"].values.tolist() == [20, 40]
+    start, end, vectors = uneven.checkpoints.theta(0), uneven.checkpoints.theta(40), read_vectors(uneven.basis)
+    moved = uneven.projections["movement"].isel(step=slice(-1)).sum("step")
+    np.testing.assert_allclose(moved, vectors @ (end - start), atol=1e-6)
+    assert ((movement_share(uneven.projections) > 0) & (movement_share(uneven.projections) < 1)).all()
+    found = uneven.findings.summary()
+    assert (found["checkpoints"], found["last_step"]) == (7, 40)
+    assert not [warning for warning in recwarn if "breakthroughs are left out" in str(warning.message)]
+
+
+def test_uneven_projections_are_thinned_to_those_of_a_run_with_fewer_checkpoints(uneven):
+    fewer = uneven.with_settings(uneven.settings.model_copy(update={"steps": (0, 3, 20, 40)}))
+    coarse = coarsen(uneven.projections, 2)
+    assert coarse["step"].values.tolist() == [0, 3, 20, 40]
+    for name in ("loss", "gradient", "movement"):
+        np.testing.assert_allclose(coarse[name], fewer.projections[name], rtol=1e-4, atol=1e-5)
+
+
+def test_killed_run_with_log_checkpoints_finishes_to_the_same_bytes(tmp_path):
+    log = {**TINY_RUN, "training.checkpoints": "log", "training.n_checkpoints": 8}
+    log |= {"basis.every": None, "basis.n_vectors": 2, "clustering.breakthrough_window": 4}
+    whole, killed = (Run(RunSettings.from_preset("smoke", **log), tmp_path / name) for name in ("whole", "killed"))
+    _ = whole.labels
+    with pytest.MonkeyPatch.context() as patch:
+        loss = killed.task.loss
+        patch.setattr(arithmetic.Addition, "loss", staticmethod(fail_at(loss, 27)))
+        with pytest.raises(KeyboardInterrupt):
+            _ = Run(killed.settings, tmp_path / "killed").labels
+    assert 0 < len(list(killed.checkpoints.path.glob("step-*"))) < 8
+    _ = killed.labels
+    assert arrays(killed) == arrays(whole)
 
 
 def test_damaged_basis_is_named_and_mended_as_in_any_analysis(run, tmp_path):

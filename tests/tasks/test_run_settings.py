@@ -1,10 +1,17 @@
 import re
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from polca_lib.method.settings import ClusteringSettings
-from polca_lib.tasks.settings import PRESET_NAMES, RunSettings, field_names
+from polca_lib.tasks.settings import PRESET_NAMES, RunSettings, TrainingSettings, field_names
+
+KEYED = {
+    *("steps", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "betas", "precision"),
+    "checkpoint_every",
+}
+"""Settings of training in the keys of runs made by version 0.3 and before."""
 
 
 @pytest.mark.parametrize("task", ["addition", "grammar", "wikipedia"])
@@ -85,6 +92,33 @@ def test_overrides_replace_single_fields_and_leave_the_presets_as_they_are():
         ({"basis.every": 220}, ["basis.every = 220", "training.steps = 200"]),
         ({"training.checkpoint_every": 30}, ["training.checkpoint_every = 30", "training.steps = 200", "25, 40, 50"]),
         ({"training.state_every": 50}, ["training.state_every = 50", "20, 40, 60"]),
+        ({"training.checkpoints": "cubic"}, ["training.checkpoints", "cubic", "'even' or 'log'"]),
+        (
+            {"training.checkpoints": [0, 50, 40, 200]},
+            ["training.checkpoints = 0, 50, 40, 200: 40 follows 50", "'even', 'log'", "0 to training.steps = 200"],
+        ),
+        ({"training.checkpoints": [0, 40, 40, 200]}, ["training.checkpoints = 0, 40, 40, 200: 40 follows 40"]),
+        ({"training.checkpoints": [20, 40, 200]}, ["training.checkpoints = 20, 40, 200; allowed: 'even'"]),
+        ({"training.checkpoints": []}, ["training.checkpoints = ; allowed: 'even'"]),
+        ({"training.checkpoints": [0, 40, 160]}, ["training.checkpoints = 0, 40, 160; allowed: 'even'", "steps = 200"]),
+        ({"training.checkpoints": [0, 40, 240]}, ["training.checkpoints = 0, 40, 240; allowed: 'even'", "steps = 200"]),
+        ({"training.n_checkpoints": 9}, ["training.n_checkpoints = 9", "training.checkpoints = 'log'"]),
+        (
+            {"training.checkpoints": "log", "training.n_checkpoints": 202},
+            ["training.n_checkpoints = 202", "2 to training.steps + 1 = 201"],
+        ),
+        (
+            {"training.checkpoints": "log", "training.checkpoint_every": 30},
+            ["training.checkpoint_every = 30", "25, 40, 50"],
+        ),
+        (
+            {"training.checkpoints": "log"},
+            ["basis.every = 40 needs a checkpoint at step 40", "0, 1, 2, 4, ..., 114, 200; allowed: None"],
+        ),
+        (
+            {"training.checkpoints": [0, 10, 200], "basis.every": None, "basis.n_vectors": 2},
+            ["clustering.breakthrough_window = 40", "at most 10"],
+        ),
         ({"training.steps": 0}, ["training.steps", "greater than 0", "0"]),
         ({"training.learning_rate": -1.0}, ["training.learning_rate", "greater than 0", "-1.0"]),
         ({"clustering.breakthrough_window": 50}, ["clustering.breakthrough_window = 50", "20, 40, 60"]),
@@ -104,6 +138,46 @@ def test_bad_input_is_refused_with_field_value_and_what_is_allowed(overrides, pa
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         RunSettings.from_preset("smoke", **overrides)
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(("steps", "n"), [(1, 2), (12, 7), (12, 13), (200, 11), (1200, 61), (14_000, 71), (10**6, 5)])
+def test_log_checkpoints_are_as_many_as_asked_for_and_ever_further_apart(steps, n):
+    found = TrainingSettings(steps=steps, checkpoint_every=steps, checkpoints="log", n_checkpoints=n).checkpoint_steps
+    gaps = np.diff(found)
+    assert (len(found), found[0], found[-1]) == (n, 0, steps)
+    assert gaps.min() >= 1
+    # A gap may be one step shorter than that before it, because steps are rounded.
+    assert (np.diff(gaps) >= -1).all()
+    # Where the logarithm leaves room, each step is the same factor of that before it.
+    wide = np.array(found[1:])[gaps > 20]
+    ratios = wide[1:] / wide[:-1]
+    assert ratios.max(initial=1) / ratios.min(initial=1e9) < 1.05
+
+
+def test_log_checkpoints_are_as_many_as_even_ones_unless_given():
+    assert len(TrainingSettings(steps=200, checkpoints="log").checkpoint_steps) == 11
+    assert TrainingSettings(steps=200, checkpoints=[0, 3, 200]).checkpoint_steps == [0, 3, 200]
+
+
+def test_key_of_even_checkpoints_has_no_later_setting_and_others_name_their_steps():
+    even = TrainingSettings(steps=40)
+    assert even.key == {name: even.model_dump(mode="json")[name] for name in KEYED}
+    log = TrainingSettings(steps=40, checkpoints="log", n_checkpoints=4)
+    assert log.key == TrainingSettings(steps=40, checkpoints=log.checkpoint_steps, checkpoint_every=10).key
+    assert log.key["checkpoints"] == log.checkpoint_steps == [0, 1, 6, 40]
+
+
+def test_vectors_without_a_cadence_are_spread_over_uneven_checkpoints():
+    uneven = {"training.checkpoints": "log", "basis.every": None, "basis.n_vectors": 5}
+    settings = RunSettings.from_preset("smoke", **uneven)
+    assert settings.training.checkpoint_steps == [0, 1, 2, 4, 7, 12, 21, 37, 65, 114, 200]
+    assert settings.basis_steps == [2, 7, 21, 65, 200]
+    assert settings.n_vectors == 5
+    every = RunSettings.from_preset("smoke", **{"training.checkpoints": [0, 10, 40, 50, 80, 120, 160, 200]})
+    assert every.basis_steps == [40, 80, 120, 160, 200]
+    # States need no checkpoint at their step, and a window needs no cadence.
+    free = {**uneven, "training.state_every": 33, "clustering.breakthrough_window": 41}
+    assert RunSettings.from_preset("smoke", **free).training.state_every == 33
 
 
 def test_unknown_preset_is_refused_with_those_that_exist():

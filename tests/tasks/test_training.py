@@ -1,3 +1,4 @@
+import itertools
 import math
 import shutil
 
@@ -98,6 +99,39 @@ def test_run_killed_in_any_write_resumes_to_the_same_bytes(tmp_path, monkeypatch
             run(tmp_path)
     run(tmp_path)
     assert folder_bytes(tmp_path) == whole
+
+
+LOG = CONFIG.model_copy(update={"checkpoints": "log", "n_checkpoints": 6})
+LIST = CONFIG.model_copy(update={"checkpoints": (0, 1, 6, 7, 12)})
+
+
+@pytest.mark.parametrize("config", [LOG, LIST], ids=["log", "list"])
+def test_run_with_uneven_checkpoints_killed_anywhere_resumes_to_the_same_bytes(tmp_path, config):
+    checkpoints = run(tmp_path / "whole", config=config)
+    assert checkpoints.steps == config.checkpoint_steps
+    assert {b - a for a, b in itertools.pairwise(checkpoints.steps)} > {1}
+    expected = folder_bytes(tmp_path / "whole")
+    for update in range(1, 13):
+        path = tmp_path / f"killed-{update}"
+        with pytest.raises(KeyboardInterrupt):
+            run(path, fail_at(mlp_loss, update), config)
+        assert folder_bytes(path) != expected
+        run(path, config=config)
+        assert folder_bytes(path) == expected
+
+
+def test_uneven_checkpoint_that_was_deleted_is_made_again_from_a_state_before_it(tmp_path):
+    checkpoints = run(tmp_path, config=LIST)
+    whole = folder_bytes(tmp_path)
+    checkpoints.file(7).unlink()
+    run(tmp_path, config=LIST)
+    assert folder_bytes(tmp_path) == whole
+
+
+def test_every_way_to_space_checkpoints_trains_the_same_weights(tmp_path):
+    even, listed = run(tmp_path / "even"), run(tmp_path / "list", config=LIST)
+    assert torch.equal(even.theta(6), listed.theta(6))
+    assert torch.equal(even.theta(12), listed.theta(12))
 
 
 def test_finished_run_is_not_trained_again(tmp_path, whole):
