@@ -192,7 +192,7 @@ def _permutations(group: Int[np.ndarray, " token"], draws: int, seed: int) -> It
     rng, places = np.random.default_rng(seed), np.argsort(group, kind="stable")
     for _ in range(draws):
         order = np.empty(len(group), int)
-        order[places] = np.lexsort((rng.random(len(group)), group))
+        order[places] = np.argsort(group + rng.random(len(group)))
         yield order
 
 
@@ -262,9 +262,9 @@ def judge_reading(
     for name, half in (("chosen", first), ("held_out", ~first)):
         table = best_found(each[:, half], known[half], group[half], clusters=clusters, draws=draws)
         beyond = (table["p"] <= BEYOND) & (table["hits"] > 0)
-        row |= {f"{name}_beyond": int(beyond.sum()), f"{name}_excess": (table["f1"] - table["null"]).mean()}
+        row |= {f"{name}_beyond": int(beyond.sum()), f"{name}_excess": float((table["f1"] - table["null"]).mean())}
         clusters = table
-    return {**row, "found": ", ".join(table["name"][beyond]), "f1": table["f1"].mean()}
+    return {**row, "found": ", ".join(table["name"][beyond]), "f1": float(table["f1"].mean())}
 
 
 def best_readings(choices: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
