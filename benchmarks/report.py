@@ -61,9 +61,10 @@ def failures(records: pd.DataFrame) -> pd.DataFrame:
 def times(records: pd.DataFrame, label: str, scale: float = 1.0) -> Figure:
     """Median times of all contenders with the range of all repeats, one panel a setting, on a log scale."""
     settings = list(records["setting"].unique())
-    height = records.groupby("setting").size().max()
-    figure, panels = plt.subplots(1, len(settings), figsize=(4.2 * len(settings), 0.32 * height + 1.1), squeeze=False)
-    for setting, axes in zip(settings, panels[0], strict=True):
+    heights = [(records["setting"] == setting).sum() + 3 for setting in settings]
+    ratios = {"height_ratios": heights, "sharex": True}
+    figure, panels = plt.subplots(len(settings), 1, figsize=(8, 0.3 * sum(heights)), squeeze=False, **ratios)
+    for setting, axes in zip(settings, panels[:, 0], strict=True):
         rows = records[records["setting"] == setting]
         for position, row in enumerate(rows.itertuples()):
             colour = OKABE_ITO[0] if row.contender.startswith("ours") else "0.4"
@@ -73,7 +74,7 @@ def times(records: pd.DataFrame, label: str, scale: float = 1.0) -> Figure:
                 axes.text(0.02, position, "does not run", va="center", fontsize=8, transform=axes.get_yaxis_transform())
             else:
                 axes.text(row.high_s * scale * 1.15, position, f"{row.ratio_to_ours:.3g} x", va="center", fontsize=8)
-        axes.set(xscale="log", xlabel=label)
+        axes.set(xscale="log", xlabel=label if setting == settings[-1] else "")
         _ticks(axes.xaxis)
         axes.set_title(setting, fontsize=9)
         axes.set_yticks(range(len(rows)), rows["contender"])
@@ -96,18 +97,19 @@ def slopes(records: pd.DataFrame) -> pd.DataFrame:
 def scaling(records: pd.DataFrame) -> Figure:
     """Whole time against tokens, vectors and parameters, log-log; the legends give the slopes."""
     slope = slopes(records)
-    figure, panels = plt.subplots(1, slope.shape[1], figsize=(3.8 * slope.shape[1], 3.8), squeeze=False)
+    figure, panels = plt.subplots(1, slope.shape[1], figsize=(2.9 * slope.shape[1], 3.8), squeeze=False)
     by_axis = dict(zip(slope.columns, panels[0], strict=True))
     colours = dict(zip(slope.index, OKABE_ITO, strict=False))
     for axis, contender, rows in _curves(records):
-        label, colour = f"{contender}: {slope.loc[contender, axis]:.2f}", colours[contender]
+        exponent, colour = slope.loc[contender, axis], colours[contender]
+        label = f"{contender}: {exponent:.2f}" if np.isfinite(exponent) else contender  # one point has no slope
         by_axis[axis].plot(rows["x"], rows["seconds"], "o-", color=colour, label=label)
         low, high = rows["low_s"] * rows["tokens"], rows["high_s"] * rows["tokens"]
         by_axis[axis].fill_between(rows["x"], low, high, color=colour, alpha=0.2)
     for axis, axes in by_axis.items():
         axes.set(xscale="log", yscale="log", xlabel=axis)
         _ticks(axes.xaxis, axes.yaxis)
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
+        axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1))
     panels[0][0].set_ylabel("seconds in all")
     return figure
 

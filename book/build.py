@@ -112,7 +112,9 @@ def build_pages(preset: str, source: Path, target: Path) -> None:
     subprocess.run(command, check=True, env={**os.environ, "POLCA_BOOK_RESULTS": str(results.resolve())})
     shutil.rmtree(target, ignore_errors=True)
     shutil.move(source.parent / "_build" / "html", target)
-    for page in target.rglob("*.html"):
+    for report in results.glob("*.html"):  # that a notebook made, and its page links
+        shutil.copy(report, target / "_static")
+    for page in (page for page in target.rglob("*.html") if "_static" not in page.parts):
         page.write_text(lighten(page.read_text(encoding="utf-8"), page.parent, target), encoding="utf-8")
     print(f"\nThe book is at {target / 'index.html'}")
 
@@ -131,15 +133,14 @@ def lighten(page: str, folder: Path, root: Path) -> str:
         file = root / "_images" / f"{hashlib.sha256(content).hexdigest()[:16]}.{kind.partition('+')[0]}"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
-        lazy = 'loading="lazy" ' if attribute == "src" else ""
-        return f'{lazy}{attribute}="{os.path.relpath(file, folder)}"'
+        return f'{attribute}="{os.path.relpath(file, folder)}"'
 
     page = re.sub(r'(src|href)="data:(?:image|text)/(svg\+xml|csv);base64,([^"]+)"', to_file, page)
     # Links of tables and captions name notebooks, so that they work in Jupyter, too.
     page = re.sub(r'(href="[^":]+)\.(?:ipynb|md)(?=[#"])', r"\1.html", page)
     # The theme loads an icon font of 1.5 MB for a dozen signs (see custom.css), and Thebe, which is not used, twice.
     page = re.sub(r"<(script|link)\b[^>]*(?:src|href)=[^>]*fontawesome[^>]*>(?:</script>)?", "", page)
-    return re.sub(r"<script\b(?:(?!</script>)[\s\S])*?(?:thebe|kernelName|THEBE)[\s\S]*?</script>", "", page)
+    return re.sub(r"<script\b(?:(?!</script>)[\s\S]){0,999}?(?:thebe|kernelName|THEBE)[\s\S]*?</script>", "", page)
 
 
 def export_figure(notebook: Path, name: str, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sphinx directive ``situations``: the table of ``book/situations.csv``, a part for each kind."""
+"""Sphinx directive ``situations``: the table of ``book/situations.csv``, folded, a part for each kind."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ class Situations(SphinxDirective):
         with file.open(encoding="utf-8", newline="") as rows:
             groups = itertools.groupby(list(csv.DictReader(rows)), key=lambda row: row["kind"])
         text = []
-        for kind, group in groups:
-            text += ["", f"**{kind[0].upper()}{kind[1:]}**", "", ":::{table}", ":class: situations", ""]
+        for kind, rows_of_kind in groups:
+            group = list(rows_of_kind)
+            text += [
+                "",
+                f"::::{{dropdown}} {kind[0].upper()}{kind[1:]} ({len(group)})",
+                ":::{table}",
+                ":class: situations",
+                "",
+            ]
             text += ["| situation | what happens |", "|---|---|"]
             for row in group:
                 source = f" ({row['from']})" if row["from"] else ""
                 cells = f"{row['situation']}{source}", f"{row['what happens']} {row['test']}"
                 text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-            text += ["", ":::", ""]
+            text += ["", ":::", "::::", ""]
         node = nodes.container()
         self.state.nested_parse(StringList(text, source=str(file)), 0, node)
         return node.children

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import joblib
 import numpy as np
@@ -36,6 +36,7 @@ from polca_paper.constructions import (
 )
 from polca_paper.detectors import DETECTORS, FEWEST, detect, verdict
 from polca_paper.evidence import completeness, completeness_curves, join_kinds, kept_summary
+from polca_paper.fit import TABLED
 from polca_paper.study import Study
 from polca_paper.tagging import load_pipeline, preceding_tags, tag_windows
 
@@ -151,8 +152,8 @@ class LanguageStudy(Study):
         for basis, projections in self.projections.items():
             for order in decomposition.available_orders(projections):
                 curves = decomposition.projected_loss(projections.load(), order).assign_coords(loss.coords)
-                sources += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in get_args(Scaling)]
-        sources += [("", "exact loss", scaling, loss, True) for scaling in get_args(Scaling)]
+                sources += [(basis, f"POLCA {order}", scaling, curves, True) for scaling in TABLED]
+        sources += [("", "exact loss", scaling, loss, True) for scaling in TABLED]
         # A rate that ends at zero has no unit scaling.
         return sources + [("", "change in loss", scaling, change, False) for scaling in ("raw", "zscore")]
 

@@ -64,7 +64,7 @@ def label_ends(axes: Axes, ends: Iterable[tuple[object, object, str, object]]) -
     """
     axes.get_xlim(), axes.get_ylim()  # limits are computed when they are asked for
     to_axes = axes.transScale + axes.transLimits
-    height_in_points = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
+    height_in_points = axes.bbox.height / axes.figure.dpi * 72
     points = [(np.asarray(x)[-1], np.asarray(y)[-1], label, colour) for x, y, label, colour in ends]
     # From the lowest, move each label up until it is a line of text above the one below.
     heights = [to_axes.transform((x, y))[1] * height_in_points for x, y, _, _ in points]

@@ -50,10 +50,13 @@ VECTORLESS = ("exact loss", "change in loss")
 """Kinds of curves that have no direction."""
 
 PLAIN_TEXT = {
-    "order": "second", "scaling": "raw", "min_samples": "kept/15", "selection": "eom", "variant": "plain",
+    "order": SUMMED, "scaling": "raw", "min_samples": "kept/15", "selection": "eom", "variant": "plain",
     "baselines": "rates", "rule": "v3",
 }  # fmt: skip
-"""The reading that takes the paper's text most literally."""
+"""The reading that takes the paper's text most literally. Its printed cosine of the two orders says which second."""
+
+TABLED = ("raw", "unit", "zscore")
+"""Scalings in tables of studies that do not go through all readings."""
 
 WORST = 3
 """Tolerances beyond which a number is simply missed."""
@@ -191,15 +194,17 @@ def score(readings: pd.DataFrame, ours: pd.DataFrame, printed: pd.DataFrame) -> 
     Returns:
         ``readings`` with ``distance``, ``distance_A`` and ``distance_B``, ``rank_A`` and ``rank_B`` (1 is the closest;
         equal ones share a rank), ``within`` (how many numbers are within their tolerance) and ``run`` (how many there
-        are); closest first.
+        are); closest first. A reading of which less was run than of others has no distance, and stands last.
     """
     error = errors(ours, printed)
-    table = readings.assign(distance=distance(error, printed))
-    for half in "AB":
-        table[f"distance_{half}"] = distance(error, printed, half)
-        table[f"rank_{half}"] = table[f"distance_{half}"].rank(method="min")
     counted = error[:, printed["half"].isin(["A", "B"]).to_numpy()]
-    table["within"], table["run"] = (counted <= 1 / WORST**2).sum(axis=1), np.isfinite(counted).sum(axis=1)
+    table = readings.assign(within=(counted <= 1 / WORST**2).sum(axis=1), run=np.isfinite(counted).sum(axis=1))
+    # What compares the orders is not asked of all of them.
+    curves = np.isfinite(error[:, ~printed["group"].isin(["second order"]).to_numpy()]).sum(axis=1)
+    whole = curves == curves.max()
+    for name, half in (("distance", "AB"), ("distance_A", "A"), ("distance_B", "B")):
+        table[name] = np.where(whole, distance(error, printed, half), np.nan)
+    table["rank_A"], table["rank_B"] = (table[f"distance_{half}"].rank(method="min") for half in "AB")
     return table.sort_values("distance", kind="stable")
 
 

@@ -24,9 +24,9 @@ NOTHING = "\N{EN DASH}"
 """What stands where there is no number."""
 
 LONG = 12  # rows; a longer table is folded
-WIDE = 4  # columns; a wider table becomes a list of cards on a phone
+WIDE = 3  # columns; a wider table becomes a list of cards on a phone
 
-_VERDICTS = {
+VERDICTS = {
     "reproduced": "#009E73",
     "stronger here": "#0072B2",
     "partly": "#E69F00",
@@ -90,7 +90,7 @@ class Page:
             alt: what is seen, for those who cannot see it.
         """
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", bbox_inches="tight", facecolor="white", dpi=150, metadata={"Date": None})
         plt.close(figure)
         # Hundredths of a point are enough for a path, and make files a third smaller.
         start = buffer.getvalue().index("<svg")
@@ -120,7 +120,7 @@ class Page:
             fold: show the table on a click only; whether it is long, if not given.
         """
         rows = frame.reset_index() if frame.index.names != [None] else frame
-        headers = headers or {str(column): str(column) for column in rows}
+        headers = headers or {column: str(column) for column in rows}
         rows = rows[list(headers)]
         cells = {column: _cells(rows[column], (formats or {}).get(column)) for column in headers}
         sides = {column: ' class="number"' if _is_number(rows[column]) else "" for column in headers}
@@ -206,18 +206,21 @@ def _cell(value: object, spec: str | None) -> str:
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, int | float | np.number):
-        return number(value) if spec is None else format(value, spec).replace("-", "\N{MINUS SIGN}", 1)
+        text = number(value) if spec is None else format(value, spec)
+        text = text.lstrip("-") if not re.search("[1-9]", text) else text  # no minus before a zero
+        return text.replace("-", "\N{MINUS SIGN}")
     text = _inline(str(value))
-    colour = _VERDICTS.get(str(value))
+    text = f'<span class="short">{text}</span>' if len(str(value)) < 13 else text
+    colour = VERDICTS.get(str(value))
     return f'<span class="verdict" style="border-left:0.35em solid {colour}">{text}</span>' if colour else text
 
 
 def number(value: float) -> str:
     """Three significant digits without an exponent where that is short, with one where it is not."""
     if value and not 1e-4 <= abs(value) < 1e7:
-        return f"{value:.1e}".replace("-", "\N{MINUS SIGN}")
+        return f"{value:.1e}"
     digits = 3 if value == 0 else max(0, 2 - int(np.floor(np.log10(abs(value)))))
-    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:,.{digits}f}"
 
 
 def _inline(text: str) -> str:

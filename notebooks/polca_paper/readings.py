@@ -41,12 +41,9 @@ class Curves(NamedTuple):
 def rescale(values: Float[np.ndarray, "token step"], scaling: str) -> Float[np.ndarray, "token step"]:
     """Curves by a scaling of ``CHOICES``.
 
-    ``raw``, ``unit`` and ``zscore`` are those of :func:`polca_lib.method.clustering.scale`. ``maximum`` divides a curve
-    by max_t abs(f(t)), ``length`` by the square root of sum_t f(t)^2; ``each step`` gives the curves mean 0 and
-    standard deviation 1 over tokens at each step.
+    ``length`` divides a curve by the square root of sum_t f(t)^2; ``each step`` gives the curves mean 0 and standard
+    deviation 1 over tokens at each step. The others are those of :func:`polca_lib.method.clustering.scale`.
     """
-    if scaling == "maximum":
-        return values / _nonzero(abs(values).max(axis=1, keepdims=True))
     if scaling == "length":
         return values / _nonzero(np.linalg.norm(values, axis=1, keepdims=True))
     if scaling == "each step":
@@ -73,9 +70,10 @@ class Source(NamedTuple):
 
 def sources(projections: Mapping[str, xr.Dataset]) -> list[Source]:
     """Every kind of trajectory that the paper prints numbers about, as far as there are projections for it."""
-    hessian = projections["hessian"]
-    found = [Source("POLCA", "hessian", hessian, _orders(hessian))]
-    found += [Source(name, "hessian", hessian, ("",)) for name in (*VECTORLESS, "Fisher")]
+    found = []
+    if (hessian := projections.get("hessian")) is not None:
+        found = [Source("POLCA", "hessian", hessian, _orders(hessian))]
+        found += [Source(name, "hessian", hessian, ("",)) for name in (*VECTORLESS, "Fisher")]
     for name, kind in (("random", "random"), ("shuffled", "shuffled"), ("LCA", "parameters")):
         if kind in projections:
             orders = ("first",) if name == "LCA" else _orders(projections[kind])
@@ -93,7 +91,7 @@ def cluster_every_way(
     """Cluster every kind of trajectory by every combination of the choices.
 
     Args:
-        projections: by basis; ``hessian`` at least. Other bases may have fewer checkpoints.
+        projections: by basis; some may have fewer checkpoints.
         settings: of the clustering, for what the choices leave alone.
         folders: by basis, each of these projections and settings alone: results of vectors that lie there are not
             computed again.
@@ -105,7 +103,7 @@ def cluster_every_way(
         the sharpest drop starts), and how many are of each place. And one row per source, order, variant and vector:
         tokens ``kept``.
     """
-    finest = cadence(projections["hessian"])
+    finest = min(map(cadence, projections.values()))
     jobs = [(source, vector) for source in sources(projections) for vector in source.vectors()]
     files = [folders[source.basis] / f"{source.name.replace(' ', '-')}-{vector}" for source, vector in jobs]
     for file in files:

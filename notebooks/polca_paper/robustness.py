@@ -69,8 +69,9 @@ def grid(study: Study) -> pd.DataFrame:
 
 
 def _by_order_and_scaling(study: Study, table: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
-    """Tables made of the curves of each order and the settings of two scalings, one below the other."""
-    keys = [(order, scaling) for order in study.curves for scaling in ("raw", "unit")]
+    """Tables of the curves of each order, by two scalings and that of the settings, one below the other."""
+    scalings = dict.fromkeys(("raw", "unit", study.run.settings.clustering.scaling))
+    keys = [(order, scaling) for order in study.curves for scaling in scalings]
     jobs = (joblib.delayed(table)(study.curves[o], study.clustering(s), *arguments) for o, s in keys)
     parts = zip(keys, joblib.Parallel(n_jobs=-1)(jobs), strict=True)
     return pd.concat([part.assign(order=order, scaling=scaling) for (order, scaling), part in parts])

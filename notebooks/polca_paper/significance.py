@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import hdbscan
 import joblib
@@ -21,15 +21,15 @@ from sklearn.metrics import adjusted_rand_score
 
 from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, candidates, cluster_tokens, fit_hdbscan
 from polca_lib.method.decomposition import available_orders, coarsen, projected_loss
-from polca_lib.method.settings import ClusteringSettings, Scaling
-from polca_paper.fit import SUMMED
+from polca_lib.method.settings import ClusteringSettings
+from polca_paper.fit import SUMMED, TABLED
 from polca_paper.homogeneity import CARRY_PLACES, IN_PLACES, base_rate, homogeneity_table, most_homogeneous
 
 OVER = 0.9
 """Homogeneity that a cluster must pass to be called a carry cluster; the paper's three best do."""
 
 CLUSTERING: dict[str, Sequence[Any]] = {
-    "scaling": get_args(Scaling),
+    "scaling": TABLED,
     "falls_by": ("final", "trend"),
     "min_samples_from": ("kept", "all"),
     "selection": ("eom", "leaf"),

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 import joblib
 import numpy as np
@@ -14,10 +13,10 @@ import pandas as pd
 import xarray as xr
 
 from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, composition, is_decreasing
-from polca_lib.method.settings import ClusteringSettings, Scaling
+from polca_lib.method.settings import ClusteringSettings
 from polca_lib.tasks.arithmetic import SKILLS
 from polca_lib.tasks.settings import RunSettings
-from polca_paper.fit import printed_numbers
+from polca_paper.fit import TABLED, printed_numbers
 from polca_paper.homogeneity import base_rate, cluster_breakthroughs, most_homogeneous
 from polca_paper.saved_study import ROOT
 
@@ -108,7 +107,7 @@ def compare_strategies(
     """
     rows, purest = {}, {}
     curves = {**levels, **rates}
-    keys = [(s, name) for s in get_args(Scaling) for name in (levels if s == "unit" else curves)]
+    keys = [(s, name) for s in TABLED for name in (levels if s == "unit" else curves)]
     jobs = (
         joblib.delayed(cluster_breakthroughs)(
             curves[name], settings.model_copy(update={"scaling": s}), hidden_after, only_falling=name in levels
@@ -213,21 +212,26 @@ def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(pairs)
 
 
+def results_folder(preset: str) -> Path:
+    """Where results of a preset go: below ``POLCA_RESULTS`` if set, else below ``results`` of the checkout."""
+    folder = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def save_results(preset: str, notebook: str, numbers: Mapping[str, object], provenance: pd.DataFrame) -> Path:
     """Write every number a notebook shows to ``results/<preset>/<notebook>.json``, which the book's prose reads.
 
     Args:
-        preset, notebook: names; the folder is ``POLCA_RESULTS`` if set, else ``results`` of the checkout.
+        preset, notebook: names, see :func:`results_folder`.
         numbers: numbers, texts, series, tables and dictionaries of them by name; tables become records.
         provenance: of the run, from :meth:`polca_lib.tasks.run.Run.provenance`.
 
     Returns:
         Path of the file.
     """
-    folder = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
-    folder.mkdir(parents=True, exist_ok=True)
     plain = {**_plain(dict(numbers)), "provenance": provenance["value"].to_dict()}
-    file = folder / f"{notebook}.json"
+    file = results_folder(preset) / f"{notebook}.json"
     file.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return file
 

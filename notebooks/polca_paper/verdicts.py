@@ -25,10 +25,10 @@ from polca_paper import fit
 from polca_paper.claims import CLAIMS, SHARE, Claim, Evidence, verdict
 from polca_paper.saved_study import SavedStudy
 
-WHOLE = ("paper-whole", "paper-whole-bases")
+WHOLE = ("paper-whole", "paper-0")
 """Studies at the paper's size, by which the reading is chosen."""
 
-JUDGED: dict[str, Sequence[Sequence[str]]] = {"paper": [WHOLE], "laptop": [["laptop-0"], ["laptop-1"], ["laptop-2"]]}
+JUDGED: dict[str, Sequence[Sequence[str]]] = {"paper": [WHOLE]}
 """Studies that the verdicts of the repository are on: for each scale, those of each seed."""
 
 COLUMNS = [
@@ -60,10 +60,13 @@ def scale_of(study: SavedStudy) -> str:
 
 
 def scored_readings(studies: Iterable[SavedStudy]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All readings of the paper, closest to its printed numbers first, and what each gives for the printed numbers."""
+    """Readings of the paper, closest to its printed numbers first, and what each gives for the printed numbers.
+
+    Readings that the studies have not run in full, for want of an order, are left out.
+    """
     readings = fit.all_readings()
     ours = fit.numbers(readings, studies)
-    scored = fit.score(readings, ours, fit.printed_numbers())
+    scored = fit.score(readings, ours, fit.printed_numbers()).dropna(subset="distance")
     return scored, ours.loc[scored.index]
 
 

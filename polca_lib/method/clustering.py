@@ -60,6 +60,7 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
 
     - ``raw``: unchanged. Tokens that drop by different amounts are far apart.
     - ``unit``: f(t) - f(0), divided by abs(f(T) - f(0)). Only the timing counts.
+    - ``maximum``: divided by max_t abs(f(t)).
     - ``zscore``: mean 0 and standard deviation 1 over time.
 
     The paper does not say which it uses. Trajectories are not divided by a change below their rounding in float32,
@@ -71,11 +72,13 @@ def scale(trajectories: Float[np.ndarray, "token step"], scaling: Scaling) -> Fl
     if scaling == "unit":
         trajectories = trajectories - trajectories[:, :1]
         size = np.abs(trajectories[:, -1:])
+    elif scaling == "maximum":
+        size = np.abs(trajectories).max(axis=1, keepdims=True, initial=0)
     elif scaling == "zscore":
         trajectories = trajectories - trajectories.mean(axis=1, keepdims=True)
         size = trajectories.std(axis=1, keepdims=True)
     else:
-        raise ValueError(f"scaling = {scaling!r} is unknown; allowed: raw, unit, zscore")
+        raise ValueError(f"scaling = {scaling!r} is unknown; allowed: raw, unit, maximum, zscore")
     return trajectories / np.where(size > rounding, size, 1.0)
 
 

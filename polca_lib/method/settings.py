@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Order = Literal["first", "second", "exact", "trapezoid"]
-Scaling = Literal["raw", "unit", "zscore"]
+Scaling = Literal["raw", "unit", "maximum", "zscore"]
 BasisKind = Literal["hessian", "shuffled", "final", "trajectory", "random", "parameters"]
 Solver = Literal["lanczos", "cola"]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from polca_paper import fit
+from polca_paper import fit, verdicts
 
 PRINTED = fit.printed_numbers()
 
@@ -99,7 +99,7 @@ def clustering(source, order, value, scaling="raw", variant="plain", rule="v1", 
 
 
 def reading(**choices):
-    return pd.DataFrame([{**fit.PLAIN_TEXT, "rule": "v1", **choices}])
+    return pd.DataFrame([{**fit.PLAIN_TEXT, "order": "second", "rule": "v1", **choices}])
 
 
 def test_numbers_are_taken_from_the_clustering_that_a_reading_means():
@@ -148,3 +148,43 @@ def test_second_order_numbers_come_from_the_finest_cadence():
     names = [f"second order: {name}" for name in ("1 - cosine", "L2", "RMSE of the term")]
     assert fit.numbers(reading(), [study]).iloc[0][names].tolist() == pytest.approx([0.3, 6, 0.01])
     assert np.isinf(fit.numbers(reading(order="first"), [study]).iloc[0][names].astype(float)).all()
+
+
+def test_a_reading_of_which_less_was_run_has_no_distance_and_stands_last():
+    study = Kept(
+        "a", clusterings=pd.DataFrame([clustering("POLCA", "first", 0.2), clustering("exact loss", np.nan, 0.514)])
+    )
+    readings = pd.concat([reading(), reading(order="first")], ignore_index=True)
+    scored = fit.score(readings, fit.numbers(readings, [study]), fit.printed_numbers())
+    assert scored["order"].tolist() == ["first", "second"]
+    assert scored["distance"].notna().tolist() == [True, False]
+
+
+def test_a_clustering_of_a_reading_is_found_or_empty_or_not_run():
+    study = Kept(
+        "a", clusterings=pd.DataFrame([clustering("POLCA", "first", 0.8), clustering("exact loss", np.nan, 0.5)])
+    )
+    found = dict(reading(order="first").iloc[0])
+    assert fit.clustering_of(found, [study], "POLCA")["homogeneity 1"] == 0.8
+    assert fit.clustering_of(found, [study], "exact loss")["clusters"] == 5
+    assert fit.clustering_of({**found, "scaling": "unit"}, [study], "POLCA")["clusters"] == 0
+    assert fit.clustering_of(found, [study], "random") is None
+
+
+def test_kept_readings_are_the_closest_their_neighbours_and_the_plain_text():
+    rows = [
+        clustering("POLCA", order, value, scaling)
+        for order in ("first", fit.SUMMED) for scaling, value in (("raw", 0.2), ("unit", 0.9))
+    ]  # fmt: skip
+    study = Kept("a", clusterings=pd.DataFrame(rows))
+    scored, ours = verdicts.scored_readings([study])
+    table = verdicts.kept_readings(scored, ours, closest=3)
+    choices = list(fit.CHOICES)
+    chosen = table.drop_duplicates(choices)
+    assert len(table) == len(chosen) * len(fit.printed_numbers())
+    assert (chosen[choices] == pd.Series(fit.PLAIN_TEXT)).all(axis=1).sum() == 1
+    assert verdicts.reading_of(scored.iloc[0]) == dict(chosen.iloc[0][choices])
+    differ = (chosen[choices] != chosen.iloc[0][choices]).sum(axis=1)
+    assert (differ == 1).sum() > 3
+    row = table[table["number"] == "POLCA: homogeneity 1"].iloc[0]
+    assert (row["printed"], row["ours"]) == (0.973, 0.9)

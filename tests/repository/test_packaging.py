@@ -85,8 +85,8 @@ def lines(*folders):
 
 
 def test_library_stays_thin():
-    assert lines("polca_lib") < 11_200
-    assert lines("notebooks/polca_paper") < 4050
+    assert lines("polca_lib") < 11_500
+    assert lines("notebooks/polca_paper") < 4_700
 
 
 def test_continuous_integration_runs_make_test():
