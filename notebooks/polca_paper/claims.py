@@ -37,7 +37,7 @@ class Evidence:
 
     Args:
         studies: a table, and a kind of curve, is taken from the first that has it.
-        reading: a value for each of :data:`polca_paper.fit.CHOICES`.
+        reading: a value for each of ``polca_paper.fit.CHOICES``.
     """
 
     def __init__(self, studies: Iterable[SavedStudy], reading: Mapping[str, str]):
@@ -45,7 +45,7 @@ class Evidence:
 
     @cached_property
     def numbers(self) -> pd.Series:
-        """Ours for each printed number: NaN if not run, infinite if there is no cluster to measure."""
+        """Ours for each printed number. NaN is not run, infinite is run without a cluster to measure."""
         if not self._clustered:
             return pd.Series(dtype=float)
         return fit.numbers(pd.DataFrame([self.reading]), self.studies).iloc[0]

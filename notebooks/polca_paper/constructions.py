@@ -29,6 +29,83 @@ BEYOND = 0.01
 """p at which a cluster tells more than chance; low, because a reading is asked about many constructions."""
 
 
+_COLUMNS = {
+    "vector": int, "cluster": int, "construction": object, "tokens": int, "hits": int,
+    "homogeneity": float, "recall": float, "f1": float, "recall_all": float, "f1_all": float,
+    "base_rate": float, "lift": float,
+}  # fmt: skip
+
+
+def construction_table(labels: xr.DataArray, construction: Sequence[str]) -> pd.DataFrame:
+    """How purely and how completely each cluster is made of each known construction.
+
+    Args:
+        labels: (token,) or (vector, token).
+        construction: of each token.
+
+    Returns:
+        A row per cluster and construction, also where they share nothing: ``vector``, ``cluster``, ``construction``,
+        ``tokens`` of the cluster, ``hits`` of them of this construction, ``homogeneity`` (their share), ``recall``
+        (share of the construction's tokens in all clusters of this vector that lie in this one), ``f1``,
+        ``recall_all`` and ``f1_all`` (the same of all tokens of the construction, also those dropped or set aside: a
+        vector that keeps little can't do well), ``base_rate`` (the construction's share of the vector's kept tokens),
+        ``lift`` (homogeneity by base rate; NaN if none is kept).
+
+    Raises:
+        ValueError: constructions that are not one per token.
+    """
+    check_length(labels, construction, "construction")
+    names, codes, every = np.unique(np.asarray(construction, str), return_inverse=True, return_counts=True)
+    parts = []
+    for vector in by_vector(labels):
+        label = vector.values
+        clustered, kept = label >= 1, label != DROPPED
+        hits = np.zeros((label.max(initial=0) if clustered.any() else 0, len(names)), int)  # (cluster, construction)
+        np.add.at(hits, (label[clustered] - 1, codes[clustered]), 1)
+        base_rate = np.bincount(codes[kept], minlength=len(names)) / max(kept.sum(), 1)
+        tokens, total = hits.sum(axis=1, keepdims=True), np.maximum(hits.sum(axis=0), 1)
+        columns = {
+            "vector": int(vector["vector"]),
+            "cluster": 1 + np.arange(len(hits))[:, None],
+            "construction": names,
+            "tokens": tokens,
+            "hits": hits,
+            "homogeneity": hits / tokens,
+            "recall": hits / total,
+            # 2 / (1 / homogeneity + 1 / recall), and 0 without hits.
+            "f1": 2 * hits / (tokens + total),
+            "recall_all": hits / every,
+            "f1_all": 2 * hits / (tokens + every),
+            "base_rate": base_rate,
+            "lift": hits / tokens / np.where(base_rate > 0, base_rate, np.nan),
+        }
+        parts.append(pd.DataFrame({name: np.broadcast_to(v, hits.shape).ravel() for name, v in columns.items()}))
+    return pd.concat(parts, ignore_index=True).astype(_COLUMNS)
+
+
+def best_clusters(table: pd.DataFrame) -> pd.DataFrame:
+    """The cluster that finds each construction best, over all vectors.
+
+    Args:
+        table: from :func:`construction_table`.
+
+    Returns:
+        One row per construction: that of the cluster with the largest F1, of equal ones the more homogeneous; with
+        ``purest_`` before their names, vector, cluster, tokens, homogeneity and recall of the most homogeneous cluster,
+        of equal ones the larger; and ``best_f1_all``, the largest ``f1_all`` of any. ``hits`` are 0 if no cluster has a
+        token of the construction.
+    """
+    best, purest = (
+        table.sort_values(list(by), ascending=False, kind="stable").drop_duplicates("construction")
+        for by in (("f1", "homogeneity"), ("homogeneity", "tokens"))
+    )
+    columns = ["vector", "cluster", "tokens", "homogeneity", "recall"]
+    purest = purest.set_index("construction")[columns].add_prefix("purest_")
+    largest = table.groupby("construction")["f1_all"].max().rename("best_f1_all")
+    best = best.join(largest, on="construction").join(purest, on="construction")
+    return best.sort_values("construction").reset_index(drop=True)
+
+
 def ambiguous(key: Sequence[object], construction: Sequence[str], group: Sequence[int]) -> Bool[np.ndarray, " token"]:
     """Tokens whose key, such as their text, occurs in several constructions, and in at least a group for each fold."""
     table = pd.DataFrame({"key": key, "construction": construction, "group": group})
@@ -311,6 +388,7 @@ def best_readings(choices: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         Ties go to the larger excess. The held-out columns take no part in the order.
     """
     means = ["chosen_beyond", "chosen_excess", "held_out_beyond", "held_out_excess", "clustered", "clusters"]
+    means += [name for name in ("token_beyond",) if name in choices]
     groups = choices.groupby(list(by), dropna=False)
     table = groups[means].mean().assign(held_out_least=groups["held_out_beyond"].min())
     return table.sort_values(["chosen_beyond", "chosen_excess"], ascending=False, kind="stable").reset_index()

@@ -100,7 +100,7 @@ class Window:
 
     @cached_property
     def stops(self) -> Bool[np.ndarray, " token"]:
-        """Tokens that end a phrase: punctuation but hyphens and quotation marks, newlines, PAD."""
+        """Tokens that end a phrase, which are punctuation but hyphens and quotation marks, newlines and PAD."""
         marks = [bool(re.search(r"[,.;:!?()\[\]\u2013\u2014]", text)) and not text[:1].isalnum() for text in self.shown]
         return np.array(marks) | self.newline | self.pad
 
@@ -280,7 +280,7 @@ DETECTORS: dict[str, tuple[str, Callable[[Window], Mask]]] = {
     "continuing a noun": ("10, exact loss", continuing_a_noun),
     "repeated PAD": ("10, 12, exact loss, vector 28", repeated_pad),
 }
-"""Each cluster that the paper shows: its figure and vector, and its rule.
+"""Each cluster that the paper shows, with its figure and vector, and its rule.
 
 Two of the paper's labels can be read in two ways, so they have two rules. "Comma after parenthetical phrase" stands
 above contexts in which commas enclose the phrase. "Sentence-initial phrase" is more than a first word.

@@ -28,8 +28,10 @@ from polca_lib.tasks.tokenization import PAD
 from polca_paper import labeling, tables
 from polca_paper.constructions import (
     ambiguous,
+    best_clusters,
     best_found,
     cluster_readings,
+    construction_table,
     judge_reading,
     knn_recall,
     majority_recall,
@@ -147,7 +149,7 @@ class LanguageStudy(Study):
 
     @property
     def sources(self) -> list[tuple[str, str, Scaling, xr.DataArray, bool]]:
-        """What can be clustered: basis, trajectory, scaling, curves, and whether only what falls is."""
+        """Basis, trajectory, scaling and curves of all that can be clustered, and whether only what falls is."""
         loss, change, sources = self.main["loss"], decomposition.loss_change(self.main), []
         for basis, projections in self.projections.items():
             for order in decomposition.available_orders(projections):
@@ -289,8 +291,7 @@ def mirrored(study: LanguageStudy) -> pd.DataFrame:
 
 def constructions(study: LanguageStudy) -> pd.DataFrame:
     """The best cluster for each known construction (or part of speech), by kind of trajectory."""
-    sets = pd.get_dummies(pd.Series(study.what))
-    return _of_each_kind(study.kinds, lambda kind: best_found(kind.labels, sets).drop(columns="free"))
+    return _of_each_kind(study.kinds, lambda kind: best_clusters(construction_table(kind.labels, study.what)))
 
 
 def choices(study: LanguageStudy) -> pd.DataFrame:
@@ -302,7 +303,8 @@ def choices(study: LanguageStudy) -> pd.DataFrame:
 
     Returns:
         A row per ``basis`` (empty for trajectories of the loss), ``trajectory``, ``scaling``, ``way`` and
-        ``min_samples_divisor``, with the columns of that function.
+        ``min_samples_divisor``, with the columns of that function, and ``token_beyond`` and ``token_found``: the sets
+        found on the held-out half beyond the token alone.
     """
     known, settings = study.paper_sets, study.run.settings
     if study.by == "construction":
@@ -312,15 +314,17 @@ def choices(study: LanguageStudy) -> pd.DataFrame:
     order = np.random.default_rng(settings.seed).permutation(windows.max() + 1)
     first = np.isin(windows, order[: len(order) // 2])
 
-    pair, clustering = study.pair, settings.clustering
+    pair, text, clustering = study.pair, study.run.tokens["text"].to_numpy(), settings.clustering
 
     def judged(basis: str, trajectory: str, scaling: Scaling, curves: xr.DataArray, falling: bool) -> list[dict]:
         labels = cluster_readings(curves, clustering, scaling, only_falling=falling)
         key = {"basis": basis, "trajectory": trajectory, "scaling": scaling}
-        return [
-            {**key, "way": way, "min_samples_divisor": divisor, **judge_reading(each, known, pair, first)}
-            for (way, divisor), each in labels.items()
-        ]
+        rows = []
+        for (way, divisor), each in labels.items():
+            alone = judge_reading(each, known, text, first)
+            row = {**key, "way": way, "min_samples_divisor": divisor, **judge_reading(each, known, pair, first)}
+            rows.append({**row, "token_beyond": alone["held_out_beyond"], "token_found": alone["found"]})
+        return rows
 
     rows = joblib.Parallel(n_jobs=-1)(joblib.delayed(judged)(*source) for source in study.sources)
     return pd.DataFrame([row for part in rows for row in part])

@@ -166,7 +166,7 @@ def along(study: Study) -> pd.DataFrame:
 
 
 def clusterings(study: Study) -> pd.DataFrame:
-    """What the paper prints, by every combination of the choices that it leaves open (see :mod:`polca_paper.fit`)."""
+    """What the paper prints, by every combination of the choices that it leaves open (see ``polca_paper.fit``)."""
     kinds = [kind for kind in ("hessian", "random", "shuffled", "parameters") if kind in study.bases]
     settings = study.run.settings.clustering
     # Results by vector are kept in a folder for each basis, under the name of its projections and of these settings.

@@ -1,7 +1,7 @@
 """Cluster a run by every combination of the choices that the paper leaves open.
 
 The projections are read once, a vector at a time. What the clusters are made of is kept. Every number that the paper
-prints is arithmetic on that: see :mod:`polca_paper.fit`.
+prints is arithmetic on that: see ``polca_paper.fit``.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ WHOLE = ("paper-whole", "paper-0")
 """Studies at the paper's size, by which the reading is chosen."""
 
 JUDGED: dict[str, Sequence[Sequence[str]]] = {"paper": [WHOLE]}
-"""Studies that the verdicts of the repository are on: for each scale, those of each seed."""
+"""Studies that the verdicts of the repository are on, by scale and seed."""
 
 COLUMNS = [
     "claim", "section", "reading", "scale", "paper", "ours", "low", "high", "within", "of", "seeds", "studies",
@@ -107,7 +107,7 @@ def judge(
 
     Args:
         studies: for each scale, those of each seed.
-        readings: by name, a value for each of :data:`polca_paper.fit.CHOICES`.
+        readings: by name, a value for each of ``polca_paper.fit.CHOICES``.
         claims: to judge.
 
     Returns:

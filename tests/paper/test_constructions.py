@@ -7,9 +7,11 @@ import xarray as xr
 from polca_paper.constructions import (
     _permutations,
     ambiguous,
+    best_clusters,
     best_found,
     best_readings,
     cluster_readings,
+    construction_table,
     excess_hits,
     judge_reading,
     knn_recall,
@@ -212,3 +214,12 @@ def test_sets_and_groups_that_are_not_one_per_token_are_refused():
         best_found(two_vectors(), known[1:])
     with pytest.raises(ValueError, match="group has 3 rows; allowed: 80"):
         best_found(two_vectors(), known, [1, 2, 3])
+
+
+def test_f1_of_all_tokens_counts_those_that_were_dropped():
+    labels = xr.DataArray([1, 1, -1, -2, 1], dims="token")
+    row = construction_table(labels, ["x", "x", "x", "x", "y"]).set_index("construction").loc["x"]
+    assert row["recall"] == 1
+    assert row["recall_all"] == 0.5
+    assert row["f1_all"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
+    assert best_clusters(construction_table(labels, ["x", "x", "x", "x", "y"]))["construction"].tolist() == ["x", "y"]
