@@ -162,7 +162,7 @@ def test_scaling_of_numbers_worked_out_by_hand(scaling, expected):
 
 
 def test_unknown_scaling_is_refused_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"scaling = 'log'.*raw, unit, zscore"):
+    with pytest.raises(ValueError, match=r"scaling = 'log'.*raw, unit, maximum, zscore"):
         scale(HAND, "log")
 
 
