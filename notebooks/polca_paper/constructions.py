@@ -383,12 +383,12 @@ def best_readings(choices: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         by: columns that name a reading.
 
     Returns:
-        A row per reading with the means of ``chosen_beyond``, ``chosen_excess``, ``held_out_beyond``,
-        ``held_out_excess``, ``clustered`` and ``clusters``, and with ``held_out_least``, the fewest of any study.
-        Ties go to the larger excess. The held-out columns take no part in the order.
+        A row per reading with the means of its counts and excesses, and with ``held_out_least``, the fewest of any
+        study. Ties go to the reading that finds more beyond the token alone, then to the larger excess, both on the
+        half that chooses. The columns of the held-out half take no part in the order.
     """
-    means = ["chosen_beyond", "chosen_excess", "held_out_beyond", "held_out_excess", "clustered", "clusters"]
-    means += [name for name in ("token_beyond",) if name in choices]
+    order = ["chosen_beyond", "token_chosen", "chosen_excess"]
+    means = [*order, "held_out_beyond", "token_beyond", "held_out_excess", "clustered", "clusters"]
     groups = choices.groupby(list(by), dropna=False)
     table = groups[means].mean().assign(held_out_least=groups["held_out_beyond"].min())
-    return table.sort_values(["chosen_beyond", "chosen_excess"], ascending=False, kind="stable").reset_index()
+    return table.sort_values(order, ascending=False, kind="stable").reset_index()

@@ -303,8 +303,8 @@ def choices(study: LanguageStudy) -> pd.DataFrame:
 
     Returns:
         A row per ``basis`` (empty for trajectories of the loss), ``trajectory``, ``scaling``, ``way`` and
-        ``min_samples_divisor``, with the columns of that function, and ``token_beyond`` and ``token_found``: the sets
-        found on the held-out half beyond the token alone.
+        ``min_samples_divisor``, with the columns of that function, and those beyond the token alone:
+        ``token_chosen`` on the half that chooses, ``token_beyond`` and their names ``token_found`` on the other.
     """
     known, settings = study.paper_sets, study.run.settings
     if study.by == "construction":
@@ -323,7 +323,8 @@ def choices(study: LanguageStudy) -> pd.DataFrame:
         for (way, divisor), each in labels.items():
             alone = judge_reading(each, known, text, first)
             row = {**key, "way": way, "min_samples_divisor": divisor, **judge_reading(each, known, pair, first)}
-            rows.append({**row, "token_beyond": alone["held_out_beyond"], "token_found": alone["found"]})
+            beyond = {"token_chosen": alone["chosen_beyond"], "token_beyond": alone["held_out_beyond"]}
+            rows.append({**row, **beyond, "token_found": alone["found"]})
         return rows
 
     rows = joblib.Parallel(n_jobs=-1)(joblib.delayed(judged)(*source) for source in study.sources)

@@ -200,10 +200,12 @@ def test_joint_clustering_tells_what_needs_two_vectors_and_one_vector_alone_does
 def test_readings_are_ordered_by_the_half_that_chooses_alone():
     columns = ["study", "scaling", "chosen_beyond", "chosen_excess", "held_out_beyond", "held_out_excess"]
     rows = [(0, "raw", 3, 0.1, 0, 0), (1, "raw", 1, 0.1, 1, 0), (0, "unit", 2, 0.2, 5, 1), (1, "unit", 2, 0.2, 9, 1)]
-    table = pd.DataFrame(rows, columns=columns).assign(clustered=1, clusters=1)
+    table = pd.DataFrame(rows, columns=columns).assign(clustered=1, clusters=1, token_chosen=0, token_beyond=0)
     best = best_readings(table, ["scaling"])
     assert best["scaling"].tolist() == ["unit", "raw"]  # 2 and 2 constructions; the excess decides
     assert best["held_out_least"].tolist() == [5, 0]
+    worse = table.assign(token_chosen=[1, 1, 0, 0])  # more beyond the token alone goes before the excess
+    assert best_readings(worse, ["scaling"])["scaling"].tolist() == ["raw", "unit"]
     worse = table.assign(chosen_beyond=[9, 9, 0, 0])
     assert best_readings(worse, ["scaling"])["scaling"].tolist() == ["raw", "unit"]
 
