@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
+from scipy.stats import norm
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -185,7 +186,6 @@ def best_found(
     known: pd.DataFrame,
     group: Sequence[object] | None = None,
     *,
-    clusters: pd.DataFrame | None = None,
     draws: int = 199,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -199,7 +199,6 @@ def best_found(
         labels: (token,) or (vector, token).
         known: a row per token, a column of truth values per set; sets may overlap.
         group: of each token. With its text, a cluster gains nothing by telling texts apart. One group if not given.
-        clusters: ``vector`` and ``cluster`` to judge for each set, such as those that are best on other tokens.
         draws: number of permutations.
         seed: of these.
 
@@ -219,24 +218,15 @@ def best_found(
     sets = known.to_numpy(np.float32)
     inside = np.array([tokens for *_, tokens in found], np.float32).reshape(-1, len(known))
     size, total = inside.sum(axis=1), sets.sum(axis=0)
-    at = {(vector, cluster): i for i, (vector, cluster, _) in enumerate(found)}
-    if clusters is not None:
-        pairs = clusters.set_index("name").loc[known.columns, ["vector", "cluster"]].itertuples(index=False, name=None)
-        judged = np.array([at.get(pair, -1) for pair in pairs])
 
     def f1(values: np.ndarray) -> np.ndarray:
         return 2 * (values.T @ inside.T) / np.maximum(size + total[:, None], 1)  # (set, cluster)
 
-    def pick(scores: np.ndarray) -> np.ndarray:
-        if clusters is None:
-            return scores.max(axis=1, initial=0)
-        return np.where(judged >= 0, scores[np.arange(len(scores)), judged], 0) if found else judged * 0.0
-
     scores = f1(sets)
-    best = np.where(scores.max(axis=1, initial=0) > 0, scores.argmax(axis=1) if found else -1, -1)
-    best, observed = (best if clusters is None else judged), pick(scores)
+    observed = scores.max(axis=1, initial=0)
+    best = np.where(observed > 0, scores.argmax(axis=1) if found else -1, -1)
     orders = _permutations(group, draws, seed)
-    null = np.array([pick(f1(sets[order])) for order in orders]) if found else np.zeros((draws, len(total)))
+    null = np.array([f1(sets[order]).max(axis=1) for order in orders]) if found else np.zeros((draws, len(total)))
     share = pd.DataFrame(sets).groupby(group).transform("mean").to_numpy()
     rows = []
     for i, (name, chosen) in enumerate(zip(known.columns, best, strict=True)):
@@ -269,7 +259,7 @@ def _permutations(group: Int[np.ndarray, " token"], draws: int, seed: int) -> It
     rng, places = np.random.default_rng(seed), np.argsort(group, kind="stable")
     for _ in range(draws):
         order = np.empty(len(group), int)
-        order[places] = np.lexsort((rng.random(len(group)), group))
+        order[places] = np.argsort(group + rng.random(len(group)))
         yield order
 
 
@@ -310,38 +300,79 @@ def cluster_readings(
     return labels
 
 
+def excess_hits(
+    labels: xr.DataArray, known: pd.DataFrame, group: Sequence[object]
+) -> tuple[list[tuple[int, int]], Float[np.ndarray, "set cluster"], Float[np.ndarray, "set cluster"]]:
+    """How many more tokens of a set a cluster has than ``group`` explains, in standard deviations.
+
+    Given its groups, a cluster draws its tokens at random: of a group of N tokens, K in the set, it takes n. The hits
+    are hypergeometric, with mean sum n K / N and variance sum n (N - n) / (N - 1) K / N (1 - K / N) over groups. Tokens
+    of a group that is all of one kind add nothing to the variance.
+
+    Returns:
+        Vector and number of each cluster; z = (hits - mean) / standard deviation, 0 where nothing is free; and the
+        excess hits as a share of the cluster.
+    """
+    found = list(members(labels))
+    inside = pd.DataFrame(np.array([tokens for *_, tokens in found], float).reshape(-1, len(known)).T)
+    codes = pd.factorize(np.asarray(group))[0]
+    size = np.bincount(codes)[:, None].astype(float)
+    taken, share = (table.groupby(codes).sum().to_numpy(float) for table in (inside, known.astype(float)))
+    share = share / size
+    mean = share.T @ taken
+    variance = (share * (1 - share)).T @ (taken * (size - taken) / np.maximum(size - 1, 1))
+    excess = known.to_numpy(float).T @ inside.to_numpy() - mean
+    z = np.divide(excess, np.sqrt(variance), out=np.zeros_like(excess), where=variance > 1e-9)
+    return [(vector, cluster) for vector, cluster, _ in found], z, excess / np.maximum(inside.sum().to_numpy(), 1)
+
+
 def judge_reading(
-    labels: xr.DataArray,
-    known: pd.DataFrame,
-    group: Sequence[object],
-    first: Bool[np.ndarray, " token"],
-    draws: int = 199,
+    labels: xr.DataArray, known: pd.DataFrame, group: Sequence[object], first: Bool[np.ndarray, " token"]
 ) -> dict[str, object]:
     """How many known sets the clusters find beyond ``group``, on one half of the tokens and on the other.
 
-    On the first half the best cluster for each set is chosen; its F1 is compared with the largest by chance. On the
-    other half the cluster chosen before is judged alone, so that no choice is made on the tokens that judge it.
+    On the first half the cluster with the largest z of :func:`excess_hits` is chosen for each set; its p counts all
+    clusters (Bonferroni). On the other half the cluster chosen before is judged alone, so that no choice is made on the
+    tokens that judge it.
 
     Args:
-        labels, known, group, draws: see :func:`best_found`; ``group`` is what is to be surpassed, such as the token
-            with the one before it.
+        labels: (token,) or (vector, token).
+        known: a row per token, a column of truth values per set.
+        group: what is to be surpassed, such as the token with the one before it.
         first: whether a token is of the first half.
 
     Returns:
         ``clustered`` vectors, ``clusters``; of the first half (``chosen``) and the other (``held_out``): ``beyond``,
-        the number of sets found with p at most ``BEYOND``, and ``excess``, the mean over sets of F1 less that by
-        chance; ``found``, the names of those found on the held-out half; ``f1``, its mean F1.
+        the number of sets found with p at most ``BEYOND``, and ``excess``, the mean over sets of the excess share of
+        the chosen cluster; ``found``, the names of those found on the held-out half.
     """
     group, each = pd.factorize(np.asarray(group))[0], by_vector(labels)
     row: dict[str, object] = {"clustered": int((each >= 1).any("token").sum())}
-    row["clusters"] = sum(len(np.unique(v[v >= 1])) for v in each.values)
-    clusters = None
-    for name, half in (("chosen", first), ("held_out", ~first)):
-        table = best_found(each[:, half], known[half], group[half], clusters=clusters, draws=draws)
-        beyond = (table["p"] <= BEYOND) & (table["hits"] > 0)
-        row |= {f"{name}_beyond": int(beyond.sum()), f"{name}_excess": (table["f1"] - table["null"]).mean()}
-        clusters = table
-    return {**row, "found": ", ".join(table["name"][beyond]), "f1": table["f1"].mean()}
+    # Clusters with a token in both halves, so that both know the same ones.
+    halves = [
+        (pairs, z, excess)
+        for pairs, z, excess in (excess_hits(each[:, h], known[h], group[h]) for h in (first, ~first))
+    ]
+    shared = [pair for pair in halves[0][0] if pair in set(halves[1][0])]
+    row["clusters"] = len({*halves[0][0], *halves[1][0]})
+    (z, excess), (z_out, excess_out) = (
+        [values[:, [pairs.index(pair) for pair in shared]] for values in rest] for pairs, *rest in halves
+    )
+    if not shared:
+        return {
+            **row,
+            **dict.fromkeys(("chosen_beyond", "chosen_excess", "held_out_beyond", "held_out_excess"), 0),
+            "found": "",
+        }
+    sets, best = np.arange(len(z)), z.argmax(axis=1)
+    beyond = norm.sf(z[sets, best]) * len(shared) <= BEYOND
+    beyond_out = norm.sf(z_out[sets, best]) <= BEYOND
+    row |= {"chosen_beyond": int(beyond.sum()), "chosen_excess": float(excess[sets, best].mean())}
+    row |= {
+        "held_out_beyond": int((beyond & beyond_out).sum()),
+        "held_out_excess": float(excess_out[sets, best].mean()),
+    }
+    return {**row, "found": ", ".join(known.columns[beyond & beyond_out])}
 
 
 def best_readings(choices: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -352,11 +383,12 @@ def best_readings(choices: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         by: columns that name a reading.
 
     Returns:
-        A row per reading with the means of ``chosen_beyond``, ``chosen_excess``, ``held_out_beyond``,
-        ``held_out_excess``, ``clustered`` and ``clusters``, and with ``held_out_least``, the fewest of any study.
-        Ties go to the larger excess. The held-out columns take no part in the order.
+        A row per reading with the means of its counts and excesses, and with ``held_out_least``, the fewest of any
+        study. Ties go to the reading that finds more beyond the token alone, then to the larger excess, both on the
+        half that chooses. The columns of the held-out half take no part in the order.
     """
-    means = ["chosen_beyond", "chosen_excess", "held_out_beyond", "held_out_excess", "clustered", "clusters"]
+    order = ["chosen_beyond", "token_chosen", "chosen_excess"]
+    means = [*order, "held_out_beyond", "token_beyond", "held_out_excess", "clustered", "clusters"]
     groups = choices.groupby(list(by), dropna=False)
     table = groups[means].mean().assign(held_out_least=groups["held_out_beyond"].min())
-    return table.sort_values(["chosen_beyond", "chosen_excess"], ascending=False, kind="stable").reset_index()
+    return table.sort_values(order, ascending=False, kind="stable").reset_index()

@@ -303,7 +303,8 @@ def choices(study: LanguageStudy) -> pd.DataFrame:
 
     Returns:
         A row per ``basis`` (empty for trajectories of the loss), ``trajectory``, ``scaling``, ``way`` and
-        ``min_samples_divisor``, with the columns of that function.
+        ``min_samples_divisor``, with the columns of that function, and those beyond the token alone:
+        ``token_chosen`` on the half that chooses, ``token_beyond`` and their names ``token_found`` on the other.
     """
     known, settings = study.paper_sets, study.run.settings
     if study.by == "construction":
@@ -313,15 +314,18 @@ def choices(study: LanguageStudy) -> pd.DataFrame:
     order = np.random.default_rng(settings.seed).permutation(windows.max() + 1)
     first = np.isin(windows, order[: len(order) // 2])
 
-    pair, clustering = study.pair, settings.clustering
+    pair, text, clustering = study.pair, study.run.tokens["text"].to_numpy(), settings.clustering
 
     def judged(basis: str, trajectory: str, scaling: Scaling, curves: xr.DataArray, falling: bool) -> list[dict]:
         labels = cluster_readings(curves, clustering, scaling, only_falling=falling)
         key = {"basis": basis, "trajectory": trajectory, "scaling": scaling}
-        return [
-            {**key, "way": way, "min_samples_divisor": divisor, **judge_reading(each, known, pair, first)}
-            for (way, divisor), each in labels.items()
-        ]
+        rows = []
+        for (way, divisor), each in labels.items():
+            alone = judge_reading(each, known, text, first)
+            row = {**key, "way": way, "min_samples_divisor": divisor, **judge_reading(each, known, pair, first)}
+            beyond = {"token_chosen": alone["chosen_beyond"], "token_beyond": alone["held_out_beyond"]}
+            rows.append({**row, **beyond, "token_found": alone["found"]})
+        return rows
 
     rows = joblib.Parallel(n_jobs=-1)(joblib.delayed(judged)(*source) for source in study.sources)
     return pd.DataFrame([row for part in rows for row in part])

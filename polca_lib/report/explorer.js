@@ -296,8 +296,12 @@ function explore(root) {
 
   function listen(plot) {
     const under = (event) => event.points[0].data.meta;
-    plot.on("plotly_hover", (event) => !touch && preview(under(event).cluster, under(event).rank));
+    // Plotly reports a hover late on a busy machine, when the pointer may have left, and then no end of it.
+    plot.on("plotly_hover", (event) => {
+      if (!touch && plot.matches(":hover")) preview(under(event).cluster, under(event).rank);
+    });
     plot.on("plotly_unhover", () => !touch && preview(chosen, marked));
+    plot.addEventListener("pointerleave", () => !touch && preview(chosen, marked));
     plot.on("plotly_click", (event) => {
       // Plotly is still busy with this very click: the curves change once it is done.
       setTimeout(() => chooseCluster(under(event).cluster, under(event).rank));

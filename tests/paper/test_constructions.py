@@ -12,6 +12,7 @@ from polca_paper.constructions import (
     best_readings,
     cluster_readings,
     construction_table,
+    excess_hits,
     judge_reading,
     knn_recall,
     majority_recall,
@@ -136,28 +137,44 @@ def test_permutations_stay_within_their_groups_and_differ():
     assert len({tuple(order) for order in orders}) == 12
 
 
-def test_on_the_other_half_the_cluster_chosen_before_is_judged_and_no_other():
-    index = np.arange(80)
+def test_excess_hits_are_those_of_permutations_within_groups():
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 5, 80)
+    known = pd.DataFrame({"a": rng.random(80) < 0.4, "b": group == 2})
     labels = two_vectors()
-    first = index % 2 == 0
+    pairs, z, excess = excess_hits(labels, known, group)
+    assert pairs == [(4, 1), (9, 1)]
+    inside = np.stack([labels[0].values == 1, labels[1].values == 1])
+    member, taken = known["a"].to_numpy(int), inside.T.astype(int)
+    draws, hits = np.array([member[order] @ taken for order in _permutations(group, 4000, 0)]), member @ taken
+    np.testing.assert_allclose(z[0], (hits - draws.mean(axis=0)) / draws.std(axis=0), atol=0.1)
+    np.testing.assert_allclose(excess[0], (hits - draws.mean(axis=0)) / inside.sum(axis=1), atol=0.01)
+    assert (z[1] == 0).all()  # the group decides
+    np.testing.assert_allclose(excess[1], 0, atol=1e-12)
+
+
+def test_on_the_other_half_the_cluster_chosen_before_is_judged_and_no_other():
+    index, flat = np.arange(80), np.zeros(80)
+    labels, first = two_vectors(), index % 2 == 0
     # Of the even tokens the set is the cluster along vector 4, of the odd ones that along vector 9.
     known = pd.DataFrame({"set": np.where(first, index < 20, (index >= 20) & (index < 30))})
-    row = judge_reading(labels, known, index * 0, first, draws=99)
-    assert (row["chosen_beyond"], row["held_out_beyond"], row["found"], row["f1"]) == (1, 0, "", 0)
+    row = judge_reading(labels, known, flat, first)
+    assert (row["chosen_beyond"], row["held_out_beyond"], row["found"]) == (1, 0, "")
     same = pd.DataFrame({"set": index < 20})
-    row = judge_reading(labels, same, index * 0, first, draws=99)
-    assert (row["chosen_beyond"], row["held_out_beyond"], row["found"], row["f1"]) == (1, 1, "set", 1)
+    row = judge_reading(labels, same, flat, first)
+    assert (row["chosen_beyond"], row["held_out_beyond"], row["found"]) == (1, 1, "set")
+    assert row["held_out_excess"] == pytest.approx(1 - 20 / 80)
     assert (row["clustered"], row["clusters"]) == (2, 2)
     # Beyond itself nothing is told.
-    row = judge_reading(labels, same, index < 20, first, draws=99)
+    row = judge_reading(labels, same, index < 20, first)
     assert (row["chosen_beyond"], row["held_out_beyond"], row["chosen_excess"]) == (0, 0, 0)
 
 
 def test_without_any_cluster_nothing_is_found():
     labels = xr.full_like(two_vectors(), -1)
     known = pd.DataFrame({"set": np.arange(80) < 20})
-    row = judge_reading(labels, known, np.arange(80), np.arange(80) < 40, draws=9)
-    assert (row["clusters"], row["chosen_beyond"], row["held_out_beyond"], row["f1"]) == (0, 0, 0, 0)
+    row = judge_reading(labels, known, np.arange(80), np.arange(80) < 40)
+    assert (row["clusters"], row["chosen_beyond"], row["held_out_beyond"], row["found"]) == (0, 0, 0, "")
 
 
 def test_joint_clustering_tells_what_needs_two_vectors_and_one_vector_alone_does_not():
@@ -183,10 +200,12 @@ def test_joint_clustering_tells_what_needs_two_vectors_and_one_vector_alone_does
 def test_readings_are_ordered_by_the_half_that_chooses_alone():
     columns = ["study", "scaling", "chosen_beyond", "chosen_excess", "held_out_beyond", "held_out_excess"]
     rows = [(0, "raw", 3, 0.1, 0, 0), (1, "raw", 1, 0.1, 1, 0), (0, "unit", 2, 0.2, 5, 1), (1, "unit", 2, 0.2, 9, 1)]
-    table = pd.DataFrame(rows, columns=columns).assign(clustered=1, clusters=1)
+    table = pd.DataFrame(rows, columns=columns).assign(clustered=1, clusters=1, token_chosen=0, token_beyond=0)
     best = best_readings(table, ["scaling"])
     assert best["scaling"].tolist() == ["unit", "raw"]  # 2 and 2 constructions; the excess decides
     assert best["held_out_least"].tolist() == [5, 0]
+    worse = table.assign(token_chosen=[1, 1, 0, 0])  # more beyond the token alone goes before the excess
+    assert best_readings(worse, ["scaling"])["scaling"].tolist() == ["raw", "unit"]
     worse = table.assign(chosen_beyond=[9, 9, 0, 0])
     assert best_readings(worse, ["scaling"])["scaling"].tolist() == ["raw", "unit"]
 
