@@ -22,6 +22,7 @@ from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, cluster_tok
 from polca_lib.method.settings import Scaling
 from polca_lib.report.contexts import NEAREST, nearest
 from polca_lib.report.explorer import Explorer
+from polca_lib.report.findings import checkpoint_spacing
 from polca_lib.tasks.language import Wikipedia
 from polca_lib.tasks.run import Run
 from polca_lib.tasks.tokenization import PAD
@@ -443,6 +444,7 @@ def explorer_of(
 
 TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
     "losses": lambda study: tables.loss_quantiles(study.main["loss"], list(dict.fromkeys(["tag", study.by]))),
+    "spacing": lambda study: checkpoint_spacing(study.main).reset_index(),
     "labels": lambda study: study.labelled,
     "counts": counts,
     "contexts": contexts,

@@ -37,7 +37,7 @@ COLUMNS = [
 ]  # fmt: skip
 """Of ``data/paper/verdicts.csv``."""
 
-ENGLISH = "wikipedia-large"
+ENGLISH = "wikipedia-laptop-0"
 """Study that the paper's counts about English are compared with."""
 
 PAPER_ENGLISH = {"vectors": 30, "kept": 26, "simple_label": 22, "tokens": 12_600, "dropped_mean": 6655.5}
@@ -147,10 +147,12 @@ def english_counts(study: SavedStudy, kind: str = "POLCA second, raw") -> dict[s
         kind: of trajectory; the default is the paper's.
     """
     row = study.table("counts").set_index("kind").loc[kind]
-    names = [*PAPER_ENGLISH, "simple_by_chance", "clustered", "clusters", "outliers_mean"]
-    about = {"kind": kind, "preset": scale_of(study), "seed": study.settings.seed, "device": study.device}
+    names = [*PAPER_ENGLISH, "simple_by_chance", "clustered", "simple_words", "clusters", "outliers_mean"]
+    spacing = study.table("spacing")
+    about = {"reading": kind, "preset": scale_of(study), "seed": study.settings.seed, "device": study.device}
     about |= {name: study.provenance["stages"][name] for name in ("corpus", "tags")}
     about["commit"] = study.provenance["tables"]["counts"]["commit"]
+    about["largest_share_between_checkpoints"] = float(spacing.loc[spacing["judged"], "share"].max())
     return {**{name: row[name].item() for name in names}, **about, "study": study.name, "paper": PAPER_ENGLISH}
 
 
