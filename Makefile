@@ -30,7 +30,7 @@ book: runs
 # What the pages show, apart from kept studies.
 runs: $(VENV)/.ready
 	$(BIN)/polca paper run --preset $(PRESET) --device $(DEVICE) --beside parameters
-	$(BIN)/polca paper run --task grammar --preset $(PRESET) --device $(DEVICE) --beside random
+	$(BIN)/polca paper run --task grammar --preset $(PRESET) --device $(DEVICE)
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest
