@@ -158,7 +158,7 @@ def polca_clusters(summary: xr.Dataset, vectors: Iterable[int], hidden_after: in
         for axes in row[:2]:
             axes.axvline(float(clusters["birth_step"]), color="black", linestyle=":", linewidth=1)
             axes.axvline(hidden_after, color="0.6", linewidth=1)
-            axes.locator_params(axis="x", nbins=5)
+            axes.locator_params(axis="x", nbins=4)
             axes.set_xlabel("training step")
         # Projected loss of the clusters, then the exact loss of the same tokens.
         for number in _numbers(clusters["tokens"]):
