@@ -139,7 +139,7 @@ def lighten(page: str, folder: Path, root: Path) -> str:
     # Links of tables and captions name notebooks, so that they work in Jupyter, too.
     page = re.sub(r'(href="[^":]+)\.(?:ipynb|md)(?=[#"])', r"\1.html", page)
     # The theme loads an icon font of 1.5 MB for a dozen signs (see custom.css), and Thebe, which is not used, twice.
-    page = re.sub(r"<(script|link)\b[^>]*(?:src|href)=[^>]*fontawesome[^>]*>(?:</script>)?", "", page)
+    page = re.sub(r"<(script|link)\b[^>]*(?:src|href)=[^>]*(?:fontawesome|thebe)[^>]*>(?:</script>)?", "", page)
     return re.sub(r"<script\b(?:(?!</script>)[\s\S]){0,999}?(?:thebe|kernelName|THEBE)[\s\S]*?</script>", "", page)
 
 
