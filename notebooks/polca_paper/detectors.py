@@ -224,11 +224,11 @@ def foreign_proper_noun(window: Window) -> Mask:
         end = i
         while end < len(window) and (named[end] or particle[end] or window.continues[end]):
             end += 1
-        while particle[end - 1]:
+        while end > i and particle[end - 1]:  # no name ends in a particle, and a particle alone is none
             end -= 1
         letters = any(ord(letter) > 127 and letter.isalpha() for letter in "".join(window.texts[i:end]))
         found[i:end] = letters or particle[i:end].any() or (window.tags[i:end] == "X").any()
-        i = end
+        i = max(end, i + 1)
     return found
 
 

@@ -444,7 +444,7 @@ def explorer_of(
 
 TABLES: dict[str, Callable[[LanguageStudy], pd.DataFrame]] = {
     "losses": lambda study: tables.loss_quantiles(study.main["loss"], list(dict.fromkeys(["tag", study.by]))),
-    "spacing": lambda study: checkpoint_spacing(study.main).reset_index(),
+    "spacing": lambda study: checkpoint_spacing(study.main).reset_index().query("judged"),
     "labels": lambda study: study.labelled,
     "counts": counts,
     "contexts": contexts,

@@ -76,6 +76,7 @@ CASES = {
         "Frida/PROPN ~,/PUNCT *Frunza/PROPN *de/ADP *Lima/PROPN left/VERB",
         "She/PRON saw/VERB *Cayetano/X *Heredia/PROPN",
         "the/DET café/NOUN of/ADP Anna/PROPN Smith/PROPN de/ADP facto/ADV",
+        "came/VERB de/PROPN ~./PUNCT",  # a particle alone, tagged as a name, is none
     ],
     "token after a proper noun": [
         "Martin/PROPN *~,/PUNCT Wade/PROPN *and/CCONJ Joan/PROPN *~'s/PART dog/NOUN",
