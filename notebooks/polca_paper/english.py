@@ -46,7 +46,7 @@ from polca_paper.tagging import load_pipeline, preceding_tags, tag_windows
 if TYPE_CHECKING:
     import spacy
 
-SHOWN = ("POLCA second, raw", "POLCA first, unit", "POLCA first, zscore", "exact loss, raw")
+SHOWN = ("POLCA second, raw", "POLCA first, raw", "POLCA first, zscore", "exact loss, raw")
 """Kinds of trajectory whose clusters are kept with curves and contexts."""
 
 COMPARED = (
