@@ -9,15 +9,19 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import re
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from IPython.display import HTML, Markdown, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from polca_lib.report.explorer import plotly_source
 from polca_paper import figures, tables
 
 NOTHING = "\N{EN DASH}"
@@ -25,6 +29,15 @@ NOTHING = "\N{EN DASH}"
 
 LONG = 12  # rows; a longer table is folded
 WIDE = 3  # columns; a wider table becomes a list of cards on a phone
+
+_HOVER = """
+for (const box of document.querySelectorAll("details.polca.hover")) {
+  box.ontoggle = () => loadPlotly(JSON.parse(box.dataset.source)).then((Plotly) => {
+    const { data, layout } = JSON.parse(box.dataset.figure);
+    Plotly.react(box.querySelector("div"), data, layout, { displayModeBar: false, responsive: true });
+  }, (error) => box.querySelector("div").append(`plotly.js could not be loaded from ${error.message}`));
+}
+"""
 
 VERDICTS = {
     "reproduced": "#009E73",
@@ -98,6 +111,19 @@ class Page:
         data = base64.b64encode(svg.encode()).decode()
         image = f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
         self._show("Figure", name, f'<div class="polca-scroll">{image}</div>', caption)
+
+    def hover(self, figure: go.Figure, summary: str) -> None:
+        """Show a figure to point at, folded; plotly.js is loaded when it is opened. ``summary`` says what it shows."""
+        figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#808890")
+        figure.update_layout(template="none", margin={"t": 10, "r": 10}, hoverlabel_align="left", dragmode=False)
+        data, source = (html.escape(text) for text in (figure.to_json(), json.dumps(plotly_source())))
+        script = files("polca_lib.report").joinpath("explorer_page.js").read_text("utf-8")
+        display(
+            HTML(
+                f'<details class="polca hover" data-figure="{data}" data-source="{source}"><summary>{summary}</summary>'
+                f'<div class="polca-scroll"></div></details>\n<script>(() => {{\n{script}{_HOVER}}})();</script>'
+            )
+        )
 
     def table(
         self,

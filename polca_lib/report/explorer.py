@@ -31,6 +31,13 @@ _MOST = 8  # kinds of tokens in a composition
 _PARTS = ("explorer.css", "explorer_page.js", "explorer.js")
 
 
+def plotly_source() -> dict[str, str]:
+    """Where ``loadPlotly`` of ``explorer_page.js`` finds plotly.js: a file of the book, or an address and its hash."""
+    digest = base64.b64encode(hashlib.sha256(get_plotlyjs().encode()).digest()).decode()
+    url = f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"
+    return {"file": PLOTLY_FILE, "url": url, "integrity": f"sha256-{digest}"}
+
+
 class Explorer:
     """Interactive view of the projected loss, exact loss and contexts of the clusters of each vector.
 
@@ -65,7 +72,6 @@ class Explorer:
         _check(summary, clusters, contexts)
         self.title = title
         measures = [name for name in MEASURES if name in clusters]
-        digest = hashlib.sha256(get_plotlyjs().encode()).digest()
         last = int(clusters["cluster"].max()) if len(clusters) else 0
         colours = [cluster_colour(number) for number in range(1, last + 1)]
         vectors = _vectors(summary, clusters, contexts, measures)
@@ -78,11 +84,7 @@ class Explorer:
             "measures": measures,
             "vectors": vectors,
             "palette": {"light": colours, "dark": [ON_DARK[OKABE_ITO.index(colour)] for colour in colours]},
-            "plotly": {
-                "file": PLOTLY_FILE,
-                "url": f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js",
-                "integrity": f"sha256-{base64.b64encode(digest).decode()}",
-            },
+            "plotly": plotly_source(),
         }
 
     def _repr_html_(self) -> str:
@@ -105,8 +107,7 @@ class Explorer:
         """HTML document that contains plotly.js, about 5 MB."""
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<link rel="icon" href="data:,">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
             f"<title>{html.escape(self.title)}</title>\n<script>{get_plotlyjs()}</script>\n</head>\n"
             f'<body class="polca-page">\n{self._repr_html_()}\n</body>\n</html>\n'
         )
@@ -147,8 +148,7 @@ def _vectors(summary: xr.Dataset, clusters: pd.DataFrame, contexts: pd.DataFrame
     for vector in summary["vector"].values.tolist():
         rows = clusters[clusters["vector"] == vector].sort_values("cluster").to_dict("records")
         birth = summary["birth_step"].sel(vector=vector).item() if "birth_step" in summary else None
-        data = {"vector": int(vector), "birth": _rounded([birth], 15)[0], "clusters": [*map(cluster_data, rows)]}
-        vectors.append(data)
+        vectors.append({"vector": vector, "birth": _rounded([birth], 15)[0], "clusters": [*map(cluster_data, rows)]})
     return vectors
 
 
