@@ -32,8 +32,9 @@ runs: $(VENV)/.ready
 	$(BIN)/polca paper run --preset $(PRESET) --device $(DEVICE) --beside parameters
 	$(BIN)/polca paper run --task grammar --preset $(PRESET) --device $(DEVICE)
 
+# Two workers, each with one thread: with more, they slow one another down. A file stays with one worker.
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -14,6 +14,14 @@ settings.register_profile("polca", deadline=None, max_examples=30, database=None
 settings.load_profile("polca")
 
 
+_SLOWEST = ("test_notebooks.py", "test_faults.py", "test_engine.py", "test_language_study.py", "test_explorer.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files come first, so that with two workers none of them is left for the end."""
+    items.sort(key=lambda item: _SLOWEST.index(item.path.name) if item.path.name in _SLOWEST else len(_SLOWEST))
+
+
 _ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync")
 
 
