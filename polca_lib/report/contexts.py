@@ -48,11 +48,12 @@ def nearest(
 def contexts(near: pd.DataFrame, projections: xr.Dataset) -> pd.DataFrame:
     """Add ``before``, ``target`` and ``after`` to rows of :func:`nearest`: the text around each token in its example.
 
-    Without a column ``text``, ``target`` lists the other columns of the token table.
+    If ``text`` is missing, or is that of the whole example, ``target`` lists the columns of the token table.
     """
-    table = token_table(projections)
-    if not {"text", "example"} <= {*table}:
-        targets = [", ".join(f"{shown(name)} {shown(table[name][i])}" for name in table) for i in near["token"]]
+    table, keys = token_table(projections), ["example", "text"]
+    if not {*keys} <= {*table} or len(table) > len(table[keys].drop_duplicates()) == table["example"].nunique():
+        names = [name for name in dict.fromkeys(("text", *table)) if name in table]
+        targets = [", ".join(f"{shown(name)} {shown(table[name][i])}" for name in names) for i in near["token"]]
         return near.assign(before="", target=targets, after="")
     # Sort the tokens by example and position.
     places = pd.DataFrame({"example": table["example"], "position": table.get("position", table.index)})

@@ -68,8 +68,7 @@ def explorer(findings: Findings, *, title: str = "", note: str = "", by: str | N
         about=findings.clusters["made_of"], simple=findings.clusters["labelled"], mirrors=mirrors
     )
     texts = contexts(nearest(findings.curves, findings.labels, scaling), findings.projections)
-    options = {"title": shown(title), "note": shown(note), "hidden_after": findings.hidden_after}
-    return Explorer(curves, clusters, texts, **options)
+    return Explorer(curves, clusters, texts, title=shown(title), note=shown(note), hidden_after=findings.hidden_after)
 
 
 def _figures(findings: Findings) -> dict[str, str]:

@@ -341,6 +341,19 @@ def test_numbers_of_clusters_may_have_gaps(tmp_path, checkpoints):
     assert len(contexts(near, run.projections)) == 40
 
 
+def test_a_text_of_the_whole_example_is_shown_once_with_the_other_columns():
+    tokens = {"example": ("token", [0, 0, 1, 1]), "text": ("token", ["1+2=03", "1+2=03", "4+5=09", "4+5=09"])}
+    projections = xr.Dataset({"loss": (("step", "token"), np.zeros((1, 4)))}, {"step": [0], **tokens})
+    near = pd.DataFrame({"token": [0, 3]})
+    digits = projections.assign_coords(digit=("token", [0, 3, 0, 9]))
+    assert contexts(near, digits)["target"].tolist() == [
+        "text 1+2=03, example 0, digit 0",
+        "text 4+5=09, example 1, digit 9",
+    ]
+    apart = projections.assign_coords(text=("token", ["0", "3", "0", "9"]))
+    assert contexts(near, apart)[["before", "target", "after"]].values.tolist() == [["", "0", "3"], ["0", "9", ""]]
+
+
 # Losses that are not finite
 
 
