@@ -166,7 +166,7 @@ def polca_clusters(summary: xr.Dataset, vectors: Iterable[int], hidden_after: in
         _cluster_curves(row[0], clusters)
         exact = vector == 0  # stands for the exact loss itself
         row[0].set(ylabel="loss (nats)" if exact else "projected loss (nats)")
-        row[0].set_title("Exact loss" if exact else f"Vector {vector}: projected loss")
+        row[0].set_title("Exact loss" if exact else f"Vector {vector}")
         row[1].set(ylabel="loss (nats)", title="their exact loss")
         draw_composition(row[2], clusters["tokens"])
     return figure
