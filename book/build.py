@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -36,6 +38,43 @@ from polca_lib.tasks.settings import PRESET_NAMES, RunSettings, parse_assignment
 ROOT = Path(__file__).parents[1]
 README_PICTURE = "book/_static/polca-laptop.png"
 AT_ONCE = 2  # notebooks; much of the time of one is starting its kernel, and importing
+
+KEPT = ("07", "08", "09", "10", "11", "12", "15", "18", "19", "20")
+"""Pages of kept studies and records alone: they show the same at every preset, and on every machine."""
+
+
+def make(source: Path, target: Path, parameters: dict[str, Any]) -> None:
+    """Take a page of kept studies as it is in the repository if nothing has changed that it shows; else execute it."""
+    notebook = nbformat.read(source, 4)
+    about = notebook.metadata.get("polca", {})
+    own = {name: ast.literal_eval(p["default"]) for name, p in papermill.inspect_notebook(str(source)).items()}
+    asked = {name: value for name, value in parameters.items() if own.get(name, value) != value and name != "preset"}
+    now = {"executed": fingerprint(notebook, "laptop"), "shown": shown_files()}
+    if source.name[:2] not in KEPT or asked or now != {name: about.get(name) for name in now}:
+        execute(source, target, parameters)
+        return
+    print(f"unchanged: {source.name}", flush=True)
+    note = "This build did not execute this page again: neither the page nor any study has changed since (hash `{}`)."
+    notebook.cells.append(nbformat.v4.new_markdown_cell(note.format(now["shown"]), id="unchanged"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, target)
+    file = results_file(source, parameters["preset"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(about["numbers"], indent=1))
+
+
+def results_file(notebook: Path, preset: str) -> Path:
+    """Where a page writes its numbers."""
+    return Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset / f"{notebook.stem}.json"
+
+
+@functools.cache
+def shown_files() -> str:
+    """Hash of all that pages of kept studies show: studies, records of benchmarks, and the code that draws them."""
+    files = (path for name in ("data", "benchmarks", "notebooks/polca_paper") for path in (ROOT / name).rglob("*"))
+    paths = {path.relative_to(ROOT): path for path in sorted(files) if path.is_file()}
+    kept = {name: path for name, path in paths.items() if not {"runs", "__pycache__"} & {*name.parts}}
+    return hash_json({str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in kept.items()})[:12]
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
@@ -67,6 +106,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
         if "outputs" in item:
             item.outputs = [output for output in item.outputs if output.get("name") != "stderr"]
     notebook.metadata["polca"] = {"executed": fingerprint(notebook, parameters["preset"])}
+    if source.name[:2] in KEPT:
+        numbers = json.loads(results_file(source, parameters["preset"]).read_text())
+        notebook.metadata["polca"] |= {"shown": shown_files(), "numbers": numbers}
     nbformat.write(notebook, target)
 
 
@@ -137,7 +179,7 @@ def lighten(page: str, folder: Path, root: Path) -> str:
 
     page = re.sub(r'(src|href)="data:(?:image|text)/(svg\+xml|csv);base64,([^"]+)"', to_file, page)
     # Links of tables and captions name notebooks, so that they work in Jupyter, too.
-    page = re.sub(r'(href="[^":]+)\.(?:ipynb|md)(?=[#"])', r"\1.html", page)
+    page = re.sub(r'(href="(?![^"]*_sources/)[^":]+)\.(?:ipynb|md)(?=[#"])', r"\1.html", page)
     # The theme loads an icon font of 1.5 MB for a dozen signs (see custom.css), and Thebe, which is not used, twice.
     page = re.sub(r"<(script|link)\b[^>]*(?:src|href)=[^>]*(?:fontawesome|thebe)[^>]*>(?:</script>)?", "", page)
     return re.sub(r"<script\b(?:(?!</script>)[\s\S]){0,999}?(?:thebe|kernelName|THEBE)[\s\S]*?</script>", "", page)
@@ -170,7 +212,8 @@ def main() -> None:
     place = ROOT / "notebooks" if arguments.in_place else folder / "source" / "notebooks"
     # Threads of one kernel that wait for work must not keep the other from it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    own = (joblib.delayed(execute)(notebook, place / notebook.name, parameters) for notebook in notebooks)
+    way = execute if arguments.in_place else make
+    own = (joblib.delayed(way)(notebook, place / notebook.name, parameters) for notebook in notebooks)
     joblib.Parallel(n_jobs=AT_ONCE, batch_size=1)(own)
     if arguments.in_place:
         export_figure(ROOT / "notebooks" / "06_orders.ipynb", "fig-carry", ROOT / README_PICTURE)

@@ -145,11 +145,16 @@ def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
         Finding("ok", "tokens", f"{counts.sum():,} of {n_examples(batch):,} examples, {each} in an example")
     )
     _attempt(findings, "tokens", lambda: analysis.with_places(counts))
-    # Compute the losses at both ends of the training.
+    # Compute the losses at both ends of the training. A loss that rises hints at wrong targets, or another model.
+    means = []
     for step in (first, last):
         point = theta if step == first else _attempt(findings, "weights", lambda: checkpoints.theta(last))
         if point is not None:
-            findings.append(_check_losses(lambda part, point=point: loss(point, part), batch, counts, step))
+            found, mean = _check_losses(lambda part, point=point: loss(point, part), batch, counts, step)
+            findings, means = [*findings, found], [*means, mean]
+    if len(means) == 2 and means[1] >= means[0]:
+        text = f"the mean loss does not fall from step {first} to step {last}; is the model trained on such targets?"
+        findings.append(Finding("note", "losses", text))
     if analysis.settings.basis.kind in HESSIAN_KINDS:
         hessian, hessian_loss = to_device(analysis.hessian, theta.device), analysis.hessian_token_loss
         if _attempt(findings, "hessian", lambda: hessian_loss.check_data(theta, hessian, "hessian")) is not None:
@@ -268,14 +273,14 @@ def _check_values(checkpoints: Checkpoints, steps: list[int]) -> list[Finding]:
 @torch.no_grad()
 def _check_losses(
     loss: Callable[[Batch], Tensor], batch: Batch, counts: Int[np.ndarray, " example"], step: int
-) -> Finding:
-    """Mean and range of the losses at a checkpoint, or the first token whose loss is not finite."""
+) -> tuple[Finding, float]:
+    """Mean and range of the losses at a checkpoint, or the first token whose loss is not finite; and the mean."""
     losses, _ = losses_by_example(loss, batch, counts)
     if len(odd := (~losses.isfinite()).nonzero()[:, 0].tolist()):
         where = token_name(odd[0], counts)
         text = (
             f"step {step}: {losses[odd[0]].item()} for {where}, not finite for {len(odd):,} of {len(losses):,} tokens"
         )
-        return Finding("problem", "losses", text)
+        return Finding("problem", "losses", text), math.nan
     low, mean, high = losses.min().item(), losses.mean().item(), losses.max().item()
-    return Finding("ok", "losses", f"step {step}: mean {mean:.4g} nats, from {low:.3g} to {high:.4g}")
+    return Finding("ok", "losses", f"step {step}: mean {mean:.4g} nats, from {low:.3g} to {high:.4g}"), mean

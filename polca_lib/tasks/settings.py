@@ -128,7 +128,7 @@ class TrainingSettings(Section):
 
     @property
     def key(self) -> dict[str, object]:
-        """What checkpoints depend on, as JSON values: of those that are not even, the steps themselves."""
+        """What checkpoints depend on, as JSON values; of those that are not even, the steps themselves."""
         later = ("checkpoints", "n_checkpoints")
         if self.checkpoints == "even":
             return self.stated(*later, exclude=["state_every"])
@@ -237,7 +237,7 @@ class RunSettings(AnalysisSettings):
 
     @property
     def targets_per_example(self) -> int:
-        """Target tokens of an example: four digits of a sum, or all but two of a window, less any PAD left out."""
+        """Target tokens of an example, four digits of a sum, or all but two of a window, less any PAD left out."""
         return 4 if self.task == "addition" else self.model.n_ctx - 2
 
     @property

