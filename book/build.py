@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import functools
 import hashlib
 import json
 import os
@@ -68,7 +67,6 @@ def results_file(notebook: Path, preset: str) -> Path:
     return Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset / f"{notebook.stem}.json"
 
 
-@functools.cache
 def shown_files() -> str:
     """Hash of all that pages of kept studies show: studies, records of benchmarks, and the code that draws them."""
     files = (path for name in ("data", "benchmarks", "notebooks/polca_paper") for path in (ROOT / name).rglob("*"))
