@@ -139,7 +139,7 @@ def test_another_seed_and_order_give_other_numbers_on_the_same_page(book, place,
 
 def test_papermill_explains_the_parameters(env):
     done = run("papermill", "--help-notebook", "notebooks/05_polca.ipynb", env=env)
-    for text in ("order: str", "first, second (the paper's), exact or trapezoid", "seed: int"):
+    for text in ("order: str", "first, second, exact or trapezoid", "seed: int"):
         assert text in done.stdout
 
 
