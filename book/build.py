@@ -27,6 +27,7 @@ import joblib
 import nbformat
 import papermill
 from plotly.offline import get_plotlyjs
+from polca_paper.tables import results_folder
 from traitlets.config import Config
 
 from polca_lib.report.explorer import PLOTLY_FILE
@@ -57,14 +58,8 @@ def make(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     notebook.cells.append(nbformat.v4.new_markdown_cell(note.format(now["shown"]), id="unchanged"))
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
-    file = results_file(source, parameters["preset"])
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = results_folder(parameters["preset"]) / f"{source.stem}.json"
     file.write_text(json.dumps(about["numbers"], indent=1))
-
-
-def results_file(notebook: Path, preset: str) -> Path:
-    """Where a page writes its numbers."""
-    return Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset / f"{notebook.stem}.json"
 
 
 def shown_files() -> str:
@@ -105,7 +100,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
             item.outputs = [output for output in item.outputs if output.get("name") != "stderr"]
     notebook.metadata["polca"] = {"executed": fingerprint(notebook, parameters["preset"])}
     if source.name[:2] in KEPT:
-        numbers = json.loads(results_file(source, parameters["preset"]).read_text())
+        numbers = json.loads((results_folder(parameters["preset"]) / f"{source.stem}.json").read_text())
         notebook.metadata["polca"] |= {"shown": shown_files(), "numbers": numbers}
     nbformat.write(notebook, target)
 
@@ -145,7 +140,7 @@ def build_pages(preset: str, source: Path, target: Path) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     (source / "book" / "_static" / PLOTLY_FILE).write_text(get_plotlyjs(), encoding="utf-8")
-    results = Path(os.environ.get("POLCA_RESULTS") or ROOT / "results") / preset
+    results = results_folder(preset)
     program = Path(sys.executable).with_name("jupyter-book")
     command = [str(program), "build", str(source), "--toc", str(source / "book" / "_toc.yml")]
     command += ["--path-output", str(source.parent), "-W", "-n", "--keep-going"]
