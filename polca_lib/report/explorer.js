@@ -296,12 +296,25 @@ function explore(root) {
 
   function listen(plot) {
     const under = (event) => event.points[0].data.meta;
+    let hovered, pressed;
+    const leave = () => {
+      hovered = undefined;
+      if (!touch) preview(chosen, marked);
+    };
     // Plotly reports a hover late on a busy machine, when the pointer may have left, and then no end of it.
     plot.on("plotly_hover", (event) => {
-      if (!touch && plot.matches(":hover")) preview(under(event).cluster, under(event).rank);
+      if (touch || !plot.matches(":hover")) return;
+      hovered = under(event);
+      preview(hovered.cluster, hovered.rank);
     });
-    plot.on("plotly_unhover", () => !touch && preview(chosen, marked));
-    plot.addEventListener("pointerleave", () => !touch && preview(chosen, marked));
+    plot.on("plotly_unhover", leave);
+    plot.addEventListener("pointerleave", leave);
+    // A press ends Plotly's hover, and with it, where the press is short, Plotly's click: what was under it is kept here.
+    plot.addEventListener("mousedown", ({ clientX, clientY }) => (pressed = { ...hovered, clientX, clientY }), true);
+    plot.addEventListener("click", ({ clientX, clientY }) => {
+      const still = pressed && Math.hypot(clientX - pressed.clientX, clientY - pressed.clientY) < 4;
+      if (still && pressed.cluster !== undefined) setTimeout(() => chooseCluster(pressed.cluster, pressed.rank));
+    });
     plot.on("plotly_click", (event) => {
       // Plotly is still busy with this very click: the curves change once it is done.
       setTimeout(() => chooseCluster(under(event).cluster, under(event).rank));
