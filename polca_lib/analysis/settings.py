@@ -10,6 +10,7 @@ import re
 import tomllib
 import warnings
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,7 +19,7 @@ from upath import UPath
 
 from polca_lib.analysis.engine import EngineName
 from polca_lib.derivatives.strategy import Mode, Precision
-from polca_lib.method.settings import BasisKind, BasisSettings, ClusteringSettings, Section, few_steps
+from polca_lib.method.settings import BasisKind, BasisSettings, ClusteringSettings, Section, few_steps, unknown_name
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -175,8 +176,13 @@ class RunFile(AnalysisSettings):
             lines = [f"{path} has settings that are not allowed:"]
             for problem in error.errors():
                 name, given = ".".join(map(str, problem["loc"])) or "settings", problem["input"]
+                message = problem["msg"].removeprefix("Value error, ")
+                if problem["type"] == "extra_forbidden":
+                    *sections, unknown = problem["loc"]
+                    section = reduce(lambda part, inner: part.model_fields[inner].annotation, sections, cls)
+                    message = unknown_name(unknown, section.model_fields)
                 shown = "" if isinstance(given, dict) else f" (given: {given!r})"
-                lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+                lines.append(f"  {name}: {message}{shown}")
             raise ValueError("\n".join(lines)) from None
         run_file._file = path.resolve()
         if path.is_symlink():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,6 +22,12 @@ TOLERANCE, FORMER_TOLERANCE = 1e-3, 0.01
 """Relative residual at which Lanczos stops if none is given, and up to version 0.2. Bases made with the latter open."""
 
 _VECTORS = 10  # of a basis, if nothing says how many
+
+
+def unknown_name(name: str, allowed: Iterable[str]) -> str:
+    """Say that ``name`` is none of ``allowed``, which of them is nearest, and all of them."""
+    hint = "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name, allowed, n=1))
+    return f"unknown parameter {name!r}{hint}; allowed: {', '.join(allowed)}"
 
 
 class Section(BaseModel):

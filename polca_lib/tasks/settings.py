@@ -6,7 +6,6 @@ The presets are in ``presets.toml``. Settings are immutable, because the keys of
 from __future__ import annotations
 
 import ast
-import difflib
 import itertools
 import tomllib
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from polca_lib.analysis.settings import AnalysisSettings
 from polca_lib.derivatives.memory import checked_device
 from polca_lib.derivatives.strategy import Precision
-from polca_lib.method.settings import Section, check_window, few_steps
+from polca_lib.method.settings import Section, check_window, few_steps, unknown_name
 from polca_lib.tasks.grammar import VOCABULARY
 
 TaskName = Literal["addition", "grammar", "wikipedia"]
@@ -175,9 +174,7 @@ class RunSettings(AnalysisSettings):
         allowed = field_names()
         for name, value in overrides.items():
             if name not in allowed:
-                close = difflib.get_close_matches(name, allowed, n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(f"unknown parameter {name!r}{hint}; allowed: {', '.join(allowed)}")
+                raise ValueError(unknown_name(name, allowed))
             section, _, field = name.rpartition(".")
             (settings[section] if section else settings)[field] = value
         return cls.model_validate(settings)

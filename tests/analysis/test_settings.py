@@ -43,10 +43,16 @@ def test_folder_of_results_may_be_a_url(tmp_path):
     ("text", "told"),
     [
         (FILE + "[basis]\nn_vectors = 0\n", r"basis\.n_vectors: .*greater than or equal to 1 \(given: 0\)"),
-        (FILE + "[basis]\nvectors = 3\n", r"basis\.vectors: Extra inputs are not permitted"),
+        (
+            FILE + "[basis]\nvectors = 3\n",
+            r"basis\.vectors: .*'vectors' \(did you mean 'n_vectors'\?\); allowed: kind, k,",
+        ),
         (FILE.replace('kind = "safetensors"', 'kind = "pickle"'), r"checkpoints\.kind: .*'safetensors', 'state_dict'"),
         (FILE.replace("my_run:setup", "print('x')"), r"allowed: module:function, such as 'my_run:setup'"),
-        (FILE.replace("[code]", "[kode]"), r"(?s)code: Field required.*kode: Extra inputs"),
+        (
+            FILE.replace("[code]", "[kode]"),
+            r"(?s)code: Field required.*'kode' \(did you mean 'code'\?\)",
+        ),
         ('memory = "lots"\n' + FILE, r"memory = 'lots'; allowed: a number of bytes, or text such as '8 GiB'"),
         (FILE + "[clustering]\norder = 'second'\n", r"clustering\.order = 'second' needs projection\.curvature = true"),
         (FILE + "x = = 1", r"polca\.toml is not valid TOML: "),

@@ -219,7 +219,7 @@ def point(page, cluster, *, rank=None, side=0, index=50):
 
 
 def click(page, cluster, *, rank=None, side=0):
-    """Click a curve as a person does, once the pointer is seen to be on it: Plotly reports that late on a busy machine."""
+    """Click a curve once the pointer is seen to be on it, which Plotly reports late on a busy machine."""
     place = point(page, cluster, rank=rank, side=side)
     page.mouse.move(*place)
     here = (
