@@ -301,7 +301,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("second-order term", "C (v3)", "the approximate second-order term is near the true one",
           Sentence(_small_error, "its error is smaller than the term itself (root mean square)"), "09_completeness",
           printed=("second order: RMSE of the term",), larger_is_stronger=False),
-    Claim("most of the movement", "3.1", "the basis captures most of the movement during optimisation",
+    Claim("most of the movement", "3.1", "a basis is sought that captures most of the movement (an aim)",
           _measured_over(_movement, 0.5, "over half of the squared movement between checkpoints lies in it"),
           "09_completeness", measure=_movement),
     Claim("tokens dropped", "4.1 (v3)", "along a vector whose mean falls, nearly half of the tokens rise",

@@ -375,6 +375,23 @@ def judge_reading(
     return {**row, "found": ", ".join(known.columns[beyond & beyond_out])}
 
 
+def planted(known: pd.DataFrame, *, purity: float, recall: float, seed: int = 0) -> xr.DataArray:
+    """Labels of made-up clusters, one per known set, each along a vector of its own: what a finding is held against.
+
+    Args:
+        known: a row per token, a column of truth values per set.
+        purity: share of a cluster that is of its set; the rest are random other tokens.
+        recall: share of the set that is in the cluster.
+        seed: of the draw.
+    """
+    rng, labels = np.random.default_rng(seed), np.full((known.shape[1], len(known)), OUTLIER)
+    for row, name in enumerate(known):
+        own, others = (rng.permutation(np.flatnonzero(known[name] == truth)) for truth in (True, False))
+        own = own[: max(1, round(recall * len(own)))]
+        labels[row, [*own, *others[: round(len(own) * (1 - purity) / purity)]]] = 1
+    return xr.DataArray(labels, dims=("vector", "token"), coords={"vector": 1 + np.arange(len(labels))})
+
+
 def best_readings(choices: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Readings by how many constructions they find on the halves that choose, best first; means over studies.
 

@@ -16,6 +16,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Bool
 
 from polca_lib.method import breakthroughs, decomposition
 from polca_lib.method.clustering import DROPPED, OUTLIER, by_vector, cluster_tokens, is_decreasing, summarise_clusters
@@ -295,6 +296,13 @@ def constructions(study: LanguageStudy) -> pd.DataFrame:
     return _of_each_kind(study.kinds, lambda kind: best_clusters(construction_table(kind.labels, study.what)))
 
 
+def first_half(run: Run) -> Bool[np.ndarray, " token"]:
+    """Which tokens lie in the half of the windows, drawn at random, that chooses readings and clusters."""
+    windows = run.tokens["example"].to_numpy()
+    order = np.random.default_rng(run.settings.seed).permutation(windows.max() + 1)
+    return np.isin(windows, order[: len(order) // 2])
+
+
 def choices(study: LanguageStudy) -> pd.DataFrame:
     """Which reading finds most known sets of tokens beyond what a token and the one before it tell.
 
@@ -311,10 +319,7 @@ def choices(study: LanguageStudy) -> pd.DataFrame:
     if study.by == "construction":
         known = pd.get_dummies(pd.Series(study.what)).drop(columns=["padding", "clause"], errors="ignore")
     known = known.loc[:, known.sum() >= FEWEST]
-    windows = study.run.tokens["example"].to_numpy()
-    order = np.random.default_rng(settings.seed).permutation(windows.max() + 1)
-    first = np.isin(windows, order[: len(order) // 2])
-
+    first = first_half(study.run)
     pair, text, clustering = study.pair, study.run.tokens["text"].to_numpy(), settings.clustering
 
     def judged(basis: str, trajectory: str, scaling: Scaling, curves: xr.DataArray, falling: bool) -> list[dict]:
