@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
 
@@ -21,15 +24,20 @@ from polca_lib.derivatives.batches import losses_by_example, map_examples, n_exa
 from polca_lib.derivatives.hessian import HessianOperator
 from polca_lib.derivatives.strategy import choose
 from polca_lib.derivatives.token_loss import Batch, split_examples, to_device
+from polca_lib.method.checkpoint_spacing import advice
 from polca_lib.method.settings import HESSIAN_KINDS, few_steps
 from polca_lib.method.vectors import gaussian
+from polca_lib.report.findings import PLACES, checkpoint_spacing
 from polca_lib.storage.checkpoint_folders import SafetensorsFolder, StateDictFolder
 from polca_lib.storage.checkpoints import Checkpoints
+from polca_lib.storage.columns import as_coordinates
 from polca_lib.storage.hashing import hash_tensors
 from polca_lib.storage.names import few
 
 READ_BYTES = 2 * 2**30
 """Weights of more bytes are only read if that is asked for."""
+
+_SPACING_SECONDS = 60.0  # most time to look at the losses of all checkpoints
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
@@ -47,7 +55,9 @@ def as_table(findings: list[Finding]) -> str:
     width = max((len(finding.about) for finding in findings), default=0)
     lines = [f"{finding.state:<8} {finding.about:<{width}}  {finding.text}" for finding in findings]
     problems = sum(finding.state == "problem" for finding in findings)
-    last = f"{problems} problem{'s' * (problems != 1)}; mend them before polca run" if problems else "no problem found"
+    notes = sum(finding.state == "note" for finding in findings)
+    last = f"no problem found{f'; {notes} to note' if notes else ''}"
+    last = f"{problems} problem{'s' * (problems != 1)}; mend them before polca run" if problems else last
     return "\n".join([*lines, "", last])
 
 
@@ -113,7 +123,8 @@ def check_checkpoints(
         findings += [Finding("note", "checkpoints", note) for note in getattr(checkpoints, "notes", list)()]
     headers = _headers(checkpoints, steps, findings)
     if not headers:
-        findings.append(Finding("note", "weights", "names and shapes can only be read with the weights"))
+        if all(finding.state != "problem" for finding in findings):
+            findings.append(Finding("note", "weights", "names and shapes can only be read with the weights"))
         return findings
     findings += _compare_layouts(headers, "problem" if checkpoints.token_loss is None else "note")
     size = sum(tensor.nbytes for tensors in headers.values() for tensor in tensors.values())
@@ -127,12 +138,11 @@ def check_checkpoints(
 def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
     """Check all that an analysis depends on: checkpoints, data, loss, derivatives and settings.
 
-    The loss of all examples is computed at the first and the last checkpoint; nothing is written.
+    The loss of all examples is computed at the first and the last checkpoint, and at all where that is quick.
     """
     checkpoints, loss = analysis.checkpoints.inner, analysis.checkpoints.token_loss
     findings = check_checkpoints(checkpoints, steps=analysis.steps, read=read)
-    first, last = analysis.steps[0], analysis.steps[-1]
-    theta = _attempt(findings, "weights", lambda: checkpoints.theta(first))
+    theta = _attempt(findings, "weights", lambda: checkpoints.theta(analysis.steps[0]))
     if theta is None:
         return findings
     # Count the tokens, and check that the loss can be taken apart and differentiated.
@@ -144,17 +154,11 @@ def check_analysis(analysis: Analysis, *, read: bool = False) -> list[Finding]:
     findings.append(
         Finding("ok", "tokens", f"{counts.sum():,} of {n_examples(batch):,} examples, {each} in an example")
     )
-    _attempt(findings, "tokens", lambda: analysis.with_places(counts))
-    # Compute the losses at both ends of the training. A loss that rises hints at wrong targets, or another model.
-    means = []
-    for step in (first, last):
-        point = theta if step == first else _attempt(findings, "weights", lambda: checkpoints.theta(last))
-        if point is not None:
-            found, mean = _check_losses(lambda part, point=point: loss(point, part), batch, counts, step)
-            findings, means = [*findings, found], [*means, mean]
-    if len(means) == 2 and means[1] >= means[0]:
-        text = f"the mean loss does not fall from step {first} to step {last}; is the model trained on such targets?"
-        findings.append(Finding("note", "losses", text))
+    table = _attempt(findings, "tokens", lambda: analysis.with_places(counts))
+    if table is not None and set(table) == set(PLACES):
+        text = "no table of tokens: the report can't name clusters or show contexts; give Subject(tokens=...)"
+        findings.append(Finding("note", "tokens", text))
+    _check_training(findings, analysis, theta, batch, counts, table)
     if analysis.settings.basis.kind in HESSIAN_KINDS:
         hessian, hessian_loss = to_device(analysis.hessian, theta.device), analysis.hessian_token_loss
         if _attempt(findings, "hessian", lambda: hessian_loss.check_data(theta, hessian, "hessian")) is not None:
@@ -186,7 +190,7 @@ def _attempt(findings: list[Finding], about: str, function: Callable[[], Any]) -
         except Exception as error:  # models and losses may raise anything
             text = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
             result = None
-            if all(finding.text != text for finding in findings):
+            if not any(finding.text.startswith(text) for finding in findings):
                 findings.append(Finding("problem", about, text))
     texts = [str(warning.message) for warning in told if warning.category is UserWarning]
     known = {finding.text for finding in findings}
@@ -198,12 +202,19 @@ def _headers(
     checkpoints: Checkpoints, steps: Sequence[int], findings: list[Finding]
 ) -> dict[int, Mapping[str, Tensor]]:
     """Names and shapes of the tensors of each checkpoint that can be read without its values."""
-    headers = {}
+    headers, told = {}, {}
     for step in steps:
         header = getattr(checkpoints, "header", lambda step: None)  # a class of somebody's own may have none
-        tensors = _attempt(findings, "weights", lambda step=step, header=header: header(step))
+        of_step: list[Finding] = []
+        tensors = _attempt(of_step, "weights", lambda step=step, header=header: header(step))
+        for finding in of_step:
+            told.setdefault(finding.text.replace(checkpoints.name(step), ""), []).append(finding)
         if tensors is not None:
             headers[step] = tensors
+    # What is wrong with all checkpoints is said once.
+    for first, *others in told.values():
+        more = f" (and {len(others)} more checkpoints alike)" if others else ""
+        findings.append(first._replace(text=first.text + more))
     return headers
 
 
@@ -271,16 +282,49 @@ def _check_values(checkpoints: Checkpoints, steps: list[int]) -> list[Finding]:
 
 
 @torch.no_grad()
-def _check_losses(
-    loss: Callable[[Batch], Tensor], batch: Batch, counts: Int[np.ndarray, " example"], step: int
-) -> tuple[Finding, float]:
-    """Mean and range of the losses at a checkpoint, or the first token whose loss is not finite; and the mean."""
-    losses, _ = losses_by_example(loss, batch, counts)
+def _check_training(
+    findings: list[Finding],
+    analysis: Analysis,
+    theta: Tensor,
+    batch: Batch,
+    counts: Int[np.ndarray, " example"],
+    table: pd.DataFrame | None,
+) -> None:
+    """Losses at both ends of training, and between them where that is quick: do checkpoints see what is learned?"""
+    checkpoints, loss, losses = analysis.checkpoints.inner, analysis.checkpoints.token_loss, {}
+
+    def measure(step: int) -> bool:
+        point = theta if step == first else _attempt(findings, "weights", lambda: checkpoints.theta(step))
+        if point is not None:
+            losses[step], _ = losses_by_example(lambda part: loss(point, part), batch, counts)
+        return point is not None
+
+    start, (first, *between, last) = time.perf_counter(), analysis.steps
+    measured = [step for step in (first, last) if measure(step)]
+    ends = [_judge_losses(losses[step], counts, step) for step in measured]
+    findings += ends
+    if len(measured) < 2 or any(finding.state == "problem" for finding in ends):
+        return
+    # A loss that rises hints at wrong targets, or another model.
+    if losses[last].mean() >= losses[first].mean():
+        text = f"the mean loss does not fall from step {first} to step {last}; is the model trained on such targets?"
+        findings.append(Finding("note", "losses", text))
+    elif (time.perf_counter() - start) * len(analysis.steps) / 2 > _SPACING_SECONDS:
+        findings.append(Finding("note", "spacing", "not measured, for want of time; the report will tell it"))
+    elif all(measure(step) for step in between):
+        every = [losses[step].double().cpu().numpy() for step in analysis.steps]
+        found = xr.Dataset({"loss": (("step", "token"), every)}, {"step": analysis.steps})
+        told = advice(checkpoint_spacing(found if table is None else found.assign_coords(as_coordinates(table))))
+        findings.append(Finding("ok" if told.startswith("fit") else "note", "spacing", told))
+
+
+def _judge_losses(losses: Tensor, counts: Int[np.ndarray, " example"], step: int) -> Finding:
+    """Mean and range of the losses at a checkpoint, or the first token whose loss is not finite."""
     if len(odd := (~losses.isfinite()).nonzero()[:, 0].tolist()):
         where = token_name(odd[0], counts)
         text = (
             f"step {step}: {losses[odd[0]].item()} for {where}, not finite for {len(odd):,} of {len(losses):,} tokens"
         )
-        return Finding("problem", "losses", text), math.nan
+        return Finding("problem", "losses", text)
     low, mean, high = losses.min().item(), losses.mean().item(), losses.max().item()
-    return Finding("ok", "losses", f"step {step}: mean {mean:.4g} nats, from {low:.3g} to {high:.4g}"), mean
+    return Finding("ok", "losses", f"step {step}: mean {mean:.4g} nats, from {low:.3g} to {high:.4g}")

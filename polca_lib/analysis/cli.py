@@ -76,7 +76,7 @@ def init(folder: Annotated[Path, typer.Argument(help="folder for the files")] = 
     with reported_errors():
         for file in write_starter(folder):
             typer.echo(f"wrote {file}")
-        typer.echo(f"next: cd {folder}; python my_run.py; polca plan; polca run")
+        typer.echo(f"next: cd {folder}; python my_run.py; polca check; polca plan; polca run")
 
 
 @app.command()
@@ -208,6 +208,16 @@ def report(
         _print(done, as_json)
 
 
+_MEANS = {
+    "checkpoints_fit": "whether checkpoints see what is learned",
+    "claimed": "sum of projected losses / true loss change",
+    "inside": "delivered: loss change of the movement inside the basis / true loss change",
+    "correlation": "of sum and true loss change, over tokens",
+    "still": "curves of a token along a vector that do not move",
+    "vectors_falling": "vectors along which the mean falls: only these are clustered",
+}
+
+
 def _print(done: dict[str, Any], as_json: bool) -> None:
     """Print results as JSON or as lines of text."""
     if as_json:
@@ -216,7 +226,9 @@ def _print(done: dict[str, Any], as_json: bool) -> None:
     values = {name: done[name] for name in ("folder", "report") if name in done} | done.get("summary", {})
     for name, value in values.items():
         if not isinstance(value, (list, dict)):
-            typer.echo(f"{name}: {value}")
+            typer.echo(f"{name}: {value}{f'  ({_MEANS[name]})' if name in _MEANS else ''}")
+    if values.get("checkpoints_fit") is False:
+        typer.echo("Clusters and breakthroughs tell little here: see checkpoints_advice.")
     for kind, summary in done.get("beside", {}).items():
         counts = (f"{name} {summary[name]}" for name in ("claimed", "inside", "vectors_with_clusters", "clusters"))
         typer.echo(f"beside, basis {kind}: {', '.join(counts)}")

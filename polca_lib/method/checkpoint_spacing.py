@@ -70,7 +70,8 @@ def advice(shares: pd.DataFrame) -> str:
         return f"not judged: the loss of no frequent kind of token falls by {LEAST_DROP} nats"
     kind, worst = judged["share"].idxmax(), judged.loc[judged["share"].idxmax()]
     kind = " ".join(str(kind).split())  # on one line
-    told = f"{kind} makes {worst['share']:.0%} of its loss drop between steps {worst['start']} and {worst['end']}"
+    whose = "make {:.0%} of their" if kind == "all tokens" else "makes {:.0%} of its"
+    told = f"{kind} {whose.format(worst['share'])} loss drop between steps {worst['start']} and {worst['end']}"
     if is_fit(shares):
         return f"fit for POLCA: {told}, the largest share of a frequent kind"
     return f"not fit for POLCA: {told} (allowed: below {MOST:.0%}); save more checkpoints there, or train more slowly"

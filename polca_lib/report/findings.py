@@ -22,7 +22,7 @@ from polca_lib.storage.columns import token_table
 _LONGEST = 80  # characters of a displayed value
 _TOP = 5  # displayed values per column of a cluster
 _KINDS = 50  # most values of a column that describes tokens
-_PLACES = ("example", "position")  # columns that do not describe tokens
+PLACES = ("example", "position")  # columns that do not describe tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +184,7 @@ def _kinds_of(projections: xr.Dataset) -> dict[str, np.ndarray]:
     """Columns of the token table that describe tokens: ``text``, and columns with few values."""
     columns = {}
     for name, column in token_table(projections).items():
-        if name not in _PLACES:
+        if name not in PLACES:
             values = np.array([shown(value) for value in column.tolist()], dtype=object)
             if name == "text" or len(set(values)) <= _KINDS:
                 columns[name] = values
@@ -196,8 +196,8 @@ def _phrases(columns: Mapping[str, np.ndarray], table: pd.DataFrame) -> dict[str
     phrases = {}
     if "text" in columns:
         phrases["text"] = np.array([quoted(text) for text in columns["text"]], object)
-        if {*_PLACES} <= {*table}:
-            phrases["pair"] = after(phrases["text"], *(table[name].to_numpy() for name in _PLACES))
+        if {*PLACES} <= {*table}:
+            phrases["pair"] = after(phrases["text"], *(table[name].to_numpy() for name in PLACES))
     others = {name: values for name, values in columns.items() if name != "text"}
     return phrases | {n: np.array([f"{shown(n)} {value}" for value in v], object) for n, v in others.items()}
 

@@ -1,6 +1,7 @@
 """``polca check`` on runs and folders that are awkward on purpose: it names what would go wrong, and where."""
 
 import json
+import re
 
 import faults
 import pytest
@@ -29,7 +30,9 @@ def run(tmp_path):
 
 def test_sound_run_has_no_problem(run):
     findings = check_file(run / "polca.toml")
-    assert told(findings) == told(findings, "note") == ""
+    assert told(findings) == ""
+    note = r"spacing: not fit for POLCA: .* makes? \d\d% of (its|their) loss drop between steps 0 and 20 .*"
+    assert re.fullmatch(note, told(findings, "note"))
     by_name = {finding.about: finding.text for finding in findings}
     assert by_name["steps"] == "7 checkpoints: 0, 20, 40, 60, 80, 100, 120, every 20"
     assert by_name["weights"] == "4 tensors, 212 numbers, alike in 7 of 7"
@@ -37,6 +40,34 @@ def test_sound_run_has_no_problem(run):
     assert by_name["hessian"] == "30 examples"
     assert sum(finding.about == "losses" for finding in findings) == 2
     assert not (run / "results").exists()  # nothing is written
+
+
+def test_checkpoints_that_see_what_is_learned_are_fit(run):
+    ends = [load_file(run / "checkpoints" / f"step-{step}.safetensors") for step in (0, 120)]
+    for step in range(0, 121, 5):  # on a straight line
+        weights = {name: torch.lerp(ends[0][name], ends[1][name], step / 120) for name in ends[0]}
+        save_file(weights, run / "checkpoints" / f"step-{step}.safetensors")
+    findings = check_file(run / "polca.toml")
+    assert [finding.state for finding in findings if finding.about == "spacing"] == ["ok"]
+
+
+def test_where_it_takes_long_the_spacing_is_not_measured(run, monkeypatch):
+    monkeypatch.setattr("polca_lib.analysis.check._SPACING_SECONDS", 0)
+    note = "spacing: not measured, for want of time; the report will tell it"
+    assert told(check_file(run / "polca.toml"), "note") == note
+
+
+def test_a_run_without_a_table_of_tokens_is_noted(run):
+    code = (run / "my_run.py").read_text()
+    (run / "my_run.py").write_text(code.replace(", tokens=tokens)", ")"))
+    assert "tokens: no table of tokens" in told(check_file(run / "polca.toml"), "note")
+
+
+def test_what_is_wrong_with_all_checkpoints_is_said_once(run):
+    for file in (run / "checkpoints").iterdir():
+        change(file, lambda t: {**t, "0.weight": torch.zeros(16, 9)})
+    (problem,) = told(check_file(run / "polca.toml")).splitlines()
+    assert problem.endswith("the model's is (16, 8) (and 6 more checkpoints alike)")
 
 
 def test_a_loss_that_rises_is_noted(run):
