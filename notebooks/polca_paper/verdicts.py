@@ -168,7 +168,7 @@ def judge_english(study: SavedStudy, kind: str = "POLCA second, raw") -> pd.Data
 
     Returns:
         Rows ``claim``, ``paper`` and ``ours`` (NaN where the paper has no number), ``holds`` (what it is cited for, or
-        the claim itself) and ``verdict``.
+        the claim itself) and ``verdict``; a claim about clusters of the exact loss is not run where there are none.
     """
     row, exact = (study.table("counts").set_index("kind").loc[name] for name in (kind, "exact loss, raw"))
     labels, pairs = (table[table["kind"] == kind] for table in (study.table("labels"), study.table("mirrored")))
@@ -191,9 +191,12 @@ def judge_english(study: SavedStudy, kind: str = "POLCA second, raw") -> pd.Data
         ("clusters of the exact loss have none, share", None, exact["hidden"], exact["hidden"] == 0, None),
     ]  # fmt: skip
     verdicts = []
-    for _, number, ours, holds, larger in claims:
+    for claim, number, ours, holds, larger in claims:
         matches = None if number is None else bool(abs(ours - number) <= SHARE)
         stronger = bool(larger and holds and ours > number)
-        verdicts.append(verdict(matches, None if holds is None else bool(holds), stronger))
+        judged = verdict(matches, None if holds is None else bool(holds), stronger)
+        verdicts.append(
+            "not run" if claim.startswith("clusters of the exact loss") and not exact["clusters"] else judged
+        )
     table = pd.DataFrame(claims, columns=["claim", "paper", "ours", "holds", "larger_is_stronger"])
     return table.drop(columns="larger_is_stronger").assign(verdict=verdicts)
