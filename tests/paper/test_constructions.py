@@ -16,6 +16,7 @@ from polca_paper.constructions import (
     judge_reading,
     knn_recall,
     majority_recall,
+    planted,
 )
 from sklearn.metrics import adjusted_rand_score
 
@@ -168,6 +169,19 @@ def test_on_the_other_half_the_cluster_chosen_before_is_judged_and_no_other():
     # Beyond itself nothing is told.
     row = judge_reading(labels, same, index < 20, first)
     assert (row["chosen_beyond"], row["held_out_beyond"], row["chosen_excess"]) == (0, 0, 0)
+
+
+def test_planted_clusters_are_as_pure_as_asked_and_found_where_the_group_leaves_room():
+    rng = np.random.default_rng(0)
+    known = pd.DataFrame({"free": rng.random(2000) < 0.2, "told": np.arange(2000) % 10 == 0})
+    group = known["told"].to_numpy()  # tells the second set, and nothing of the first
+    labels = planted(known, purity=0.5, recall=0.8)
+    for row, name in enumerate(known):
+        inside = labels[row].values == 1
+        assert known[name][inside].mean() == pytest.approx(0.5, abs=0.01)
+        assert inside[known[name]].mean() == pytest.approx(0.8, abs=0.01)
+    found = judge_reading(labels, known, group, np.arange(2000) < 1000)
+    assert (found["held_out_beyond"], found["found"]) == (1, "free")
 
 
 def test_without_any_cluster_nothing_is_found():
