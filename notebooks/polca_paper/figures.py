@@ -149,11 +149,11 @@ def polca_clusters(summary: xr.Dataset, vectors: Iterable[int], hidden_after: in
     ratios = {"width_ratios": [1, 1, 0.8], "height_ratios": heights}
     figure, grid = plt.subplots(len(heights), 3, figsize=(8.6, 2.4 * sum(heights)), squeeze=False, **ratios)
     if not vectors:
-        _say_empty(grid[0], "no vector has a cluster")
+        _say_empty(grid[0], "no direction has a cluster")
     for row, vector in zip(grid, vectors, strict=False):
         clusters = summary.sel(vector=vector)
         if not _numbers(clusters["tokens"]):
-            _say_empty(row, f"vector {vector}: no cluster")
+            _say_empty(row, f"direction {vector}: no cluster")
             continue
         for axes in row[:2]:
             axes.axvline(float(clusters["birth_step"]), color="black", linestyle=":", linewidth=1)
@@ -166,7 +166,7 @@ def polca_clusters(summary: xr.Dataset, vectors: Iterable[int], hidden_after: in
         _cluster_curves(row[0], clusters)
         exact = vector == 0  # stands for the exact loss itself
         row[0].set(ylabel="loss (nats)" if exact else "projected loss (nats)")
-        row[0].set_title("Exact loss" if exact else f"Vector {vector}")
+        row[0].set_title("Exact loss" if exact else f"Direction {vector}")
         row[1].set(ylabel="loss (nats)", title="their exact loss")
         draw_composition(row[2], clusters["tokens"])
     return figure

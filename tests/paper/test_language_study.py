@@ -255,7 +255,7 @@ def test_counts_and_verdicts_on_english_follow_from_the_tables(wikipedia, pipeli
     assert counts["corpus"] == wikipedia.task.description
     assert "task = " not in counts["preset"]
     verdicts = judge_english(kept, kind).set_index("claim")
-    falling = verdicts.loc["vectors whose mean falls, share"]
+    falling = verdicts.loc["directions whose mean falls, share"]
     assert falling["ours"] == row["kept"] / row["vectors"]
     assert (falling["verdict"] == "reproduced") == (abs(falling["ours"] - 26 / 30) <= 0.05)
     mirrored = verdicts.loc["there are clusters that mirror each other"]

@@ -268,14 +268,16 @@ def test_numbers_of_one_row_are_one_claim_and_most_of_them_decide():
     assert len(claim.printed) == 6
     assert not any("f1" in name for name in claim.printed)  # F1 follows from the others
     same = dict(printed[list(claim.printed)])
-    for missed, pure, verdict in (
-        (2, 0.95, "reproduced"),
-        (3, 0.95, "partly"),
-        (0, 0.5, "partly"),
-        (4, 0.5, "not reproduced"),
+    for missed, pure, p, verdict in (
+        (2, 0.95, 0.01, "reproduced"),
+        (3, 0.95, 0.01, "partly"),
+        (0, 0.5, 0.01, "partly"),
+        (0, 0.95, 0.2, "partly"),  # purer than the other, but no purer than its place and digit make it
+        (4, 0.5, 0.01, "not reproduced"),
     ):
         numbers = {name: value - (0.2 if i < missed else 0) for i, (name, value) in enumerate(same.items())}
-        judged = claim.judge(Made({**numbers, "POLCA: homogeneity 1": pure}))
+        null = [{"order": "first", "scaling": "raw", "rule": "v1", "p": p}]
+        judged = claim.judge(Made({**numbers, "POLCA: homogeneity 1": pure}, null=null))
         assert judged.verdict == verdict
         assert judged.within == 6 - missed
         assert judged.of == 6
@@ -288,6 +290,15 @@ def test_a_number_is_not_run_or_missed_for_want_of_clusters():
     assert claim.judge(Made({"vector 2: homogeneity": 0.9})).verdict == "reproduced"
     assert claim.judge(Made({"vector 2: homogeneity": 1.0})).verdict == "stronger here"
     assert claim.judge(Made({"vector 2: homogeneity": 0.82})).verdict == "partly"
+
+
+def test_in_the_plain_text_orders_are_compared_by_the_second_as_it_is_written(monkeypatch):
+    monkeypatch.delenv("POLCA_STUDIES", raising=False)
+    kept = [SavedStudy(name) for name in JUDGED["paper"][0]]
+    agreement = SavedStudy("paper-0").table("agreement").set_index(["order", "cadence"])["cosine"]
+    for reading, order in ((fit.PLAIN_TEXT, "second"), (fit.PLAIN_TEXT | {"scaling": "maximum"}, fit.SUMMED)):
+        ours = Evidence(kept, reading).number("second order: 1 - cosine")
+        assert ours == pytest.approx(1 - agreement.loc[(order, 20)])
 
 
 def test_no_clusters_are_no_evidence_that_the_loss_hides_carries():
