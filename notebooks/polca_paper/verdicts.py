@@ -177,7 +177,8 @@ def judge_english(study: SavedStudy, kind: str = "POLCA second, raw") -> pd.Data
     newline = ((labels["label_0"] == "SPACE") & (labels["inside"] > labels["outside"])).sum()
     paper, falling, mirrored = PAPER_ENGLISH, max(1, row["kept"]), len(pairs)
     claims = [
-        ("directions whose mean falls, share", paper["kept"] / paper["vectors"], row["kept"] / row["vectors"], None, None),
+        ("directions whose mean falls, share", paper["kept"] / paper["vectors"], row["kept"] / row["vectors"], None,
+         None),
         ("of those a simply labelled cluster, share; beyond chance", paper["simple_label"] / paper["kept"],
          row["simple_label"] / falling, row["simple_p"] <= 0.05, True),
         ("the same, labels of nothing but PAD apart; beyond chance", None, row["simple_words"] / falling,

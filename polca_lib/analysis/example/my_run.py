@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from polca_lib import Subject
 from polca_lib.tasks.grammar import VOCABULARY, document
 
-CONTEXT, WIDTH, STEPS, EVERY = 32, 64, 600, 20
+CONTEXT, WIDTH, STEPS = 32, 64, 400
 
 
 class Block(nn.Module):
@@ -71,20 +71,26 @@ def setup() -> Subject:
 
 
 def train() -> None:
-    """Train, and save a checkpoint every ``EVERY`` steps."""
+    """Train, and save a checkpoint whenever the mean loss has fallen by 0.05 nats, and at least every 15 steps."""
     torch.manual_seed(0)
-    model, windows = GPT(), text(seed=3, n=64 * STEPS // 10)
+    model, windows, watched = GPT(), text(seed=3, n=64 * STEPS // 10), text(seed=4, n=16)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1, (step + 1) / 100))
     folder = Path(__file__).parent / "checkpoints"
     folder.mkdir(exist_ok=True)
+    last, at_last = 0, float("inf")
     for step in range(STEPS + 1):
-        if step % EVERY == 0:
+        with torch.no_grad():
+            now = loss(model, watched).mean().item()
+        if at_last - now >= 0.05 or step - last >= 15 or step == STEPS:
             save_file(model.state_dict(), folder / f"step-{step}.safetensors")
+            last, at_last = step, now
         batch = windows[torch.randint(len(windows), (64,))]
         mean = loss(model, batch).mean()
         optimiser.zero_grad()
         mean.backward()
         optimiser.step()
+        warm_up.step()
         if step % 100 == 0:
             print(f"step {step}: loss {mean.item():.3f}")
 
