@@ -48,16 +48,12 @@ class Evidence:
         """Ours for each printed number. NaN is not run, infinite is run without a cluster to measure."""
         if not self._clustered:
             return pd.Series(dtype=float)
-        # Where curves of second order were not run, those of the sum stand for them; what compares orders was run.
-        as_written = [self.reading, self.reading | {"order": self.compared}]
-        curves, orders = fit.numbers(pd.DataFrame(as_written), self.studies).to_numpy()
+        # In the plain text, orders are compared by Eq. 6 as written. Curves of the sum stand for its curves, not run.
+        compared = "second" if self.reading == fit.PLAIN_TEXT else self.reading["order"]
+        readings = pd.DataFrame([self.reading, self.reading | {"order": compared}])
+        curves, orders = fit.numbers(readings, self.studies).to_numpy()
         printed = _printed()
         return pd.Series(np.where(printed["group"] == "second order", orders, curves), printed.index)
-
-    @property
-    def compared(self) -> str:
-        """The order that stands beside the first where orders are compared: in the plain text, Eq. 6 as written."""
-        return "second" if self.reading == fit.PLAIN_TEXT else self.reading["order"]
 
     def number(self, name: str) -> float:
         """Ours for a printed number, or NaN if there is no cluster to measure.

@@ -67,11 +67,6 @@ class SavedStudy:
         # A text may be "None" or "NA".
         return pd.read_csv(table_file(self.path, name), keep_default_na=False, na_values=[""]).assign(study=self.name)
 
-    @property
-    def has_clusters(self) -> bool:
-        """Whether curves and compositions of clusters are kept."""
-        return (self.path / "clusters.zarr.zip").exists()
-
     @cached_property
     def clusters(self) -> xr.Dataset:
         """See :func:`polca_paper.evidence.cluster_summary`."""

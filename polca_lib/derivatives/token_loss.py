@@ -95,7 +95,8 @@ class Subject:
 class MaskedLoss:
     """L(x) of the targets x that ``mask`` keeps, so that padding is not a token.
 
-    For a loss that is 0 at padding (``ignore_index``): ``MaskedLoss(loss, lambda batch: batch["labels"] != -100)``.
+    For a loss that is 0 at padding (``ignore_index``): ``MaskedLoss(loss, lambda batch: batch["labels"] != -100)``
+    (``[:, 1:]`` of the labels where the loss shifts them).
 
     Args:
         loss: as of :class:`TokenLoss`, of all targets.
