@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from polca_lib.method.clustering import by_vector
+from polca_lib.method.clustering import DROPPED, by_vector
 from polca_lib.method.settings import ClusteringSettings, check_window
 
 _MIRRORED = {"vector": int, "one": int, "other": int, "correlation": float, "share": float, "ratio": float}
@@ -84,14 +84,16 @@ def mark_hidden(
         hidden_after: tau, in steps: the mean exact loss is flat after it.
 
     Returns:
-        ``table`` with ``breakthrough`` (mean step over the cluster's tokens) and ``hidden``.
+        ``table`` with ``breakthrough`` (mean step over the cluster's tokens), ``hidden``, and ``late``: share of all
+        tokens kept along the vector that drop so late, as any do along one that moves late.
     """
     steps, labels = by_vector(breakthrough_step(trajectories, window)), by_vector(labels)
-    means = []
+    rows = []
     for row in table.itertuples():
-        inside = labels.sel(vector=row.vector).values == row.cluster
-        means.append(float(steps.sel(vector=row.vector).values[inside].mean()))
-    return table.assign(breakthrough=means, hidden=[mean > hidden_after for mean in means])
+        own, label = steps.sel(vector=row.vector).values, labels.sel(vector=row.vector).values
+        rows.append((own[label == row.cluster].mean(), (own[label != DROPPED] > hidden_after).mean()))
+    means, late = np.array(rows, float).reshape(-1, 2).T
+    return table.assign(breakthrough=means, hidden=means > hidden_after, late=late)
 
 
 def mirrored(curves: xr.DataArray, *, threshold: float = -0.5, at_least: float = 0.1, window: int = 1) -> pd.DataFrame:

@@ -68,8 +68,8 @@ class Findings:
         ``label`` (see :func:`polca_lib.report.labels.write_label`), ``labelled`` (whether the label tells it apart),
         ``told_by_loss`` (the largest F1, 2 n_both / (n_one + n_other), with a cluster of ``loss_clusters``: 1 if the
         change in loss gives the same cluster without any basis), ``made_of`` (most frequent texts, and values of the
-        most distinctive column), ``breakthrough`` (mean step at which the sharpest drop starts; NaN with too few
-        checkpoints for the window) and ``hidden`` (whether the mean loss was flat by then, v3 Eq. 10).
+        most distinctive column), and ``breakthrough`` (NaN with too few checkpoints for the window), ``hidden`` and
+        ``late`` of :func:`polca_lib.method.breakthroughs.mark_hidden`.
         """
         columns, ends, rows = _kinds_of(self.projections), by_vector(self.curves.isel(step=-1)), []
         kept, phrases = by_vector(self.labels) != DROPPED, _phrases(columns, token_table(self.projections))
@@ -88,7 +88,7 @@ class Findings:
             table = mark_hidden(table, self.labels, self.curves, self.clustering.breakthrough_window, after)
         except ValueError as error:  # too few checkpoints for the window, or it does not fit their cadence
             warnings.warn(f"breakthroughs are left out: clustering.breakthrough_{error}", stacklevel=2)
-            table = table.assign(breakthrough=np.nan, hidden=False)
+            table = table.assign(breakthrough=np.nan, hidden=False, late=np.nan)
         table["hidden"] = table["hidden"].astype(bool)
         return table.sort_values(["hidden", "tokens"], ascending=False, kind="stable").reset_index(drop=True)
 

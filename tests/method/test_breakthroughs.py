@@ -6,6 +6,7 @@ from cases import sigmoid_drop
 from polca_paper.homogeneity import cluster_breakthroughs
 
 from polca_lib.method.breakthroughs import breakthrough_step, flat_after, hidden_threshold, mark_hidden
+from polca_lib.method.clustering import DROPPED, OUTLIER
 from polca_lib.method.settings import ClusteringSettings
 
 STEPS = np.arange(0, 401, 20)
@@ -73,6 +74,14 @@ def test_cluster_is_hidden_if_its_mean_breakthrough_is_past_tau():
     assert mark_hidden(TABLE, labels, curves, window=20, hidden_after=220)["hidden"].tolist() == [False, False]
 
 
+def test_beside_a_hidden_cluster_stands_how_many_tokens_drop_so_late():
+    curves = trajectories(hinge(100, 220), hinge(200, 300), hinge(240, 300), hinge(240, 300))
+    labels = xr.DataArray([OUTLIER, 2, 2, DROPPED], dims="token")  # an outlier is kept, a dropped token is not
+    marked = mark_hidden(TABLE.tail(1), labels, curves, window=20, hidden_after=210)
+    assert marked["hidden"].tolist() == [True]
+    assert marked["late"].tolist() == pytest.approx([1 / 3])
+
+
 def test_clusters_are_looked_up_in_their_own_vector():
     one, two = trajectories(hinge(100, 220), hinge(200, 300)), trajectories(hinge(140, 220), hinge(60, 300))
     curves = xr.concat([one, two], dim="vector").assign_coords(vector=[3, 7])
@@ -84,7 +93,7 @@ def test_clusters_are_looked_up_in_their_own_vector():
 def test_no_clusters_give_an_empty_table_with_the_same_columns():
     labels = xr.DataArray([-1, -2], dims="token")
     marked = mark_hidden(TABLE.head(0), labels, trajectories(hinge(100, 220), hinge(60, 80)), 20, 0)
-    assert marked.columns.tolist() == ["vector", "cluster", "breakthrough", "hidden"]
+    assert marked.columns.tolist() == ["vector", "cluster", "breakthrough", "hidden", "late"]
     assert len(marked) == 0
 
 
