@@ -31,10 +31,11 @@ CLUSTER_HEADERS = {
     "counts_v3": "counts (v3)",
     "breakthrough": "drop starts (step)",
     "hidden": "hidden",
+    "late": "tokens so late",
 }
 """Columns of :func:`polca_paper.homogeneity.cluster_breakthroughs`, in a reader's words."""
 
-CLUSTER_FORMATS = dict.fromkeys(("homogeneity", "recall", "f1", "in_places"), ".2f") | {"breakthrough": ",.0f"}
+CLUSTER_FORMATS = dict.fromkeys(("homogeneity", "recall", "f1", "in_places"), ".2f") | {"breakthrough": ",.0f", "late": ".0%"}
 
 
 def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
@@ -67,9 +68,9 @@ def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
     Returns:
         ``homogeneity_v1_1`` ... ``f1_v3_3``: measures of the three best clusters, by v1's and by v3's rule (see
         :func:`polca_paper.homogeneity.most_homogeneous`); NaN where there are fewer. ``base_rate``: share of carry
-        tokens among all that were not dropped. ``hidden``: share of clusters with a hidden breakthrough. ``clusters``,
-        and ``vectors`` that have tokens left. ``dropped`` before HDBSCAN and ``outliers`` of it: tokens, mean over
-        those vectors.
+        tokens among all that were not dropped. ``hidden``: share of clusters with a hidden breakthrough. ``late``: of
+        tokens along them, mean over clusters. ``clusters``, and ``vectors`` that have tokens left. ``dropped`` before
+        HDBSCAN and ``outliers`` of it: tokens, mean over those vectors.
     """
     row = {}
     for rule in ("v1", "v3"):
@@ -79,6 +80,7 @@ def strategy_row(labels: xr.DataArray, table: pd.DataFrame) -> pd.Series:
     each = by_vector(labels)
     kept = (each != DROPPED).any("token")
     row |= {"base_rate": base_rate(labels), "hidden": table["hidden"].mean() if len(table) else np.nan}
+    row["late"] = table["late"].mean()
     row |= {"clusters": len(table), "vectors": int(kept.sum())}
     for name, label in (("dropped", DROPPED), ("outliers", OUTLIER)):
         row[name] = float((each == label).sum("token").where(kept).mean())
