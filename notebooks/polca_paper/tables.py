@@ -35,7 +35,8 @@ CLUSTER_HEADERS = {
 }
 """Columns of :func:`polca_paper.homogeneity.cluster_breakthroughs`, in a reader's words."""
 
-CLUSTER_FORMATS = dict.fromkeys(("homogeneity", "recall", "f1", "in_places"), ".2f") | {"breakthrough": ",.0f", "late": ".0%"}
+CLUSTER_FORMATS = dict.fromkeys(("homogeneity", "recall", "f1", "in_places"), ".2f")
+CLUSTER_FORMATS |= {"breakthrough": ",.0f", "late": ".0%"}
 
 
 def loss_quantiles(loss: xr.DataArray, kinds: Sequence[str] = ("skill", "place")) -> pd.DataFrame:
