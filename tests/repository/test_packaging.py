@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,8 @@ import papermill
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import polca_lib
 
@@ -55,6 +58,15 @@ def test_constraints_pin_every_dependency_within_its_bounds():
     for name, bounds in declared().items():
         assert Requirement(f"{name}{bounds}").specifier.contains(pins[name.lower()]), name
     assert pins["torch"] == "2.13.0"
+
+
+def test_what_is_pinned_takes_the_oldest_python_that_the_project_takes():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {canonicalize_name(line.partition("==")[0]) for line in lines if line and not line.startswith("#")}
+    asked = {one.name: one.metadata["Requires-Python"] for one in distributions()}
+    oldest = PROJECT["requires-python"].removeprefix(">=").partition(",")[0] + ".0"
+    late = {name: bounds for name, bounds in asked.items() if bounds and oldest not in SpecifierSet(bounds)}
+    assert not [name for name in late if canonicalize_name(name) in pins]
 
 
 def rooms():
