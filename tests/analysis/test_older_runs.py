@@ -15,10 +15,15 @@ from polca_lib.tasks.settings import RunSettings
 MADE = Path(__file__).parent / "data" / "runs-0.1.tar.xz"
 
 
+def unpack(folder):
+    """Unpack the runs; Python before 3.11.4 has no filters."""
+    with tarfile.open(MADE) as archive:
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    with tarfile.open(MADE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(tmp_path)
     monkeypatch.setattr(PieceStore, "write", lambda *a, **k: pytest.fail("a piece was computed again"))
     return tmp_path
 

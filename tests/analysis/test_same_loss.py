@@ -283,12 +283,9 @@ def test_unfinished_results_on_a_read_only_disk_name_the_lock(tmp_path, checkpoi
 
 
 def test_finished_run_of_version_01_is_compared_too(tmp_path):
-    import tarfile
+    from test_older_runs import unpack
 
-    from test_older_runs import MADE
-
-    with tarfile.open(MADE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(tmp_path)
     analysis = open_analysis(tmp_path / "own" / "polca.toml")
     assert analysis.labels.shape == (24, 80)
     about = analysis.provenance()["value"]

@@ -63,7 +63,7 @@ def test_constraints_pin_every_dependency_within_its_bounds():
 def test_what_is_pinned_takes_the_oldest_python_that_the_project_takes():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {canonicalize_name(line.partition("==")[0]) for line in lines if line and not line.startswith("#")}
-    asked = {one.name: one.metadata["Requires-Python"] for one in distributions()}
+    asked = {one.name: one.metadata.get("Requires-Python") for one in distributions()}
     oldest = PROJECT["requires-python"].removeprefix(">=").partition(",")[0] + ".0"
     late = {name: bounds for name, bounds in asked.items() if bounds and oldest not in SpecifierSet(bounds)}
     assert not [name for name in late if canonicalize_name(name) in pins]
