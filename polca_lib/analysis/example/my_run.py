@@ -65,7 +65,7 @@ def setup() -> Subject:
     """Model, loss and data for `polca`; it reads the weights from the checkpoints."""
     validation = text(seed=1, n=100)
     tokens = pd.DataFrame({"text": [VOCABULARY[word] for word in validation[:, 1:].flatten()]})
-    tokens[["example", "position"]] = np.argwhere(np.ones((100, CONTEXT - 1))) + np.array([0, 1])
+    tokens["example"], tokens["position"] = np.divmod(np.arange(len(tokens)), CONTEXT - 1)
     return Subject(GPT().eval(), loss, validation, hessian=text(seed=2, n=50), tokens=tokens)
 
 
