@@ -15,6 +15,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Every test and every page starts processes that import torch: without compiled files, each would compile it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: book runs test lint notebooks validate studies faults benchmarks clean
 .DEFAULT_GOAL := book
 

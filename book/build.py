@@ -29,6 +29,7 @@ import papermill
 from plotly.offline import get_plotlyjs
 from polca_paper.tables import results_folder
 from traitlets.config import Config
+from warm_kernels import warm_kernels
 
 from polca_lib.report.explorer import PLOTLY_FILE
 from polca_lib.storage.hashing import hash_json
@@ -43,7 +44,7 @@ KEPT = ("07", "08", "09", "10", "11", "12", "15", "18", "19", "20")
 """Pages of kept studies and records alone: they show the same at every preset, and on every machine."""
 
 
-def make(source: Path, target: Path, parameters: dict[str, Any]) -> None:
+def make(source: Path, target: Path, parameters: dict[str, Any], kernel: str) -> None:
     """Take a page of kept studies as it is in the repository if nothing has changed that it shows; else execute it."""
     notebook = nbformat.read(source, 4)
     about = notebook.metadata.get("polca", {})
@@ -51,7 +52,7 @@ def make(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     asked = {name: value for name, value in parameters.items() if own.get(name, value) != value and name != "preset"}
     now = {"executed": fingerprint(notebook, "laptop"), "shown": shown_files()}
     if source.name[:2] not in KEPT or asked or now != {name: about.get(name) for name in now}:
-        execute(source, target, parameters)
+        execute(source, target, parameters, kernel)
         return
     print(f"unchanged: {source.name}", flush=True)
     note = "This build did not execute this page again: neither the page nor any study has changed since (hash `{}`)."
@@ -70,7 +71,7 @@ def shown_files() -> str:
     return hash_json({str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in kept.items()})[:12]
 
 
-def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
+def execute(source: Path, target: Path, parameters: dict[str, Any], kernel: str = "python3") -> None:
     """Execute one notebook with those of ``parameters`` that it has and that differ from its own.
 
     Raises:
@@ -85,7 +86,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
                 str(source),
                 str(target),
                 {name: value for name, value in parameters.items() if name in own and own[name] != value},
-                kernel_name="python3",
+                kernel_name=kernel,
                 cwd=str(ROOT),
                 progress_bar=False,
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
@@ -203,11 +204,13 @@ def main() -> None:
     folder = arguments.output.resolve() / arguments.preset
     shutil.rmtree(folder / "source", ignore_errors=True)
     place = ROOT / "notebooks" if arguments.in_place else folder / "source" / "notebooks"
-    # Threads of one kernel that wait for work must not keep the other from it.
+    # Threads of one kernel that wait for work must not keep the other from it, nor two kernels one another.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(joblib.cpu_count() // AT_ONCE, 1)))
     way = execute if arguments.in_place else make
-    own = (joblib.delayed(way)(notebook, place / notebook.name, parameters) for notebook in notebooks)
-    joblib.Parallel(n_jobs=AT_ONCE, batch_size=1)(own)
+    with warm_kernels() as kernel:
+        own = (joblib.delayed(way)(notebook, place / notebook.name, parameters, kernel) for notebook in notebooks)
+        joblib.Parallel(n_jobs=AT_ONCE, batch_size=1)(own)
     if arguments.in_place:
         export_figure(ROOT / "notebooks" / "06_orders.ipynb", "fig-carry", ROOT / README_PICTURE)
     else:

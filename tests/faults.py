@@ -113,7 +113,7 @@ def work(folder, log, stages=("basis", "projections", "labels", "report"), befor
 
 _FORK = multiprocessing.get_context("forkserver")
 # What a process needs is imported once, in the server that others are forked from.
-_FORK.set_forkserver_preload(["polca_lib.analysis.runfile", "faults"])
+_FORK.set_forkserver_preload(["polca_lib.analysis.runfile", "torch._dynamo", "dask.array", "plotly.io", "faults"])
 
 
 def start(folder, **settings):

@@ -278,9 +278,8 @@ class Analysis:
             return stored["cluster"].load()
 
         def cluster(index: int) -> None:
-            curves = projected_loss(projections.isel(vector=[index]), settings.order)
-            labels = cluster_tokens(curves.isel(vector=0), settings)
-            PieceStore.open(path).write(index, cluster=labels.values)
+            curves = projected_loss(projections.isel(vector=[index]), settings.order).isel(vector=0)
+            PieceStore.open(path).write(index, cluster=cluster_tokens(curves, settings).values)
 
         coords = {name: values for name, values in projections.coords.items() if "step" not in values.dims}
         variables = {"cluster": (("vector", "token"), "int64")}
@@ -293,10 +292,9 @@ class Analysis:
     @cached_property
     def hidden_after(self) -> int | None:
         """Step after which the mean loss is flat and breakthroughs are hidden, or none if the loss never falls."""
-        try:
+        with contextlib.suppress(ValueError):
             return hidden_threshold(self.projections["loss"], self.clustering)
-        except ValueError:
-            return None
+        return None
 
     @cached_property
     def findings(self) -> Findings:

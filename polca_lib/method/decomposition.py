@@ -55,7 +55,7 @@ def polca(projections: xr.Dataset, order: Order = "second") -> xr.DataArray:
             "order = 'exact' needs the curvature of every token, but this run measured it on a sample; allowed here: "
             "first, second, trapezoid. Run it with projection.curvature_examples = None"
         )
-    gradient, movement = projections["gradient"], _intervals(projections["movement"])
+    gradient, movement = projections["gradient"].compute(), _intervals(projections["movement"])  # read once
     first = _intervals(gradient) * movement
     if order == "first":
         return _finish(first, order)

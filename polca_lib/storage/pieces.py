@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,8 +88,9 @@ class PieceStore:
 
     def _open(self) -> None:
         """Read the names, dimensions and blocks of the variables from the metadata."""
-        self._group = zarr.open_group(zarr_store(self.path), mode="r", zarr_format=2)
-        about, key = self._group.attrs, key_of(self.path.parent)
+        group = zarr.open_group(zarr_store(self.path), mode="r", zarr_format=2)
+        self._array = functools.cache(group.__getitem__)  # which would read the metadata of the array each time
+        about, key = group.attrs, key_of(self.path.parent)
         self._key: str | None = about.get("key")
         if self._key and key and self._key != key:
             raise DamagedFile(
@@ -98,35 +100,35 @@ class PieceStore:
         self.variables: list[str] = list(about["pieces"])
         self.attrs: dict[str, Any] = {name: about[name] for name in about if name not in ABOUT}
         self._dim, self._block = about["dim"], about["block"]
-        self._dims = {name: list(self._group[name].attrs["_ARRAY_DIMENSIONS"]) for name in self.variables}
+        self._dims = {name: list(self._array(name).attrs["_ARRAY_DIMENSIONS"]) for name in self.variables}
         self.parts: int = about["parts"]  # number of pieces per index of dim
         self.blocks = [slice(None)]  # range of each block along the second dimension
         if self.parts > 1:
             dim, size = self._block
-            total = next(self._group[name].shape[dims.index(dim)] for name, dims in self._dims.items() if dim in dims)
+            total = next(self._array(name).shape[dims.index(dim)] for name, dims in self._dims.items() if dim in dims)
             self.blocks = [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
     @cached_property
-    def _writable(self) -> zarr.Group:
-        """The same group for writing, opened when it is needed: a finished store may be on a read-only disk."""
-        return zarr.open_group(zarr_store(self.path), mode="r+", zarr_format=2)
+    def _writable(self) -> Callable[[str], zarr.Array]:
+        """The same arrays for writing, opened when they are needed: a finished store may be on a read-only disk."""
+        return functools.cache(zarr.open_group(zarr_store(self.path), mode="r+", zarr_format=2).__getitem__)
 
     @property
     def pieces(self) -> int:
         """Total number of pieces."""
-        return self._group["_done"].shape[0]
+        return self._array("_done").shape[0]
 
     def done(self) -> np.ndarray:
         """Whether each piece is written, (piece,); a piece with a damaged mark is not."""
         try:
-            return self._group["_done"][:]
+            return self._array("_done")[:]
         except (RuntimeError, ValueError):
             return np.array([self.is_done(piece) for piece in range(self.pieces)])
 
     def is_done(self, piece: int) -> bool:
         """Whether one piece is written."""
         try:
-            return bool(self._group["_done"][piece])
+            return bool(self._array("_done")[piece])
         except (RuntimeError, ValueError):
             return False
 
@@ -146,7 +148,7 @@ class PieceStore:
         if unknown := values.keys() - set(names):
             raise KeyError(f"{sorted(unknown)} are not variables of piece {piece} of {self.path}; allowed: {names}")
         for name in names:
-            array, value = self._group[name], np.asarray(values.get(name, np.nan))
+            array, value = self._array(name), np.asarray(values.get(name, np.nan))
             region = zip(self._region(name, piece), array.shape, strict=True)
             shape = tuple(len(range(size)[at]) for at, size in region if isinstance(at, slice))
             given = name in values and value.shape != shape
@@ -160,10 +162,10 @@ class PieceStore:
             # Write chunks of fill values, too: then a missing chunk is a lost one.
             with zarr.config.set({"array.write_empty_chunks": True}):
                 for name in names:
-                    self._writable[name][self._region(name, piece)] = values.get(name, np.nan)
+                    self._writable(name)[self._region(name, piece)] = values.get(name, np.nan)
                 if self._key is not None:
-                    self._writable["_sha256"][piece] = self._checksum(piece, dict.fromkeys(names, np.nan) | values)
-                self._writable["_done"][piece] = True
+                    self._writable("_sha256")[piece] = self._checksum(piece, dict.fromkeys(names, np.nan) | values)
+                self._writable("_done")[piece] = True
         except OSError as error:
             problem = f"{error.strerror or error}: piece {piece} was not written, finished pieces stay"
             raise OSError(error.errno, f"{problem}; fix the cause and run again", str(self.path)) from error
@@ -171,9 +173,9 @@ class PieceStore:
     def describe(self, piece: int) -> str:
         """Name the coordinates of a piece, for messages."""
         index, part = divmod(piece, self.parts)
-        text = f"{self._dim} {self._group[self._dim][index]}"
+        text = f"{self._dim} {self._array(self._dim)[index]}"
         if self.parts > 1 and part < len(self.blocks):
-            values = self._group[self._block[0]][self.blocks[part]]
+            values = self._array(self._block[0])[self.blocks[part]]
             text += f", {self._block[0]}s {values[0]} to {values[-1]}"
         return text
 
@@ -192,8 +194,8 @@ class PieceStore:
         if self._key is None:
             return True
         try:
-            content = {name: self._group[name][self._region(name, piece)] for name in self._names(piece)}
-            return bool((self._group["_sha256"][piece] == self._checksum(piece, content)).all())
+            content = {name: self._array(name)[self._region(name, piece)] for name in self._names(piece)}
+            return bool((self._array("_sha256")[piece] == self._checksum(piece, content)).all())
         except (RuntimeError, ValueError):
             return False
 
@@ -201,7 +203,7 @@ class PieceStore:
         """SHA-256 of the values of a piece and of the place they belong to, as 32 bytes."""
         digest = hashlib.sha256(json.dumps([self._key, piece]).encode())
         for name in sorted(values):
-            array, region = self._group[name], self._region(name, piece)
+            array, region = self._array(name), self._region(name, piece)
             shape = [len(range(n)[at]) for n, at in zip(array.shape, region, strict=True) if isinstance(at, slice)]
             digest.update(json.dumps([name, str(array.dtype), shape]).encode())
             value = np.broadcast_to(np.asarray(values[name], array.dtype), shape)
@@ -212,7 +214,7 @@ class PieceStore:
         """Paths of the files of a piece, relative to the store, and the size of their values in bytes."""
         files = {}
         for name in self._names(piece):
-            array = self._group[name]
+            array = self._array(name)
             starts = [at if isinstance(at, int) else at.start or 0 for at in self._region(name, piece)]
             chunk = [start // size for start, size in zip(starts, array.chunks, strict=True)]
             files[f"{name}/{'.'.join(map(str, chunk))}"] = math.prod(array.chunks) * array.dtype.itemsize
@@ -227,7 +229,7 @@ class PieceStore:
             partial.unlink(missing_ok=True)  # an orphaned worker may end meanwhile
         files: list[Path] = []
         for piece, damaged in self.damaged().items():
-            self._writable["_done"][piece] = False
+            self._writable("_done")[piece] = False
             files += damaged
         if files:
             warnings.warn(f"{len(files)} files are damaged and will be recomputed, such as {files[0]}", stacklevel=2)
@@ -240,7 +242,7 @@ class PieceStore:
         for name in ABOUT:
             dataset.attrs.pop(name, None)
         for name in self.variables:
-            array = indexing.LazilyIndexedArray(_Stored(self._group[name], self.path / name))
+            array = indexing.LazilyIndexedArray(_Stored(self._array(name), self.path / name))
             dataset[name] = xr.Variable(self._dims[name], array, dataset[name].attrs)
         return dataset[sorted(dataset.variables)]  # Zarr lists them in no fixed order
 
@@ -254,7 +256,7 @@ class PieceStore:
             store = PieceStore.open(path)
         except (FileNotFoundError, DamagedFile):
             return None
-        arrays = [store._group[name] for name in store.variables]
+        arrays = [store._array(name) for name in store.variables]
         complete = store.done().all() and all(array.nchunks_initialized >= array.nchunks for array in arrays)
         return store.dataset() if complete else None
 

@@ -251,7 +251,7 @@ def kill_between_variables(patch, n):
     def torn(self, index, **values):
         calls.append(1)
         if len(calls) == n:
-            self._writable["vectors"][index] = values["vectors"]
+            self._writable("vectors")[index] = values["vectors"]
             raise KeyboardInterrupt
         write(self, index, **values)
 

@@ -3,16 +3,13 @@
 import base64
 import json
 import re
-import runpy
-from pathlib import Path
 
+import build
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from polca_paper import page as module
 from polca_paper.page import Page, number
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -118,7 +115,6 @@ def test_page_ends_with_what_made_it_and_writes_its_numbers(page, shown, tmp_pat
 
 
 def test_book_keeps_pictures_and_tables_in_files_and_drops_what_it_does_not_use(tmp_path):
-    lighten = runpy.run_path(str(ROOT / "book" / "build.py"))["lighten"]
     picture, table = (base64.b64encode(data).decode() for data in (b"<svg/>", b"a\n1\n"))
     page = (
         '<script src="_static/fontawesome.js"></script><script src="own.js"></script>'
@@ -128,7 +124,7 @@ def test_book_keeps_pictures_and_tables_in_files_and_drops_what_it_does_not_use(
         '<a href="https://example.org/a.ipynb">away</a>'
     )
     (tmp_path / "notebooks").mkdir()
-    light = lighten(page, tmp_path / "notebooks", tmp_path)
+    light = build.lighten(page, tmp_path / "notebooks", tmp_path)
     files = re.findall(r'(?:src|href)="(\.\./_images/[^"]+)"', light)
     assert [(tmp_path / "notebooks" / file).read_bytes() for file in files] == [b"<svg/>", b"a\n1\n"]
     assert re.findall(r"<script[^>]*>", light) == ['<script src="own.js">']

@@ -4,13 +4,13 @@ import ast
 import csv
 import json
 import re
-import runpy
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
 
+import build
 import nbformat
 import papermill
 import pytest
@@ -23,7 +23,6 @@ import polca_lib
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-BUILD = runpy.run_path(str(ROOT / "book" / "build.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Who may import whom: a file imports its own folder and those to its left.
@@ -205,26 +204,26 @@ def test_notebook_shows_what_its_code_cells_gave(path):
     notebook = nbformat.read(path, 4)
     executed = notebook.metadata.get("polca", {}).get("executed")
     stale = f"{path.name} was changed, or settings of its run were, after it was executed: run make notebooks"
-    assert executed == BUILD["fingerprint"](notebook, "laptop"), stale
+    assert executed == build.fingerprint(notebook, "laptop"), stale
 
 
 def test_a_fingerprint_is_of_code_and_settings_but_not_of_prose():
     notebook = nbformat.read(NOTEBOOKS[0], 4)
-    first = BUILD["fingerprint"](notebook, "laptop")
+    first = build.fingerprint(notebook, "laptop")
     next(c for c in notebook.cells if c.cell_type == "markdown").source += " More prose."
-    assert BUILD["fingerprint"](notebook, "laptop") == first
-    assert BUILD["fingerprint"](notebook, "smoke") != first
+    assert build.fingerprint(notebook, "laptop") == first
+    assert build.fingerprint(notebook, "smoke") != first
     next(c for c in notebook.cells if c.cell_type == "code").source += "\n1 + 1"
-    assert BUILD["fingerprint"](notebook, "laptop") != first
+    assert build.fingerprint(notebook, "laptop") != first
 
 
 @pytest.mark.parametrize("change", ["", "code", "study", "parameter", "preset"])
 def test_a_page_of_kept_studies_is_executed_only_if_something_that_it_shows_has_changed(change, tmp_path, monkeypatch):
     monkeypatch.setenv("POLCA_RESULTS", str(tmp_path))
-    executed, inside = [], BUILD["make"].__globals__
-    monkeypatch.setitem(inside, "execute", lambda source, target, parameters: executed.append(source))
+    executed = []
+    monkeypatch.setattr(build, "execute", lambda source, *arguments: executed.append(source))
     notebook = nbformat.read(ROOT / "notebooks" / "10_chance.ipynb", 4)
-    notebook.metadata["polca"]["shown"] = inside["shown_files"]()
+    notebook.metadata["polca"]["shown"] = build.shown_files()
     if change == "code":
         notebook.cells[-1].source += "\n1 + 1"
     if change == "study":
@@ -232,7 +231,7 @@ def test_a_page_of_kept_studies_is_executed_only_if_something_that_it_shows_has_
     nbformat.write(notebook, tmp_path / "10_chance.ipynb")
     parameters = {"preset": "smoke" if change == "preset" else "laptop"}
     parameters |= {"study": "paper-whole"} if change == "parameter" else {}
-    BUILD["make"](tmp_path / "10_chance.ipynb", tmp_path / "made" / "10_chance.ipynb", parameters)
+    build.make(tmp_path / "10_chance.ipynb", tmp_path / "made" / "10_chance.ipynb", parameters, "python3")
     assert bool(executed) == (change in ("code", "study", "parameter"))
     if not executed:
         made = nbformat.read(tmp_path / "made" / "10_chance.ipynb", 4)
