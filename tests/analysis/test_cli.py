@@ -123,14 +123,13 @@ def test_starter_runs_as_it_is(tmp_path):
     again = polca("init", "mine", cwd=tmp_path)
     assert again.exit_code == 2
     assert "polca.toml is there already" in again.stderr
-    code = (
-        (tmp_path / "mine" / "my_run.py")
-        .read_text()
-        .replace("STEPS, EVERY = 32, 64, 600, 20", "STEPS, EVERY = 32, 64, 40, 10")
-    )
-    (tmp_path / "mine" / "my_run.py").write_text(code)
-    settings = (tmp_path / "mine" / "polca.toml").read_text().replace("n_vectors = 6", "n_vectors = 2")
-    (tmp_path / "mine" / "polca.toml").write_text(settings)
+    for name, written, shorter in (
+        ("my_run.py", "STEPS = 32, 64, 400", "STEPS = 32, 64, 60"),
+        ("polca.toml", "n_vectors = 6", "n_vectors = 2"),
+    ):
+        text = (tmp_path / "mine" / name).read_text()
+        assert text.count(written) == 1
+        (tmp_path / "mine" / name).write_text(text.replace(written, shorter))
     subprocess.run([sys.executable, "my_run.py"], check=True, cwd=tmp_path / "mine")
     done = polca("run", cwd=tmp_path / "mine")
     assert done.exit_code == 0, done.stderr

@@ -273,7 +273,7 @@ def test_finished_results_open_on_a_read_only_disk(tmp_path, checkpoints, read_o
 def test_unfinished_results_on_a_read_only_disk_name_the_lock(tmp_path, checkpoints, read_only):
     run = analyse(tmp_path, checkpoints)
     run.basis  # noqa: B018
-    PieceStore.open(run._basis.path / "basis.zarr")._writable["_done"][1] = False
+    PieceStore.open(run._basis.path / "basis.zarr")._writable("_done")[1] = False
     read_only(tmp_path / "run")
     with pytest.raises(OSError, match=r"Read-only file system: it can't be written or locked.*\.lock"):
         analyse(tmp_path, checkpoints).basis  # noqa: B018
