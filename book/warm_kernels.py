@@ -8,6 +8,7 @@ The imports of a page take several seconds, and there are some twenty pages. Oth
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -27,6 +29,9 @@ IMPORTS = (
     "polca_paper.study",
     "polca_paper.verdicts",
     "polca_lib.tasks.run",
+    "transformer_lens",  # and all else that takes seconds, and that the others import when they need it
+    "torch._dynamo",
+    "dask.array",
 )
 
 
@@ -64,8 +69,10 @@ def warm_kernels() -> Iterator[str]:
 def serve(listener: socket.socket) -> None:
     """Import what pages need, then fork a kernel for each connection. Connections made before wait."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # kernels that end are not waited for
-    for name in IMPORTS:
-        import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as pages do, which leave standard error out
+        for name in IMPORTS:
+            import_module(name)
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -97,6 +104,8 @@ def be_kernel(connection: socket.socket) -> None:
 
     threading.Thread(target=obey, daemon=True).start()
     import_module("ipykernel.kernelapp").launch_new_instance()
+    atexit._run_exitfuncs()
+    os._exit(0)  # at once: to take all modules down takes a second
 
 
 def ask(address: str, connection_file: str) -> None:

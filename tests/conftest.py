@@ -35,11 +35,13 @@ def runs_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Models this small only lose by threads."""
+def one_core():
+    """Work this small only loses by threads, and by processes that joblib starts for each core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOKY_MAX_CPU_COUNT", "1")
+        yield
     torch.set_num_threads(threads)
 
 

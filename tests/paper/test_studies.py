@@ -29,6 +29,7 @@ def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("studies")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLCA_STUDIES", str(path))
+        patch.delenv("LOKY_MAX_CPU_COUNT")  # here, a process for each core, as in any study
         patch.setitem(evidence.PAPER_TERM, "examples", 4)
         yield path
 
