@@ -1,5 +1,6 @@
 # make book [PRESET=laptop|smoke|paper] [DEVICE=cpu|cuda]   set up, run the pipeline and the notebooks, build the book
 # make test                               set up, run all tests
+# make quick                              the tests that take no time: what fails first while you edit
 # make validate                           execute the notebooks as they are kept, by nbval
 # make studies [TASK=addition|grammar|wikipedia] [PRESET=laptop|paper] [SEEDS="0 1 2"] [DEVICE=cpu|cuda]
 #                                         make the kept studies anew; hours for paper on a CPU
@@ -18,7 +19,7 @@ BIN    := $(VENV)/bin
 # Every test and every page starts processes that import torch: without compiled files, each would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: book runs test lint notebooks validate studies faults benchmarks clean
+.PHONY: book runs test quick lint notebooks validate studies faults benchmarks clean
 .DEFAULT_GOAL := book
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -38,6 +39,9 @@ runs: $(VENV)/.ready
 # Two workers, each with one thread: with more, they slow one another down. A file stays with one worker.
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+quick: $(VENV)/.ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow'
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

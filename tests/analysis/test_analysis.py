@@ -106,6 +106,7 @@ def test_bases_without_a_hessian_need_no_sample(tmp_path, checkpoints, kind):
         analyse(tmp_path / "run", checkpoints, hessian=None)
 
 
+@pytest.mark.slow
 def test_run_in_an_object_store_has_the_results_of_one_on_disk(tmp_path, checkpoints):
     remote = analyse("memory://analysis/run", checkpoints)
     local = analyse(tmp_path / "run", checkpoints)

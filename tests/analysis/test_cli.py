@@ -54,6 +54,7 @@ def test_run_computes_all_and_says_so_in_json(folder, ran):
     assert "\r" not in ran.stderr  # a log has lines
 
 
+@pytest.mark.slow
 def test_command_is_there_as_a_process_of_its_own(folder, ran):
     done = subprocess.run(
         [sys.executable, "-m", "polca_lib.analysis.cli", "status"], capture_output=True, text=True, cwd=folder
@@ -99,6 +100,7 @@ def test_finished_run_on_a_read_only_disk_has_nothing_to_do(folder, ran, read_on
     assert folder_bytes(folder / "results") == before
 
 
+@pytest.mark.slow
 def test_stage_by_stage(tmp_path):
     run = faults.make(tmp_path / "run")
     assert polca("run", "--stage", "basis", cwd=run).exit_code == 0
@@ -118,6 +120,7 @@ def test_plan_needs_no_work(folder):
     assert "212" in polca("plan", cwd=folder).stdout
 
 
+@pytest.mark.slow
 def test_starter_runs_as_it_is(tmp_path):
     assert "polca plan" in polca("init", "mine", cwd=tmp_path).stdout
     again = polca("init", "mine", cwd=tmp_path)
@@ -224,6 +227,7 @@ def test_status_of_what_is_missing_has_an_exit_code_of_its_own(tmp_path):
     assert "missing: vector 8" in done.stdout
 
 
+@pytest.mark.slow
 def test_other_bases_stand_beside_as_controls(tmp_path):
     run = faults.make(tmp_path / "run")
     (run / "polca.toml").write_text('beside = ["random"]\n' + (run / "polca.toml").read_text())

@@ -66,6 +66,7 @@ def expected_of(checkpoints, basis, step):
     return double(theta, BATCH), gradients, token_curvatures(double, theta, BATCH, vectors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [None, 20_000])
 @pytest.mark.parametrize(
     "settings", [{"mode": "forward"}, {"mode": "reverse"}, {"mode": "reverse", "precision": "bfloat16"}], ids=str
@@ -242,6 +243,7 @@ def true_names():
     return names
 
 
+@pytest.mark.slow
 def test_columns_keep_their_names_whatever_they_are_to_the_last_page(tmp_path, checkpoints):
     table = nasty_table()
     run = analyse(tmp_path / "run", checkpoints, mlp_batch(20, torch.float32), tokens=table)
@@ -267,6 +269,7 @@ def test_columns_keep_their_names_whatever_they_are_to_the_last_page(tmp_path, c
     assert again.labels.shape == (2, 40)
 
 
+@pytest.mark.slow
 def test_every_name_that_results_use_may_be_a_column(tmp_path, checkpoints):
     """The list of names in storage/columns.py is long enough."""
     batch = mlp_batch(20, torch.float32)
@@ -288,6 +291,7 @@ def test_every_name_that_results_use_may_be_a_column(tmp_path, checkpoints):
     assert named.report(tmp_path / "report.html").stat().st_size > 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("column", "stored"),
     [

@@ -23,6 +23,8 @@ from polca_lib.analysis.workers import NonFiniteProjection
 from polca_lib.method.basis import compute_basis
 from polca_lib.storage.pieces import PieceStore
 
+pytestmark = pytest.mark.slow
+
 BATCH = mlp_batch(5, torch.float32)
 STEPS = list(range(0, 81, 4))
 TOKENS = pd.DataFrame({"number": range(10)})

@@ -3,6 +3,8 @@
 import faults
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FEW = {
     "SIGKILL at random moments": {"moments": 12},
     "damaged pieces": {"damages": ("flipped",)},

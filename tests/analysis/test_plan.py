@@ -29,6 +29,7 @@ def bytes_of(path, name):
     return sum(file.stat().st_size - 4 for file in (path / name).glob("[0-9]*"))  # but for the checksums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hessian", "random", "parameters", "trajectory"])
 @pytest.mark.parametrize("settings", [{"curvature": False}, {"curvature": True}, {"curvature_examples": 2}], ids=str)
 @pytest.mark.parametrize("memory", [None, 1500])

@@ -213,6 +213,7 @@ class SmallGpt(Mlp):
         return self.run(inputs)
 
 
+@pytest.mark.slow
 def test_workers_compute_with_the_weights_of_the_checkpoints(tmp_path, checkpoints):
     here = analyse(tmp_path / "here", checkpoints, model=SmallGpt())
     expected = here.projections.load()

@@ -67,6 +67,7 @@ def transformer(config, dtype):
     return token_loss, theta + 0.5 * torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", get_args(ModelSettings.model_fields["activation"].annotation))
 def test_derivatives_are_right_for_the_transformer_with_every_activation(activation):
     config = ModelSettings(n_layers=1, d_model=4, n_heads=2, d_mlp=4, activation=activation)
@@ -215,6 +216,7 @@ def test_run_without_curvature_stores_none(tmp_path, made):
     assert "curvature" not in project_all(tmp_path / "run", made, curvature=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", range(1, 6))
 @pytest.mark.parametrize("place", ["project", "write"])
 def test_projections_killed_and_resumed_have_the_bytes_of_those_that_were_not(tmp_path, made, monkeypatch, place, n):
@@ -260,6 +262,7 @@ def test_projections_are_whole_once_a_broken_checkpoint_is_mended(tmp_path, made
     assert folder_bytes(tmp_path / "mended") == folder_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"curvature": False}, {"curvature": False, "mode": "reverse"}], ids=str)
 @pytest.mark.parametrize("kind", ["hessian", "random"])
 @pytest.mark.filterwarnings("ignore:basis vector .* rounding")  # more vectors than the small Hessian has directions
@@ -307,6 +310,7 @@ def test_memory_too_small_for_one_example_is_refused_with_what_to_do(tmp_path, m
         project_all(tmp_path / "run", made, memory=500)
 
 
+@pytest.mark.slow
 def test_bases_projected_together_have_the_results_of_each_alone(tmp_path):
     made = [make(tmp_path / kind, basis__kind=kind) for kind in ("hessian", "random", "trajectory")]
     settings = [ProjectionSettings(curvature=kind < 2, curvature_examples=2, mode="reverse") for kind in range(3)]

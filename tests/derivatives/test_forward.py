@@ -44,12 +44,14 @@ def against_backward_passes(token_loss, theta, batch, order, way):
         torch.testing.assert_close(derivatives[1], token_curvatures(token_loss, theta, batch, vectors), **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"ragged"}))
 def test_first_derivatives_are_those_of_one_backward_pass_per_token(name, way):
     against_backward_passes(*problem(name), order=1, way=way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["jvp", "traced"])
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"ragged"}))
 def test_both_derivatives_are_those_of_backward_passes(name, way):
@@ -98,6 +100,7 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_between_layers_go_right_whichever_way_they_are_differentiated(name, order):

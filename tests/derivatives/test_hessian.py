@@ -64,6 +64,7 @@ def test_chunks_have_at_most_256_examples():
     assert sizes[-2:] == [150, 150]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [400_000, 800_000, 1_500_000, 2_500_000, 4_000_000, 5_000_000])
 def test_hessian_vector_products_stay_within_the_memory(transformer, memory):
     token_loss, theta, batch = transformer

@@ -67,6 +67,7 @@ def of_module(name):
     return token_loss, theta + 0.3 * torch.randn_like(theta), batch
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:None of the inputs:UserWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_derivatives_are_those_of_backward_passes_in_float64(name):

@@ -319,6 +319,7 @@ def transformer():
     return token_loss, token_loss.flatten(token_loss.parameters), arithmetic.encode(pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1_200_000, 3_000_000])
 @pytest.mark.parametrize("settings", [{"mode": "forward"}, {"mode": "reverse"}, {"curvature": True}], ids=str)
 def test_projections_stay_within_the_memory(transformer, settings, budget):

@@ -129,6 +129,7 @@ def test_vectors_for_which_memory_has_no_room_are_read_from_disk(tmp_path, check
     assert gram_error(read(tight)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["lanczos", "cola"])
 def test_basis_stays_within_the_memory(tmp_path, solver):
     settings = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.d_mlp": 32}
@@ -324,6 +325,7 @@ def test_random_basis_of_long_vectors_is_orthonormal_and_never_in_memory_whole(t
     assert peak_bytes(lambda: read_vectors(basis, 6, 8), "cpu") < 3 * row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("kind", "k", "kill"),

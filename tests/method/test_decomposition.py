@@ -89,6 +89,7 @@ def test_first_order_is_gradient_along_b_times_movement_along_b():
     np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_turning_a_vector_around_changes_nothing(case, order):
     token_loss, theta, batch = case

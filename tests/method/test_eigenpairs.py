@@ -126,6 +126,7 @@ def test_cola_takes_as_many_products_as_our_recurrence_and_those_that_measure(st
         torch.testing.assert_close(colas.residuals, ours.residuals, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 @SOLVERS
 def test_eigenvalue_is_right_in_float32_and_many_dimensions(solver):
     # As CoLA lays its vectors out, it would sum a million squares one by one, to three digits.
@@ -306,6 +307,7 @@ def test_top_is_found_from_a_start_that_has_nothing_of_it(seed, which, solver):
     assert top_eigenpairs(product, start, which=which, seed=None).values.item() == pytest.approx(0.97, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["largest", "magnitude"])
 @pytest.mark.parametrize("k", [2, 3])
 def test_each_of_several_top_pairs_is_missed_no_more_often_than_promised(k, which):

@@ -24,6 +24,8 @@ from polca_lib.tasks.models import ENGLISH, build_model
 from polca_lib.tasks.run import Run
 from polca_lib.tasks.settings import RunSettings
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     **{name: value for name, value in TINY_RUN.items() if not name.startswith("clustering")},
     "basis.n_vectors": 2,

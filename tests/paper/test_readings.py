@@ -10,6 +10,8 @@ from polca_paper.tables import strategy_row
 from polca_lib.method import decomposition
 from polca_lib.method.settings import ClusteringSettings
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ClusteringSettings(min_cluster_size=8, breakthrough_window=20)
 
 

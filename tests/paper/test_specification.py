@@ -17,6 +17,8 @@ from polca_paper.significance import (
 from polca_lib.method.clustering import DROPPED, cluster_tokens
 from polca_lib.method.decomposition import coarsen, polca, projected_loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def curve(run):

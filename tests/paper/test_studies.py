@@ -21,6 +21,8 @@ from polca_lib.method.clustering import DROPPED, composition
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.run import Run
 
+pytestmark = pytest.mark.slow
+
 KEPT = sorted(path.parent.name for path in study_folder("").glob("*/provenance.json"))
 
 

@@ -13,6 +13,8 @@ from plotly.offline import get_plotlyjs
 
 from polca_lib.report.explorer import PLOTLY_FILE, Explorer
 
+pytestmark = pytest.mark.slow
+
 STEPS = np.arange(0, 601, 10)
 SIZES = {1: [240, 96, 31], 2: [410, 120], 3: []}
 LABELS = ("PUNCT after PROPN", "subword inside a name", "DET after ADP", "NOUN after ADJ")

@@ -202,6 +202,7 @@ def page(browser):
     page.context.close()
 
 
+@pytest.mark.slow
 def test_text_of_a_corpus_is_never_read_as_html(tmp_path, page):
     file, title = tmp_path / "report.html", "<script>window.hacked = 8</script>\u202e title"
     projections, labels = hostile()
@@ -231,6 +232,7 @@ def test_text_of_a_corpus_is_never_read_as_html(tmp_path, page):
     assert page.evaluate("getComputedStyle(document.querySelector('h1 bdi')).unicodeBidi") == "isolate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_a_phone_and_both_schemes(tmp_path, browser, scheme):
     file = tmp_path / "report.html"

@@ -15,6 +15,8 @@ import pytest
 from test_prose import overflows
 from warm_kernels import warm_kernels
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 

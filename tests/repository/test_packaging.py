@@ -159,6 +159,7 @@ def test_importing_the_library_loads_next_to_nothing():
     assert not loaded_by("import polca_lib") & {"torch", "numpy", "pandas", "xarray", "pydantic"}
 
 
+@pytest.mark.slow
 def test_the_method_loads_nothing_that_reads_text_or_draws():
     modules = [f"polca_lib.method.{path.stem}" for path in (ROOT / "polca_lib" / "method").glob("*.py")]
     loaded = loaded_by(f"import {', '.join(modules)}")

@@ -170,6 +170,7 @@ def overflows(browser, page):
         view.close()
 
 
+@pytest.mark.slow
 def test_browser_sees_what_is_too_wide(browser, tmp_path):
     page = tmp_path / "page.html"
     start = '<!DOCTYPE html><meta name="viewport" content="width=device-width"><article class="bd-article">'

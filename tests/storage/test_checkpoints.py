@@ -33,6 +33,7 @@ def test_tensors_read_back_bit_for_bit(tmp_path):
     assert all(torch.equal(loaded[name], t) and loaded[name].dtype == t.dtype for name, t in tensors.items())
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed(file):
     for position in range(file.stat().st_size):
         for bit in range(8):

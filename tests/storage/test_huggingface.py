@@ -34,6 +34,8 @@ from polca_lib.storage.artefacts import DamagedFile
 from polca_lib.storage.checkpoint_folders import SafetensorsFolder
 from polca_lib.storage.huggingface import HuggingFaceRevisions, causal_lm, next_token_losses
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "far", "away"]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"vocab_size": 16, "max_position_embeddings": 32}

@@ -16,6 +16,8 @@ from cases import folder_bytes
 from polca_lib.storage import artefacts
 from polca_lib.storage.artefacts import Artefact, DamagedFile, delete_partials, write_atomically
 
+pytestmark = pytest.mark.slow
+
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["polca_lib.storage.artefacts"])
 

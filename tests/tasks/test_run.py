@@ -16,6 +16,8 @@ from polca_lib.tasks import arithmetic
 from polca_lib.tasks.run import Run
 from polca_lib.tasks.settings import RunSettings
 
+pytestmark = pytest.mark.slow
+
 
 def tiny(**overrides):
     overrides = {name.replace("__", "."): value for name, value in overrides.items()}
