@@ -1,4 +1,4 @@
-"""A training step against a bare loop in torch, and the time of each stage of the pipeline.
+"""A training step against a bare loop in torch, each stage of the pipeline, and what a run takes on disk.
 
 python benchmarks/pipeline.py --sizes smoke laptop --repeats 5
 """
@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import harness
+import numpy as np
 import torch
+import xarray as xr
 from harness import Trial
 
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.storage.checkpoints import CheckpointFolder
+from polca_lib.storage.pieces import PieceStore
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.models import build_model
 from polca_lib.tasks.run import Run
@@ -104,11 +107,47 @@ def stages(size: str, device: str) -> list[harness.Record]:
     return records
 
 
+def storage(size: str, repeats: int, device: str) -> list[harness.Record]:
+    """Projections of a run's size: seconds to open and to read them, and bytes of files over bytes of float32 values."""
+    config = RunSettings.from_preset(size)
+    steps, tokens = config.training.checkpoint_steps, 4 * config.data.validation_examples
+    vectors = len(config.basis_steps) * config.basis.k
+    names = ("step", "token", "vector")
+    template = xr.Dataset(coords=dict(zip(names, (steps, np.arange(tokens), np.arange(vectors)), strict=True)))
+    dims = {"gradient": names, "loss": names[:2], "movement": names[::2]}
+    values = np.random.default_rng(0).standard_normal((tokens, vectors), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "projections.zarr"
+        store = PieceStore(path, template, {name: (own, "float32") for name, own in dims.items()}, "step")
+        for piece in range(store.pieces):
+            store.write(piece, gradient=values, loss=values[:, 0], movement=values[0])
+        held = sum(variable.nbytes for variable in store.dataset().data_vars.values())
+        taken = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        tasks: dict[str, Callable[[], object]] = {
+            "open": lambda: PieceStore.load(path),
+            "open, and read one vector": lambda: PieceStore.load(path)["gradient"].isel(vector=0).load(),
+            "open, and read all vectors": lambda: PieceStore.load(path)["gradient"].load(),
+        }
+        return harness.compare(
+            "storage",
+            f"{size}, {len(steps)} x {tokens} x {vectors}",
+            {name: lambda task=task: Trial(task) for name, task in tasks.items()},
+            ours="open",
+            repeats=repeats,
+            device=device,
+            unit="s",
+            size=size,
+            held_bytes=held,
+            taken_over_held=taken / held,
+        )
+
+
 def main() -> None:
     """Command line."""
     arguments = harness.arguments(__doc__).parse_args()
     for size in arguments.sizes:
         harness.write(arguments.out, training_step(size, arguments.repeats, arguments.device))
+        harness.write(arguments.out, storage(size, arguments.repeats, arguments.device))
         harness.write(arguments.out, stages(size, arguments.device))
 
 

@@ -16,7 +16,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from polca_lib.report.palette import OKABE_ITO
 
-QUESTIONS = ("projections", "scaling", "profile", "memory", "eigenvector", "hessian product", "training step", "stages")
+QUESTIONS = ("projections", "scaling", "profile", "memory", "eigenvector", "hessian product")
+QUESTIONS += ("training step", "storage", "stages")
 OPTIONAL = ("error", "fraction_of_peak", "max_error", "peak_bytes", "ratio_to_budget", "products", "residual")
 OURS, OURS_LOW = "ours, float32", "ours, bfloat16"
 
@@ -167,6 +168,7 @@ def verdict(records: pd.DataFrame, size: str) -> pd.DataFrame:
         (records["question"] == "stages") & (records["size"] == "paper") & records["device"].str.contains("cuda")
     ]
     stages = gpu.set_index("contender")["median_s"].reindex(["projections", "basis"])
+    kept = at(records, "storage", size).set_index("contender")
     least = [
         ("addition, float32: speed over naive", 5, addition["naive"] / addition[OURS]),
         ("addition, float32: speed over best peer", 3, over_peers(OURS)),
@@ -181,6 +183,8 @@ def verdict(records: pd.DataFrame, size: str) -> pd.DataFrame:
         ("eigenvector: time a product over best peer", 1.1, (solver["ours"] / solver["best"]).max()),
         ("peak memory over memory given", 1.2, records["ratio_to_budget"].max()),
         ("error of float32 over root mean square", 1e-4, errors.max()),
+        ("storage: bytes of files over bytes of values", 1.2, kept["taken_over_held"].max()),
+        ("storage: seconds to open a run", 1, kept.loc["open", "median_s"]),
         ("paper, one GPU: all projections, seconds", 180, stages["projections"]),
         ("paper, one GPU: basis, seconds", 180, stages["basis"]),
     ]
