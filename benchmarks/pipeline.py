@@ -108,7 +108,7 @@ def stages(size: str, device: str) -> list[harness.Record]:
 
 
 def storage(size: str, repeats: int, device: str) -> list[harness.Record]:
-    """Projections of a run's size: seconds to open and to read them, and bytes of files over bytes of float32 values."""
+    """Projections of a run's size: seconds to open and read them, and bytes of files over bytes of float32 values."""
     config = RunSettings.from_preset(size)
     steps, tokens = config.training.checkpoint_steps, 4 * config.data.validation_examples
     vectors = len(config.basis_steps) * config.basis.k
