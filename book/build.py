@@ -211,7 +211,7 @@ def main() -> None:
     with warm_kernels() as kernel:
         # The last pages first: they take longest.
         own = (joblib.delayed(way)(one, place / one.name, parameters, kernel) for one in reversed(notebooks))
-        joblib.Parallel(n_jobs=AT_ONCE, batch_size=1)(own)
+        joblib.Parallel(n_jobs=AT_ONCE, prefer="threads")(own)
     if arguments.in_place:
         export_figure(ROOT / "notebooks" / "06_orders.ipynb", "fig-carry", ROOT / README_PICTURE)
     else:

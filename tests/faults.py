@@ -52,8 +52,8 @@ setup = "my_run:setup"
 kind = "safetensors"
 path = "checkpoints"
 [basis]
-n_vectors = 24
-k = 8
+n_vectors = 12
+k = 4
 tolerance = 0.1
 [clustering]
 min_cluster_size = 8
@@ -176,11 +176,14 @@ def same(folder, expected, besides=False):
 def killed(folder, expected, moments=50, seed=0):
     """SIGKILL at random moments over all stages; each time the next process goes on."""
     rng, at, again, cycles = np.random.default_rng(seed), dict.fromkeys([*STAGES, "before any"], 0), 0, 0
+    began = time.perf_counter()
+    finish(make(folder / "whole"))
+    whole = time.perf_counter() - began
     run = make(folder / f"cycle-{cycles}")
     kept = {}
     while sum(at.values()) < moments:
         process = start(run)
-        process.join(rng.uniform(0.2, 2.2))
+        process.join(rng.uniform(0.1, 1) * whole)
         if process.exitcode == 0:  # it was done: the next begins anew
             same(run, expected)
             cycles += 1

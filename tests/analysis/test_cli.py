@@ -49,7 +49,7 @@ def test_run_computes_all_and_says_so_in_json(folder, ran):
     assert ran.exit_code == 0, ran.stderr
     told = json.loads(ran.stdout)
     assert Path(told["report"]).stat().st_size > 1e6
-    assert told["summary"]["vectors"] == 24
+    assert told["summary"]["vectors"] == 12
     assert "projections: 100%" in ran.stderr
     assert "\r" not in ran.stderr  # a log has lines
 
@@ -60,7 +60,7 @@ def test_command_is_there_as_a_process_of_its_own(folder, ran):
         [sys.executable, "-m", "polca_lib.analysis.cli", "status"], capture_output=True, text=True, cwd=folder
     )
     assert done.returncode == 0
-    assert "24 of 24 pieces" in done.stdout
+    assert "12 of 12 pieces" in done.stdout
 
 
 def test_second_run_has_nothing_to_do(folder, ran):
@@ -75,7 +75,7 @@ def test_status_tells_what_is_done(folder, ran):
     stages = json.loads(done.stdout)["stages"]
     assert [row["stage"] for row in stages] == ["basis", "projection", "clusters"]
     assert all(row["done"] == row["pieces"] >= 7 for row in stages)
-    assert "24 of 24 pieces" in polca("status", "results", cwd=folder).stdout
+    assert "12 of 12 pieces" in polca("status", "results", cwd=folder).stdout
 
 
 def test_report_is_written_where_it_is_asked_for(folder, ran):
@@ -183,7 +183,7 @@ def test_module_with_a_name_of_pythons_own_is_refused(tmp_path, name):
         ({"polca.toml": ("my_run:setup", "no_run:setup")}, 2, "No module named 'no_run'"),
         ({"polca.toml": ("my_run:setup", "my_run:start")}, 2, "module 'my_run' has no 'start'"),
         ({"polca.toml": ("my_run:setup", "my_run:batch")}, 2, "batch() missing 2 required"),
-        ({"polca.toml": ("n_vectors = 24", "n_vectors = 2400")}, 2, "needs 300 checkpoints after the first"),
+        ({"polca.toml": ("n_vectors = 12", "n_vectors = 1200")}, 2, "needs 300 checkpoints after the first"),
         ({"polca.toml": ('path = "checkpoints"', 'path = "nothing"')}, 2, "nothing"),
         ({"my_run.py": ("from polca_lib import", "from polca_lib.token_loss import")}, 2, "come from polca_lib itself"),
         ({"my_run.py": ("nn.Linear(8, 16)", "nn.Linear(8, 17)")}, 2, "shape"),
@@ -235,5 +235,5 @@ def test_other_bases_stand_beside_as_controls(tmp_path):
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["beside"].keys() == {"random"}
-    assert told["beside"]["random"]["vectors"] == told["summary"]["vectors"] == 24
+    assert told["beside"]["random"]["vectors"] == told["summary"]["vectors"] == 12
     assert "beside, basis random: claimed" in polca("run", cwd=run).stdout
