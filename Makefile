@@ -1,6 +1,6 @@
 # make book [PRESET=laptop|smoke|paper] [DEVICE=cpu|cuda]   set up, run the pipeline and the notebooks, build the book
 # make test                               set up, run all tests
-# make quick                              the tests that take no time: what fails first while you edit
+# make quick                              the tests that take little time, for who edits
 # make validate                           execute the notebooks as they are kept, by nbval
 # make studies [TASK=addition|grammar|wikipedia] [PRESET=laptop|paper] [SEEDS="0 1 2"] [DEVICE=cpu|cuda]
 #                                         make the kept studies anew; hours for paper on a CPU

@@ -7,7 +7,8 @@
 #   PARTS="tests run" benchmarks/gpu.sh OUT         some parts; a run goes on where it was if POLCA_RUNS names its folder
 #   DEVICE=cpu PRESET=smoke benchmarks/gpu.sh OUT   a rehearsal, in two minutes
 #
-# OUT gets a log of each part, seconds.csv, the tables of the study, and the records of the benchmark: a few MB.
+# Without `make .venv/.peers` before, other libraries are left out. OUT gets a log of each part, seconds.csv, the tables
+# of the study, and the records of the benchmark: a few MB.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?name a folder for what comes out}")

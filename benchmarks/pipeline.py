@@ -110,12 +110,11 @@ def stages(size: str, device: str) -> list[harness.Record]:
 def storage(size: str, repeats: int, device: str) -> list[harness.Record]:
     """Projections of a run's size: seconds to open and read them, and bytes of files over bytes of float32 values."""
     config = RunSettings.from_preset(size)
-    steps, tokens = config.training.checkpoint_steps, 4 * config.data.validation_examples
-    vectors = len(config.basis_steps) * config.basis.k
+    steps, tokens = config.training.checkpoint_steps, len(arithmetic.PLACES) * config.data.validation_examples
     names = ("step", "token", "vector")
-    template = xr.Dataset(coords=dict(zip(names, (steps, np.arange(tokens), np.arange(vectors)), strict=True)))
+    template = xr.Dataset(coords=dict(zip(names, (steps, np.arange(tokens), np.arange(config.n_vectors)), strict=True)))
     dims = {"gradient": names, "loss": names[:2], "movement": names[::2]}
-    values = np.random.default_rng(0).standard_normal((tokens, vectors), np.float32)
+    values = np.random.default_rng(0).standard_normal((tokens, config.n_vectors), np.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "projections.zarr"
         store = PieceStore(path, template, {name: (own, "float32") for name, own in dims.items()}, "step")
@@ -130,7 +129,7 @@ def storage(size: str, repeats: int, device: str) -> list[harness.Record]:
         }
         return harness.compare(
             "storage",
-            f"{size}, {len(steps)} x {tokens} x {vectors}",
+            f"{size}, {len(steps)} x {tokens} x {config.n_vectors}",
             {name: lambda task=task: Trial(task) for name, task in tasks.items()},
             ours="open",
             repeats=repeats,

@@ -71,7 +71,7 @@ def shown_files() -> str:
     return hash_json({str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in kept.items()})[:12]
 
 
-def execute(source: Path, target: Path, parameters: dict[str, Any], kernel: str = "python3") -> None:
+def execute(source: Path, target: Path, parameters: dict[str, Any], kernel: str) -> None:
     """Execute one notebook with those of ``parameters`` that it has and that differ from its own.
 
     Raises:
@@ -91,7 +91,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], kernel: str 
                 progress_bar=False,
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
             )
-    except papermill.PapermillExecutionError as error:  # which does not travel between processes
+    except papermill.PapermillExecutionError as error:  # names the cell, but not the page
         raise RuntimeError(f"{source.name}: {error}") from None
     # Papermill's notes and progress bars hold paths and times of this machine.
     for item in (notebook, *notebook.cells):

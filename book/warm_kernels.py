@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 IMPORTS = (
     "ipykernel.kernelapp",
@@ -44,7 +45,6 @@ def warm_kernels() -> Iterator[str]:
     if sys.platform != "linux":
         yield "python3"
         return
-    outer = {"JUPYTER_PATH": os.environ.get("JUPYTER_PATH")}
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address := f"{folder}/socket")
         listener.listen()
@@ -52,18 +52,17 @@ def warm_kernels() -> Iterator[str]:
         spec.parent.mkdir(parents=True)
         ask = [sys.executable, __file__, "ask", address, "{connection_file}"]
         spec.write_text(json.dumps({"argv": ask, "display_name": "Python 3", "language": "python"}))
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (folder, outer["JUPYTER_PATH"])))
+        path = os.pathsep.join(filter(None, (folder, os.environ.get("JUPYTER_PATH"))))
         # Matplotlib reads its backend when it is imported; a kernel would set the same.
         environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
         serve = [sys.executable, __file__, "serve", str(listener.fileno())]
         with subprocess.Popen(serve, pass_fds=[listener.fileno()], env=environment) as server:
             listener.close()  # from now on it is the server's: without a server, nobody waits for an answer
             try:
-                yield spec.parent.name
+                with patch.dict(os.environ, JUPYTER_PATH=path):
+                    yield spec.parent.name
             finally:
                 server.terminate()
-                os.environ.pop("JUPYTER_PATH")
-                os.environ.update({name: value for name, value in outer.items() if value is not None})
 
 
 def serve(listener: socket.socket) -> None:

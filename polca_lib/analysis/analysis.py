@@ -292,8 +292,9 @@ class Analysis:
     @cached_property
     def hidden_after(self) -> int | None:
         """Step after which the mean loss is flat and breakthroughs are hidden, or none if the loss never falls."""
+        loss, clustering = self.projections["loss"].compute(), self.clustering  # what is wrong with these is said
         with contextlib.suppress(ValueError):
-            return hidden_threshold(self.projections["loss"], self.clustering)
+            return hidden_threshold(loss, clustering)
         return None
 
     @cached_property

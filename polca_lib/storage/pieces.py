@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +88,7 @@ class PieceStore:
     def _open(self) -> None:
         """Read the names, dimensions and blocks of the variables from the metadata."""
         group = zarr.open_group(zarr_store(self.path), mode="r", zarr_format=2)
-        self._array = functools.cache(group.__getitem__)  # which would read the metadata of the array each time
+        self._array = cache(group.__getitem__)  # which would read the metadata of the array each time
         about, key = group.attrs, key_of(self.path.parent)
         self._key: str | None = about.get("key")
         if self._key and key and self._key != key:
@@ -111,7 +110,7 @@ class PieceStore:
     @cached_property
     def _writable(self) -> Callable[[str], zarr.Array]:
         """The same arrays for writing, opened when they are needed: a finished store may be on a read-only disk."""
-        return functools.cache(zarr.open_group(zarr_store(self.path), mode="r+", zarr_format=2).__getitem__)
+        return cache(zarr.open_group(zarr_store(self.path), mode="r+", zarr_format=2).__getitem__)
 
     @property
     def pieces(self) -> int:

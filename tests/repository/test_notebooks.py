@@ -35,8 +35,11 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kernel():
-    with warm_kernels() as name:
-        yield name
+    """With one thread, in the build and in nbval: sums differ in their last digits by the number of threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with warm_kernels() as name:
+            yield name
 
 
 @pytest.fixture(scope="module")
