@@ -432,7 +432,7 @@ class Analysis:
             tokens = (self.tokens if stored is None else _numbered(np.array(stored)))[["example"]]
         tokens = tokens.reset_index(drop=True)
         settings = {
-            "projection": self.settings.projection.stated(),
+            "projection": self.settings.projection.stated("storage"),
             "checkpoints": {str(step): self.checkpoints.identity(step) for step in self.steps},
             "validation": hash_batch(self.validation),
             "tokens": hash_table(tokens),

@@ -10,6 +10,7 @@ from textwrap import dedent
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -172,7 +173,7 @@ def plan(
     vector = n_parameters * token_loss.dtype.itemsize
     stored = {"random": 8 * n_vectors**2, "parameters": 8 * n_vectors}.get(basis.kind, n_vectors * vector)
     curved = round(projection.curvature_examples * per_example) if sampled else tokens * projection.curvature
-    numbers = (tokens + curved) * n_vectors + (1 + projection.inside_loss) * tokens + 2 * n_vectors + 1
+    derivatives, others = (tokens + curved) * n_vectors, (1 + projection.inside_loss) * tokens + 2 * n_vectors + 1
 
     # Blocks: each worker keeps a single block in memory, but reads several blocks again at each checkpoint.
     block = rows_that_fit(n_vectors, vector, budget // 2)
@@ -193,7 +194,7 @@ def plan(
         tasks=checkpoints * (blocks + 1 if blocks > 1 else 1),
         vector_bytes=vector,
         basis_bytes=stored + 24 * n_vectors,
-        projection_bytes=4 * numbers * checkpoints,
+        projection_bytes=checkpoints * (np.dtype(projection.storage).itemsize * derivatives + 4 * others),
         worker_bytes=vector * (block + 3),  # two checkpoints, and the point inside the basis
         budget_bytes=budget,
         read_bytes=vector * (n_vectors * reads + checkpoints * min(workers, 2)),

@@ -36,6 +36,9 @@ class ProjectionSettings(Section):
     inside_loss: bool = Field(
         True, description="measure the loss after the movement inside the basis; reads all vectors at each checkpoint"
     )
+    storage: Literal["float32", "float16"] = Field(
+        "float32", description="precision of derivatives on disk; 'float16' halves the files, see product_error"
+    )
 
     @property
     def curvature_of_all(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from polca_lib.analysis.engine import EngineFailure, carry_out
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.derivatives.memory import rounded_budget, rows_that_fit
 from polca_lib.derivatives.projection import project
-from polca_lib.derivatives.strategy import Strategy, choose
+from polca_lib.derivatives.strategy import Strategy, choose, relative_difference
 from polca_lib.derivatives.token_loss import Batch, n_examples, split_examples, to_device
 from polca_lib.method.vectors import inner_products, read_vectors
 from polca_lib.storage.checkpoints import Checkpoints
@@ -67,11 +68,12 @@ def project_runs(
         - ``movement`` (step, vector): <theta_{t+1} - theta_t, b>; NaN at the last step, like the next two;
         - ``distance`` (step): norm of theta_{t+1} - theta_t;
         - ``inside_loss`` (step, token): loss at theta_t + B^T B (theta_{t+1} - theta_t), with ``settings.inside_loss``;
-        - ``product_error`` (step, vector): see :class:`polca_lib.derivatives.projection.Projected`.
+        - ``product_error`` (step, vector): of ``gradient``, root mean square over its own; of products in bfloat16, see
+          :class:`polca_lib.derivatives.projection.Projected`, and of ``settings.storage`` in float16.
 
     Raises:
         ValueError: these settings can't be used together.
-        NonFiniteProjection: a checkpoint gives NaN or infinity; finished pieces stay.
+        NonFiniteProjection: a checkpoint gives NaN, infinity or more than float16 holds; finished pieces stay.
         EngineFailure: a worker computes another loss than this process.
     """
     modes = {(each.mode, each.precision) for each in settings}
@@ -129,6 +131,9 @@ def _missing(stores: Sequence[PieceStore]) -> list[ProjectionTask]:
     return sorted(tasks)
 
 
+_DERIVATIVES, _LARGEST = ("gradient", "curvature"), torch.finfo(torch.float16).max
+
+
 class NonFiniteProjection(RuntimeError):
     """A checkpoint gives losses or derivatives that are NaN or infinite."""
 
@@ -178,7 +183,9 @@ class ProjectionJob:
         coords: dict[str, Any] = {"step": self.steps, "token": np.arange(len(tokens)), **as_coordinates(tokens)}
         coords |= {name: values for name, values in self.bases[index].coords.items() if values.dims == ("vector",)}
         template = xr.Dataset(coords=coords, attrs={"memory": self.memory, "threads": self.threads})
-        variables = {name: (names, "float32") for name, names in dims.items()}
+        variables = {
+            name: (names, settings.storage if name in _DERIVATIVES else "float32") for name, names in dims.items()
+        }
         return PieceStore(self.paths[index], template, variables, "step", sizes, cut)
 
     def __call__(self, task: ProjectionTask) -> None:
@@ -230,6 +237,12 @@ class _Session:
             for name, value in piece.items():
                 if not torch.isfinite(value).all():
                     raise NonFiniteProjection(self._blame(task, name, ~torch.isfinite(value)))
+                halved = name in _DERIVATIVES and job.settings[basis_index].storage == "float16"
+                if halved and (largest := abs(value).max()) > _LARGEST:
+                    raise NonFiniteProjection(
+                        f"{job.checkpoints.name(step)} gives values of {name} up to {largest:.4g}, but float16 holds "
+                        f"{_LARGEST:g} at most; finished projections are kept. Use projection.storage = 'float32'"
+                    )
             # A task for several bases may include pieces that are already done.
             store = self._stores[basis_index]
             number = task.index * store.parts + task.part
@@ -267,7 +280,9 @@ class _Session:
         movement = None if change is None else inner_products(vectors, change[None])[:, 0].to(theta)
         for each, rows, piece in zip(settings, self._rows(task), pieces, strict=True):
             piece["gradient"] = result.gradient[:, rows]
-            piece["product_error"] = torch.full((rows.stop - rows.start,), result.error)
+            stored = piece["gradient"].to(getattr(torch, each.storage)).to(piece["gradient"])
+            error = math.hypot(result.error, relative_difference(stored, piece["gradient"]))
+            piece["product_error"] = torch.full((rows.stop - rows.start,), error)
             if not is_cut:
                 piece["loss"] = result.loss
             if movement is not None:

@@ -165,7 +165,7 @@ def project_reverse(
             width = n_vectors or len(vectors)
             parts = [signals(token_loss, parameters, structure, weights, part, width, batched) for part in passes]
         losses += [part.loss.flatten() for part in parts]
-        parts = [part for part in parts if part.loss.numel()]  # an example may have no target
+        parts = [group for part in parts if part.loss.numel() for group in part.split()]  # some have no target
         with torch.no_grad(), record_function("project_signals"):
             gradients += [project_signals(structure, parameters, directions, parts)] if parts else []
         del parts  # free the signals before those of the next chunk are computed

@@ -22,10 +22,11 @@ from polca_lib.derivatives.batches import by_example
 from polca_lib.derivatives.products import Derived, ModelStructure, WatchProducts
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples
 
-# Rows and columns of a tile of a weight matrix in memory order. On a CPU the gradients of about 128 tokens with respect
+# Rows and columns of a tile of a weight matrix in memory order. On a CPU the gradients of _TOKENS tokens with respect
 # to a tile fit into the cache (measured on two cores with 32 MiB). On a GPU they only have to fit into memory.
 _TILE = {torch.bfloat16: (128, 256), torch.float32: (64, 128), torch.float64: (32, 128)}
 _TILE_ON_GPU = (512, 1024)
+_TOKENS = 128
 
 
 def tile_shape(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -106,6 +107,15 @@ class Signals:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(t.nbytes for t in pytree.tree_leaves(vars(self)))
+
+    def split(self) -> list[Signals]:
+        """Groups of examples, of as many tokens as fit into the cache together; on a GPU one group."""
+        n, tokens = self.loss.shape
+        size = max(1, _TOKENS // tokens) if self.loss.device.type == "cpu" else n
+        leaves, spec = pytree.tree_flatten(vars(self))
+        # Positions of all examples may lie in one dimension.
+        cut = (t.tensor_split([len(t) // n * start for start in range(size, n, size)]) for t in leaves)
+        return [Signals(**pytree.tree_unflatten(group, spec)) for group in zip(*cut, strict=True)]
 
 
 def weights_of(structure: ModelStructure, parameters: dict[str, Tensor], dtype: torch.dtype) -> list[Weight]:

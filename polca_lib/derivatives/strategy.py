@@ -28,7 +28,7 @@ Mode = Literal["auto", "forward", "reverse"]
 Precision = Literal["float32", "bfloat16"]
 
 # On a CPU more at once does not help; elsewhere only memory limits it. Measured on two cores.
-_CPU_TOKENS = {"forward": 512, "reverse": 128}
+_CPU_TOKENS = 512
 _CPU_VECTORS = 16
 # On any device: among more tokens, neighbours could not be told apart by their weights, see single_target_signals.
 _TOKENS = 4096
@@ -272,7 +272,7 @@ def _sized(
     example = next(split_examples(batch, 1))
     with torch.no_grad():
         tokens = len(token_loss(theta, example))
-    most = min(total, max(1, (_CPU_TOKENS[strategy.mode] if on_cpu else _TOKENS) // max(1, tokens)))
+    most = min(total, max(1, (_CPU_TOKENS if on_cpu else _TOKENS) // max(1, tokens)))
 
     def peak(n: int, width: int) -> int:
         tried = replace(strategy, pass_examples=n, chunk_examples=n, chunk_vectors=width)

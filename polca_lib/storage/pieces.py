@@ -276,17 +276,18 @@ class PieceStore:
 
 
 class _Stored(BackendArray):
-    """A variable that is read from disk on demand; raises DamagedFile."""
+    """A variable that is read from disk on demand, float16 as float32; raises DamagedFile."""
 
     def __init__(self, array: zarr.Array, path: Path):
-        self._array, self._path, self.shape, self.dtype = array, path, array.shape, array.dtype
+        self._array, self._path, self.shape = array, path, array.shape
+        self.dtype = np.dtype("float32") if array.dtype == "float16" else array.dtype  # to compute with
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> np.ndarray:
         try:
-            return self._array.oindex[key]
+            return self._array.oindex[key].astype(self.dtype, copy=False)
         except (RuntimeError, ValueError) as error:
             raise DamagedFile(
                 f"{self._path} is damaged ({error}); polca run, polca paper run or verify = True finds the damaged "

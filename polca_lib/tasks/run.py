@@ -127,7 +127,10 @@ class Run(Analysis):
     @cached_property
     def _projection(self) -> Artefact:
         examples = self.settings.data.validation_examples
-        config: dict[str, Any] = {"projection": self.settings.projection.stated(), "validation_examples": examples}
+        config: dict[str, Any] = {
+            "projection": self.settings.projection.stated("storage"),
+            "validation_examples": examples,
+        }
         if self.settings.steps is not None:
             config["steps"] = self.steps
         return Artefact.of_stage(self.folder, "projection", config, {"basis": self._basis.key})

@@ -31,7 +31,9 @@ def bytes_of(path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hessian", "random", "parameters", "trajectory"])
-@pytest.mark.parametrize("settings", [{"curvature": False}, {"curvature": True}, {"curvature_examples": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"curvature": False}, {"curvature": True}, {"curvature_examples": 2, "storage": "float16"}], ids=str
+)
 @pytest.mark.parametrize("memory", [None, 1500])
 def test_bytes_and_tasks_are_those_of_the_run(tmp_path, kind, settings, memory):
     checkpoints = tiny_checkpoints(tmp_path / "checkpoints")

@@ -9,6 +9,7 @@ from cases import (
     fail_at,
     folder_bytes,
     mlp_batch,
+    mlp_loss,
     orthonormal,
     problem,
     project_run,
@@ -29,6 +30,7 @@ from polca_lib.derivatives.strategy import choose
 from polca_lib.derivatives.token_loss import TokenLoss
 from polca_lib.method.basis import compute_basis
 from polca_lib.method.vectors import read_vectors
+from polca_lib.storage.checkpoints import CheckpointFolder
 from polca_lib.storage.pieces import PieceStore
 from polca_lib.tasks import arithmetic
 from polca_lib.tasks.models import build_model
@@ -303,6 +305,47 @@ def test_settings_say_how_to_differentiate_and_what_error_that_has(tmp_path, mad
         stated = rounded["product_error"].sel(step=step)
         assert ((stated > 0) & (stated < 0.05)).all()
         np.testing.assert_allclose(stated, error, rtol=0.02)
+
+
+@pytest.mark.parametrize("memory", [None, 1500])
+def test_float16_halves_the_files_and_says_what_it_costs(tmp_path, made, memory):
+    whole = project_all(tmp_path / "whole", made, memory)
+    halved = project_all(tmp_path / "halved", made, memory, storage="float16")
+    for name in set(whole.data_vars) - {"product_error"}:
+        factor = 2 if name in ("gradient", "curvature") else 1
+        expected = whole[name].values.astype("float16" if factor == 2 else "float32")
+        assert halved[name].dtype == "float32"
+        np.testing.assert_array_equal(halved[name], expected)
+        # Each file ends with four bytes of a checksum.
+        files = [(tmp_path / run / "projections.zarr" / name).glob("[0-9]*") for run in ("whole", "halved")]
+        bytes_of = [sum(file.stat().st_size - 4 for file in group) for group in files]
+        assert bytes_of[0] == factor * bytes_of[1] > 0
+    assert ((halved["product_error"] > 0) & (halved["product_error"] < 2**-11)).all()
+    if memory is None:  # then one piece holds all vectors of a checkpoint
+        squares = [
+            (each**2).sum(("token", "vector")) for each in (halved["gradient"] - whole["gradient"], whole["gradient"])
+        ]
+        np.testing.assert_allclose(halved["product_error"].isel(vector=0), np.sqrt(squares[0] / squares[1]), rtol=1e-3)
+
+
+def test_damage_to_float16_is_found_and_mended(tmp_path, made):
+    project_all(tmp_path, made, storage="float16")
+    before, store = folder_bytes(tmp_path), PieceStore.open(tmp_path / "projections.zarr")
+    file = store.path / "gradient" / "2.0.0"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert store.damaged() == {2: [file]}
+    with pytest.warns(UserWarning, match="will be recomputed"):
+        project_all(tmp_path, made, storage="float16")
+    assert folder_bytes(tmp_path) == before
+
+
+def test_derivatives_that_float16_does_not_hold_are_refused(tmp_path, made):
+    checkpoints, basis = made
+    large = TokenLoss(checkpoints.token_loss.model, lambda model, batch: 1e6 * mlp_loss(model, batch))
+    made = CheckpointFolder(checkpoints.path, large), basis
+    with pytest.raises(NonFiniteProjection, match=r"gradient up to .* float16 holds 65504 at most; .* 'float32'"):
+        project_all(tmp_path / "run", made, storage="float16")
+    project_all(tmp_path / "run32", made)
 
 
 def test_memory_too_small_for_one_example_is_refused_with_what_to_do(tmp_path, made):

@@ -93,10 +93,12 @@ FEW_OR_MANY = pytest.mark.parametrize("n_vectors", [1, 6])  # none of its gradie
 
 
 @FEW_OR_MANY
-@given(chunk_examples=st.integers(1, 9), pass_examples=st.integers(1, 9))
-def test_results_do_not_depend_on_the_chunks(n_vectors, chunk_examples, pass_examples):
+@given(chunk_examples=st.integers(1, 9), pass_examples=st.integers(1, 9), tokens=st.integers(1, 30))
+def test_results_do_not_depend_on_the_chunks(n_vectors, chunk_examples, pass_examples, tokens):
     vectors = directions(n_vectors, len(SMALL.theta))
-    loss, found = project(*SMALL, vectors, chunk_examples=chunk_examples, pass_examples=pass_examples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_signals, "_TOKENS", tokens)
+        loss, found = project(*SMALL, vectors, chunk_examples=chunk_examples, pass_examples=pass_examples)
     torch.testing.assert_close(loss, SMALL.token_loss(SMALL.theta, SMALL.batch), **EXACT)
     torch.testing.assert_close(found, GRADIENTS @ vectors.T, **EXACT)
 
