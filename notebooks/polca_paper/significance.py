@@ -259,6 +259,19 @@ def _specifications(
     return rows
 
 
+def carry_clusters(clusters: pd.DataFrame, null: pd.DataFrame) -> pd.DataFrame:
+    """Clusters that count by v3's rule, purer than all kept tokens and than the purest in 95% of shuffles within digits.
+
+    Args:
+        clusters: of a causal test, with columns ``study``, ``order``, ``scaling``, ``homogeneity`` and ``counts_v3``.
+        null: table ``null`` of the same studies.
+    """
+    shuffled = null.query("rule == 'v3' and within == 'place, digit'").set_index(["study", "order", "scaling"])
+    least = shuffled[["base_rate", "null_95"]].max(axis=1).rename("least")
+    joined = clusters.join(least, on=least.index.names)
+    return joined[joined["counts_v3"] & (joined["homogeneity"] > joined["least"])]
+
+
 def beyond_chance(curve: pd.DataFrame) -> pd.Series:
     """Specifications with a carry cluster: purer than the base rate, and both p at most 0.05.
 
