@@ -260,7 +260,7 @@ def _specifications(
 
 
 def carry_clusters(clusters: pd.DataFrame, null: pd.DataFrame) -> pd.DataFrame:
-    """Clusters that count by v3's rule, purer than all kept tokens and than the purest in 95% of shuffles within digits.
+    """Clusters that count by v3's rule, purer than all kept tokens and than 95% of shuffled maxima within digits.
 
     Args:
         clusters: of a causal test, with columns ``study``, ``order``, ``scaling``, ``homogeneity`` and ``counts_v3``.
