@@ -119,11 +119,18 @@ def clustering_of(reading: Mapping[str, str], studies: Iterable[SavedStudy], sou
 
 
 def _measured(studies: Iterable[SavedStudy]) -> pd.DataFrame:
-    """Tables ``clusterings`` of several studies as one. An order of a kind of curve is from the first that has it."""
+    """Tables ``clusterings`` of several studies as one. An order of a kind of curve is from the first that has it.
+
+    Where none has clusters of ``SUMMED``, those of first order stand for them.
+    """
     tables = [study.table("clusterings") for study in studies if study.has("clusterings")]
     measured = pd.concat(tables, ignore_index=True).fillna({"order": ""})
     owner = measured.groupby(["source", "order"])["study"].transform("first")
-    return measured[measured["study"] == owner].set_index([*CLUSTERED, "rule"])
+    measured = measured[measured["study"] == owner]
+    # Its second-order term is divided by the number of tokens, so its clusters are those of first order.
+    stands = (measured["order"] == "first") & (measured["variant"] == "plain")
+    stands &= ~measured["source"].isin(measured.loc[measured["order"] == SUMMED, "source"])
+    return pd.concat([measured, measured[stands].assign(order=SUMMED)]).set_index([*CLUSTERED, "rule"])
 
 
 def _clustering_of(readings: pd.DataFrame, source: str) -> pd.DataFrame:

@@ -28,7 +28,10 @@ from polca_paper.saved_study import SavedStudy
 WHOLE = ("paper-whole", "paper-0")
 """Studies at the paper's size, by which the reading is chosen."""
 
-JUDGED: dict[str, Sequence[Sequence[str]]] = {"paper": [WHOLE]}
+COARSE = "paper-whole-random"
+"""The same run on random directions and single parameters, with a fifth of the checkpoints; it chooses no reading."""
+
+JUDGED: dict[str, Sequence[Sequence[str]]] = {"paper": [(*WHOLE, COARSE)]}
 """Studies that the verdicts of the repository are on, by scale and seed."""
 
 COLUMNS = [
