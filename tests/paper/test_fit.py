@@ -138,6 +138,16 @@ def test_a_kind_of_curve_is_taken_from_the_first_study_that_has_it():
     assert (numbers["POLCA: homogeneity 1"], numbers["random: homogeneity 1"]) == (0.8, 0.7)
 
 
+def test_first_order_stands_for_second_summed_only_where_none_has_it():
+    rows = [clustering("POLCA", "first", 0.8), clustering("POLCA", fit.SUMMED, 0.7), clustering("random", "first", 0.6)]
+    one = Kept("a", clusterings=pd.DataFrame(rows))
+    two = Kept("b", clusterings=pd.DataFrame([clustering("shuffled", "trapezoid", 0.5)]))
+    numbers = fit.numbers(reading(order=fit.SUMMED), [one, two]).iloc[0]
+    assert (numbers["POLCA: homogeneity 1"], numbers["random: homogeneity 1"]) == (0.7, 0.6)
+    assert np.isnan(numbers["shuffled: homogeneity 1"])
+    assert np.isnan(fit.numbers(reading(order="second"), [one, two]).iloc[0]["random: homogeneity 1"])
+
+
 def test_second_order_numbers_come_from_the_finest_cadence():
     rows = [("second", 20, 0.7, 6), ("second", 100, 0.1, 9), ("trapezoid", 20, 0.9, 3)]
     agreement = pd.DataFrame(rows, columns=["order", "cadence", "cosine", "l2"])

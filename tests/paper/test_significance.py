@@ -5,7 +5,14 @@ import pandas as pd
 import pytest
 import xarray as xr
 from polca_paper.homogeneity import homogeneity_table, most_homogeneous
-from polca_paper.significance import cadence, check_on_other_half, permutation_null, rand_indices, settings_grid
+from polca_paper.significance import (
+    cadence,
+    carry_clusters,
+    check_on_other_half,
+    permutation_null,
+    rand_indices,
+    settings_grid,
+)
 from sklearn.metrics import adjusted_rand_score
 
 from polca_lib.method.clustering import DROPPED, OUTLIER
@@ -196,3 +203,23 @@ def test_grid_has_what_each_setting_gives_alone():
 @pytest.mark.parametrize(("steps", "mean"), [([0, 20, 40], 20), ([0, 1, 2, 4, 8, 160], 32), ([0, 1, 2], 1)])
 def test_cadence_is_the_mean_gap_between_checkpoints(steps, mean):
     assert cadence(xr.Dataset(coords={"step": steps})) == mean
+
+
+def test_carry_clusters_count_and_are_beyond_all_kept_tokens_and_shuffles():
+    null = pd.DataFrame(
+        [
+            ("a", "first", "unit", "place, digit", "v3", 0.4, 0.5),
+            ("a", "first", "unit", "place", "v3", 0.4, 0.1),
+            ("a", "first", "unit", "place, digit", "v1", 0.4, 0.99),
+            ("a", "first", "raw", "place, digit", "v3", 0.4, 0.2),
+        ],
+        columns=["study", "order", "scaling", "within", "rule", "base_rate", "null_95"],
+    )
+    rows = [("unit", 0.6, True), ("unit", 0.6, False), ("unit", 0.45, True), ("raw", 0.3, True), ("raw", 0.45, True)]
+    clusters = pd.DataFrame(rows, columns=["scaling", "homogeneity", "counts_v3"], index=[3, 5, 7, 9, 11])
+    clusters = clusters.assign(study="a", order="first", vector=1)
+    found = carry_clusters(clusters, null)
+    assert found.index.tolist() == [3, 11]
+    assert found["homogeneity"].tolist() == [0.6, 0.45]
+    # A study without a null has no cluster beyond it.
+    assert carry_clusters(clusters.assign(study="b"), null).empty
