@@ -32,7 +32,9 @@ class ProjectionSettings(Section):
         None, ge=1, description="examples to measure curvature on; all if not given; a sample is enough for 'second'"
     )
     mode: Mode = Field("auto", description="mode of differentiation; 'auto' picks the one with fewer operations")
-    precision: Precision = Field("float32", description="precision of the operands in products with the basis")
+    precision: Precision = Field(
+        "float32", description="precision of operands in products with the basis; 'auto' is bfloat16 where that pays"
+    )
     inside_loss: bool = Field(
         True, description="measure the loss after the movement inside the basis; reads all vectors at each checkpoint"
     )

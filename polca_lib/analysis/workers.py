@@ -21,7 +21,7 @@ from polca_lib.analysis.engine import EngineFailure, carry_out
 from polca_lib.analysis.settings import ProjectionSettings
 from polca_lib.derivatives.memory import rounded_budget, rows_that_fit
 from polca_lib.derivatives.projection import project
-from polca_lib.derivatives.strategy import Strategy, choose, relative_difference
+from polca_lib.derivatives.strategy import Strategy, choose, faster_precision, relative_difference
 from polca_lib.derivatives.token_loss import Batch, n_examples, split_examples, to_device
 from polca_lib.method.vectors import inner_products, read_vectors
 from polca_lib.storage.checkpoints import Checkpoints
@@ -60,7 +60,8 @@ def project_runs(
         folders: folders with modules that the model or the loss need, see :class:`polca_lib.analysis.engine.Portable`.
 
     Returns:
-        For each basis a dataset with attributes ``memory`` (bytes) and ``threads`` of each worker, and variables:
+        For each basis a dataset with attributes ``memory`` (bytes) and ``threads`` of each worker, with ``precision``
+        if ``auto`` chose it, and variables:
 
         - ``loss`` (step, token), in nats;
         - ``gradient`` and ``curvature`` (step, token, vector): first and second derivatives of the loss along b. With
@@ -72,7 +73,7 @@ def project_runs(
           :class:`polca_lib.derivatives.projection.Projected`, and of ``settings.storage`` in float16.
 
     Raises:
-        ValueError: these settings can't be used together.
+        ValueError: these settings, or results begun with them in other precisions, can't be used together.
         NonFiniteProjection: a checkpoint gives NaN, infinity or more than float16 holds; finished pieces stay.
         EngineFailure: a worker computes another loss than this process.
     """
@@ -91,11 +92,19 @@ def project_runs(
     block = rows_that_fit(total, vector_bytes, budget // 2)
     cut = None if block == total else ("vector", block)
     job = ProjectionJob(paths, checkpoints, steps, batch, bases, settings, budget, torch.get_num_threads())
+    if automatic := settings[0].precision == "auto":
+        job = replace(job, precision=faster_precision(torch.device(checkpoints.device)))
     stores = [job.open_store(index, tokens, cut) for index, _ in enumerate(zip(paths, bases, settings, strict=True))]
     for store in stores:
         store.repair_pieces()
     # Resume with the memory and threads that the stores began with, so that all pieces round alike.
     job, together = replace(job, **{name: stores[0].attrs[name] for name in ("memory", "threads")}), _together(stores)
+    if automatic:
+        begun = {store.attrs["precision"] for store in stores}
+        if len(begun) > 1:
+            raise ValueError(f"{len(bases)} bases were begun in {sorted(begun)}, as 'auto' chose; project them in turn")
+        settings = [each.model_copy(update={"precision": stores[0].attrs["precision"]}) for each in settings]
+        job = replace(job, settings=settings)
     if _missing(stores):
         witness = Witness.of(checkpoints.token_loss, checkpoints.theta(steps[0]), batch, steps[0])
         job = replace(job, witness=witness)
@@ -158,6 +167,7 @@ class ProjectionJob:
     settings: Sequence[ProjectionSettings]
     memory: int
     threads: int
+    precision: str | None = None  # that "auto" stands for
     witness: Witness | None = None  # of the loss in the process that hands out the tasks
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -182,7 +192,8 @@ class ProjectionJob:
                     )
         coords: dict[str, Any] = {"step": self.steps, "token": np.arange(len(tokens)), **as_coordinates(tokens)}
         coords |= {name: values for name, values in self.bases[index].coords.items() if values.dims == ("vector",)}
-        template = xr.Dataset(coords=coords, attrs={"memory": self.memory, "threads": self.threads})
+        chosen = {} if self.precision is None else {"precision": self.precision}
+        template = xr.Dataset(coords=coords, attrs={"memory": self.memory, "threads": self.threads, **chosen})
         variables = {
             name: (names, settings.storage if name in _DERIVATIVES else "float32") for name, names in dims.items()
         }

@@ -52,7 +52,8 @@ def project(
         mode: ``auto`` takes the mode with fewer operations, see :func:`polca_lib.derivatives.strategy.choose`.
         precision: ``float32`` multiplies in the dtype of the model. With ``bfloat16``, reverse mode rounds the
             operands of its products with the vectors, and of its backward passes, to 8 bits; sums stay in float32
-            except for one rounding per tile. Forward mode, and hence curvature, is never rounded.
+            except for one rounding per tile. Forward mode, and hence curvature, is never rounded. ``auto`` takes the
+            faster, see :func:`polca_lib.derivatives.strategy.faster_precision`.
         memory: bytes to take beyond the arguments; half of what the device has free if not given.
         strategy: as ``choose`` returned it for the same model, vectors of the same number and settings; chosen here
             if not given.

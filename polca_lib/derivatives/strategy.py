@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +27,7 @@ from polca_lib.derivatives.signals import operations, signals, weights_of
 from polca_lib.derivatives.token_loss import Batch, TokenLoss, n_examples, split_examples
 
 Mode = Literal["auto", "forward", "reverse"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "auto"]
 
 # On a CPU more at once does not help; elsewhere only memory limits it. Measured on two cores.
 _CPU_TOKENS = 512
@@ -42,6 +44,7 @@ _BACKWARD = 4
 _SPARED = 0.85  # sparing products must take less than this part of the operations of plain jvp
 # Operations per checkpoint from which on tracing, which takes seconds, pays.
 _TRACED = 1e9
+_PAYS = 1.5  # times as fast as float32: from there on "auto" rounds to bfloat16
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Strategy:
 
     mode: Literal["forward", "reverse"]
     order: int  # of the highest derivative
-    precision: Precision
+    precision: Literal["float32", "bfloat16"]
     structure: ModelStructure | None  # of the model: in reverse mode, and in forward mode where products are spared
     n_vectors: int  # to differentiate along in all
     cost: dict[str, float]  # for an example and all vectors, in operations of matrix products; by way, and of a pass
@@ -64,6 +67,28 @@ class Strategy:
     def in_full(self) -> Strategy:
         """The same without rounding."""
         return replace(self, precision="float32")
+
+
+def faster_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """``bfloat16`` where it multiplies at least 1.5 times as fast as float32, else ``float32``.
+
+    Timed in a tenth of a second, on products of the shape that reverse mode takes most time in.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        vectors, gradients = (torch.ones(rows, 2**15, dtype=dtype, device=device) for rows in (64, 128))
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (vectors @ gradients.T)[0, 0].item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    try:
+        return "bfloat16" if seconds(torch.float32) >= _PAYS * seconds(torch.bfloat16) else "float32"
+    except RuntimeError as error:
+        warnings.warn(f"precision = 'auto': products in bfloat16 fail here ({error}); float32 is taken", stacklevel=2)
+        return "float32"
 
 
 def choose(
@@ -85,8 +110,8 @@ def choose(
     of two ways, see :func:`polca_lib.derivatives.signals.operations`. A backward pass for a token counts as several, as
     it takes longer than its operations say. Where there is much to do, forward mode is traced, see
     :func:`polca_lib.derivatives.forward.trace`. Each way is first tried on a few examples and two vectors, against
-    plain ``jvp``; a way that fails or differs is not used. Plain ``jvp`` is checked against finite differences. No time
-    is measured: with the same memory, a resumed run makes the same choice.
+    plain ``jvp``; a way that fails or differs is not used. Plain ``jvp`` is checked against finite differences. Without
+    ``auto`` no time is measured: with the same memory, a resumed run makes the same choice.
 
     Args:
         token_loss: the loss.
@@ -95,7 +120,8 @@ def choose(
         vectors: directions in rows.
         order: 2 if second derivatives are wanted; they come from forward mode.
         mode: ``forward`` or ``reverse`` to force a mode.
-        precision: of the operands of matrix products in reverse mode; forward mode always uses the model's.
+        precision: of the operands of matrix products in reverse mode; forward mode always uses the model's. With
+            ``auto``, what :func:`faster_precision` says.
         memory: bytes to take beyond the arguments; half of what the device has free if not given.
 
     Raises:
@@ -104,7 +130,7 @@ def choose(
     """
     for name, value, allowed in (
         ("mode", mode, ("auto", "forward", "reverse")),
-        ("precision", precision, ("float32", "bfloat16")),
+        ("precision", precision, ("float32", "bfloat16", "auto")),
         ("order", order, (1, 2)),
     ):
         if value not in allowed:
@@ -113,6 +139,7 @@ def choose(
         raise ValueError("mode = 'reverse' gives no second derivatives; allowed with curvature: 'auto', 'forward'")
     if memory is not None and memory <= 0:
         raise ValueError(f"memory = {memory}; allowed: a positive number of bytes")
+    precision = faster_precision(theta.device) if precision == "auto" else precision
     budget = default_budget(theta.device) if memory is None else memory
     # Ragged losses: try, and measure memory, on the examples with most tokens.
     counts, batched = count_losses(partial(token_loss, theta), batch)

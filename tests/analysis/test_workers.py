@@ -109,7 +109,7 @@ def test_vectors_of_another_shape_are_refused(shape):
     ("settings", "message"),
     [
         ({"mode": "sideways"}, "mode = 'sideways'; allowed: auto, forward, reverse"),
-        ({"precision": "float64"}, "precision = 'float64'; allowed: float32, bfloat16"),
+        ({"precision": "float64"}, "precision = 'float64'; allowed: float32, bfloat16, auto"),
         ({"mode": "reverse", "curvature": True}, "gives no second derivatives"),
         ({"memory": 0}, "memory = 0; allowed: a positive number of bytes"),
     ],
@@ -305,6 +305,32 @@ def test_settings_say_how_to_differentiate_and_what_error_that_has(tmp_path, mad
         stated = rounded["product_error"].sel(step=step)
         assert ((stated > 0) & (stated < 0.05)).all()
         np.testing.assert_allclose(stated, error, rtol=0.02)
+
+
+def test_auto_takes_the_faster_precision_and_goes_on_with_it(tmp_path, made, monkeypatch):
+    how = {"curvature": False, "mode": "reverse"}
+    rounded = project_all(tmp_path / "rounded", made, precision="bfloat16", **how)
+    monkeypatch.setattr(worker, "faster_precision", lambda device: "bfloat16")
+    found = project_all(tmp_path / "auto", made, precision="auto", **how)
+    assert (found.attrs["precision"], rounded.attrs.get("precision")) == ("bfloat16", None)
+    np.testing.assert_array_equal(found["gradient"], rounded["gradient"])
+    np.testing.assert_array_equal(found["product_error"], rounded["product_error"])
+    # Resumed where float32 is faster, it stays as it began.
+    before, store = folder_bytes(tmp_path / "auto"), PieceStore.open(tmp_path / "auto" / "projections.zarr")
+    (store.path / "gradient" / "2.0.0").unlink()
+    monkeypatch.setattr(worker, "faster_precision", lambda device: "float32")
+    with pytest.warns(UserWarning, match="will be recomputed"):
+        project_all(tmp_path / "auto", made, precision="auto", **how)
+    assert folder_bytes(tmp_path / "auto") == before
+    # A new one is in full precision, and can't share a pass with the other.
+    exact = project_all(tmp_path / "exact", made, **how)
+    full = project_all(tmp_path / "full", made, precision="auto", **how)
+    assert full.attrs["precision"] == "float32"
+    np.testing.assert_array_equal(full["gradient"], exact["gradient"])
+    (checkpoints, basis), settings = made, ProjectionSettings(precision="auto", **how)
+    paths = [tmp_path / name / "projections.zarr" for name in ("auto", "full")]
+    with pytest.raises(ValueError, match=r"2 bases were begun in \['bfloat16', 'float32'\].*in turn"):
+        project_runs(paths, checkpoints, STEPS, BATCH, TOKENS, [basis, basis], [settings, settings])
 
 
 @pytest.mark.parametrize("memory", [None, 1500])

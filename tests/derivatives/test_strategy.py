@@ -92,7 +92,7 @@ def test_a_mode_can_be_forced(mode, loss):
     ("settings", "message"),
     [
         ({"mode": "backward"}, "mode = 'backward'; allowed: auto, forward, reverse"),
-        ({"precision": "float16"}, "precision = 'float16'; allowed: float32, bfloat16"),
+        ({"precision": "float16"}, "precision = 'float16'; allowed: float32, bfloat16, auto"),
         ({"order": 3}, "order = 3; allowed: 1, 2"),
         ({"order": 2, "mode": "reverse"}, "mode = 'reverse' gives no second derivatives; allowed with curvature"),
         ({"memory": 0}, "memory = 0; allowed: a positive number of bytes"),
@@ -326,3 +326,40 @@ def test_projections_stay_within_the_memory(transformer, settings, budget):
     vectors = orthonormal(10, len(transformer[1])).float()
     peak = peak_bytes(lambda: project(*transformer, vectors, memory=budget, **settings), "cpu")
     assert budget / 3 < peak < 1.2 * budget
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "float32", "expected"), [(1, 2, "bfloat16"), (1, 1.4, "float32"), (3, 1, "float32")]
+)
+def test_auto_rounds_where_that_is_half_as_fast_again(monkeypatch, bfloat16, float32, expected):
+    clock, took = [0.0], {torch.bfloat16: bfloat16, torch.float32: float32}
+    ones = torch.ones
+
+    def slow(*size, dtype, device):
+        clock.append(took[dtype])
+        return ones(*size, dtype=dtype, device=device)
+
+    def now():
+        clock[0] += clock[-1]  # the products of the dtype that was last made
+        return clock[0]
+
+    monkeypatch.setattr(strategies.torch, "ones", slow)
+    monkeypatch.setattr(strategies.time, "perf_counter", now)
+    assert strategies.faster_precision(torch.device("cpu")) == expected
+
+
+def test_a_probe_that_fails_says_so_and_takes_float32(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no bfloat16")
+
+    monkeypatch.setattr(strategies.torch, "ones", fail)
+    with pytest.warns(UserWarning, match=r"'auto': products in bfloat16 fail here \(no bfloat16\); float32 is taken"):
+        assert strategies.faster_precision(torch.device("cpu")) == "float32"
+
+
+def test_auto_is_resolved_when_a_way_is_chosen(monkeypatch):
+    token_loss, theta, batch = problem("attention", dtype=torch.float32)
+    monkeypatch.setattr(strategies, "faster_precision", lambda device: "bfloat16")
+    vectors = torch.eye(len(theta))[:3]
+    found = strategies.choose(token_loss, theta, batch, vectors, mode="reverse", precision="auto")
+    assert found.precision == "bfloat16"
